@@ -1,0 +1,214 @@
+"""The shape of a packed batch: which tokens belong to which rationale, which rationale to which question.
+
+Everything a kernel needs to know about sizes is here, on the host and on the device, so that nothing downstream
+asks the device for a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """One batch of Q questions with S rationales in T packed tokens, of which N rows are scored.
+
+    A *row* is a token position whose hidden state predicts the next token; the scored rows of a rationale are
+    r_0 … r_{T-1} (method §1): the last prompt token up to the token before EOS. Rows run in packed order.
+
+    Build it with :meth:`build` (from lengths) or :meth:`from_labels` (from a label mask); both check their input.
+    """
+
+    cu_seqlens: Tensor  # (S+1,) int32  packed token offsets of the rationales
+    cu_questions: Tensor  # (Q+1,) int32  rationale offsets of the questions
+    rows: Tensor  # (N,) int64  packed positions of the scored rows, increasing
+    cu_rows: Tensor  # (S+1,) int32  offsets into `rows` of the rationales
+    body_lengths: Tensor  # (S,) int32  B_k, body tokens: rows r_0 … r_{B_k} carry eq. 3
+    thinking: Tensor  # (N,) bool  the token just read at the row is a thinking token (M of eq. 3)
+    evidence_ids: Tensor  # (A,) int64  ids a_1 … a_m of the gold answer, end to end
+    cu_evidence: Tensor  # (S+1,) int32  offsets into `evidence_ids` of the rationales
+    span_rows: Tensor  # (G,) int64  indices into `rows` of the rows that predict the answer span, end to end
+    cu_span: Tensor  # (S+1,) int32  offsets into `span_rows` of the rationales
+    max_seqlen: int = 0
+    _host: Ragged | None = field(default=None, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        sequence_lengths: Sequence[int],
+        prompt_lengths: Sequence[int],
+        rationales_per_question: Sequence[int],
+        body_lengths: Sequence[int] | None = None,
+        evidence_ids: Sequence[Sequence[int]] | None = None,
+        answer_spans: Sequence[tuple[int, int]] | None = None,
+        thinking: Sequence[Sequence[bool]] | None = None,
+    ) -> Ragged:
+        """Describe a batch by its lengths.
+
+        Args:
+            sequence_lengths: tokens of each rationale, prompt included. (S,)
+            prompt_lengths: tokens of each rationale's prompt; at least 1. (S,)
+            rationales_per_question: K of each question; sums to S. (Q,)
+            body_lengths: B_k of each rationale; default: the whole completion. (S,)
+            evidence_ids: the gold answer's ids for each rationale; may be empty. (S,) of (m,)
+            answer_spans: first token and length of the answer inside each *completion*. (S,) of pairs
+            thinking: for each rationale one flag a *completion* token. (S,) of (completion length,)
+
+        Raises:
+            ValueError: naming the argument, the rationale and the sizes that do not fit.
+        """
+        num_sequences = len(sequence_lengths)
+        _check_count("prompt_lengths", prompt_lengths, num_sequences)
+        if sum(rationales_per_question) != num_sequences:
+            raise ValueError(
+                f"rationales_per_question sums to {sum(rationales_per_question)}, "
+                f"but sequence_lengths describes {num_sequences} rationales"
+            )
+        for q, count in enumerate(rationales_per_question):
+            if count < 1:
+                raise ValueError(f"rationales_per_question[{q}] is {count}: a question needs at least one rationale")
+        completions = []
+        for s, (length, prompt) in enumerate(zip(sequence_lengths, prompt_lengths)):
+            if not 1 <= prompt < length:
+                raise ValueError(
+                    f"rationale {s}: prompt_lengths is {prompt} and sequence_lengths is {length}; "
+                    "at least one prompt token and one completion token are needed"
+                )
+            completions.append(length - prompt)
+        body_lengths = completions if body_lengths is None else body_lengths
+        evidence_ids = [()] * num_sequences if evidence_ids is None else evidence_ids
+        answer_spans = [(0, 0)] * num_sequences if answer_spans is None else answer_spans
+        thinking = [[False] * count for count in completions] if thinking is None else thinking
+        _check_count("body_lengths", body_lengths, num_sequences)
+        _check_count("evidence_ids", evidence_ids, num_sequences)
+        _check_count("answer_spans", answer_spans, num_sequences)
+        _check_count("thinking", thinking, num_sequences)
+
+        cu_seqlens, cu_rows = _offsets(sequence_lengths), _offsets(completions)
+        rows, flags, span_rows, spans = [], [], [], []
+        for s, count in enumerate(completions):
+            start, length = answer_spans[s]
+            if not 0 <= body_lengths[s] <= count:
+                raise ValueError(f"rationale {s}: body_lengths is {body_lengths[s]}, its completion has {count} tokens")
+            if start < 0 or length < 0 or start + length > count:
+                raise ValueError(
+                    f"rationale {s}: answer_spans is ({start}, {length}), its completion has {count} tokens"
+                )
+            if len(thinking[s]) != count:
+                raise ValueError(
+                    f"rationale {s}: thinking has {len(thinking[s])} flags, its completion has {count} tokens"
+                )
+            first_row = int(cu_seqlens[s]) + prompt_lengths[s] - 1
+            rows.append(torch.arange(first_row, first_row + count))
+            # Row t has just read completion token t - 1; row 0 has read the prompt, which is never a thinking token.
+            flags.append(torch.tensor([False, *thinking[s][:-1]], dtype=torch.bool))
+            span_rows.append(torch.arange(start, start + length) + int(cu_rows[s]))
+            spans.append(length)
+        return cls(
+            cu_seqlens=cu_seqlens,
+            cu_questions=_offsets(rationales_per_question),
+            rows=_concatenate(rows, torch.int64),
+            cu_rows=cu_rows,
+            body_lengths=torch.tensor(list(body_lengths), dtype=torch.int32),
+            thinking=_concatenate(flags, torch.bool),
+            evidence_ids=torch.tensor([token for ids in evidence_ids for token in ids], dtype=torch.int64),
+            cu_evidence=_offsets([len(ids) for ids in evidence_ids]),
+            span_rows=_concatenate(span_rows, torch.int64),
+            cu_span=_offsets(spans),
+            max_seqlen=max(sequence_lengths, default=0),
+        )
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, cu_seqlens: Tensor, cu_questions: Tensor, ignore_index: int = -100) -> Ragged:
+        """Describe a packed batch by unshifted labels, as other trainers hold them (host tensors).
+
+        Row p is scored where ``labels[p + 1] != ignore_index`` within the same sequence. There is no answer: eq. 3
+        and the divergence are zero for such a batch.
+
+        Args:
+            labels: (T,) int64, ``ignore_index`` where a token is not a target.
+            cu_seqlens: (S+1,) token offsets. cu_questions: (Q+1,) rationale offsets.
+        """
+        labels, cu_seqlens, cu_questions = labels.reshape(-1).cpu(), cu_seqlens.cpu().int(), cu_questions.cpu().int()
+        _check_offsets("cu_seqlens", cu_seqlens, labels.numel(), "tokens")
+        _check_offsets("cu_questions", cu_questions, cu_seqlens.numel() - 1, "rationales")
+        scored = torch.zeros(labels.numel() + 1, dtype=torch.bool)
+        scored[: labels.numel()] = labels != ignore_index
+        scored[cu_seqlens.long()] = False  # the first token of a sequence is nobody's target
+        rows = scored[1:].nonzero().squeeze(1)
+        cu_rows = torch.searchsorted(rows, cu_seqlens.long()).int()
+        empty, zeros = torch.empty(0, dtype=torch.int64), torch.zeros_like(cu_seqlens)
+        return cls(
+            cu_seqlens=cu_seqlens,
+            cu_questions=cu_questions,
+            rows=rows,
+            cu_rows=cu_rows,
+            body_lengths=cu_rows.diff(),
+            thinking=torch.zeros(rows.numel(), dtype=torch.bool),
+            evidence_ids=empty,
+            cu_evidence=zeros,
+            span_rows=empty,
+            cu_span=zeros,
+            max_seqlen=int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0,
+        )
+
+    @property
+    def host(self) -> Ragged:
+        """The same description in CPU tensors; reading sizes from it never waits for a device."""
+        return self if self._host is None else self._host
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def num_questions(self) -> int:
+        return self.cu_questions.numel() - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.numel()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
+        """A copy on `device` that keeps its host copy."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device.type == "cpu":
+            return self.host
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+        return replace(self, **moved, _host=self.host)
+
+    def pin_memory(self) -> Ragged:
+        """A copy in pinned host memory, for DataLoader's ``pin_memory``."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+
+_TENSORS = tuple(f.name for f in fields(Ragged) if f.name not in ("max_seqlen", "_host"))
+
+
+def _offsets(counts: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *counts], dtype=torch.int64).cumsum(0).int()
+
+
+def _concatenate(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
+
+
+def _check_count(name: str, values: Sequence[object], expected: int) -> None:
+    if len(values) != expected:
+        raise ValueError(f"{name} has {len(values)} entries, but sequence_lengths describes {expected} rationales")
+
+
+def _check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
+    if offsets.numel() < 1 or offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 1).any():
+        raise ValueError(f"{name} must rise from 0 to the {total} {what}, got {offsets.tolist()}")
