@@ -1,0 +1,441 @@
+"""Every op in plain torch: the definition that fast paths are compared with, float64-capable.
+
+Memory is bounded: logits exist for `workspace_mib` worth of rows at a time, in the forward pass and, recomputed, in
+the backward pass. The shapes: T packed tokens, N scored rows, S rationales, Q questions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import (
+    AdaptabilityOptions,
+    CompatibilityRule,
+    Statistics,
+    TokenStatistics,
+    segment_sum,
+    sequence_adaptability,
+    sequence_of_row,
+)
+
+
+class CompatibilityOutput(NamedTuple):
+    """What one weighted pass of the head gives. Everything but `loss` is detached."""
+
+    loss: Tensor  # () the normalised, weighted loss: differentiable
+    alpha: Tensor  # (S,) the weights that were applied
+    sft: Tensor  # () the share of `loss` that is Σ α L_SFT
+    divergence: Tensor  # () Σ_q Σ_k α_k L_MCon,k, normalised like `loss`, without λ
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """z = softcap·tanh(scale·(h Wᵀ + b) / softcap) / temperature, in at least float32."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
+
+
+def compatibility_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    ragged: Ragged,
+    *,
+    rule: Callable[[Statistics], Tensor] | None = None,
+    weights: Tensor | None = None,
+    consensus: Tensor | None = None,
+    difficulty_reference: Tensor | None = None,
+    adaptability: AdaptabilityOptions = AdaptabilityOptions(),
+    divergence: Literal["kl", "jsd"] = "kl",
+    divergence_weight: float = 0.0,
+    sft_reduction: Literal["mean", "sum", "token"] = "mean",
+    normalizer: float | Tensor | None = None,
+    divergence_normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    workspace_mib: int = 256,
+) -> CompatibilityOutput:
+    """The weighted loss of a batch, its weights decided by its own statistics (method eq. 2–11).
+
+    Args:
+        hidden: final hidden states of the packed batch. (T, D)
+        head_weight: the lm head. (V, D)
+        targets: the id that each position is to predict (labels shifted by one), `ignore_index` where none. (T,)
+        ragged: the batch's shape; only its scored rows are looked at.
+        rule: statistics → α (S,), non-negative; default :class:`CompatibilityRule`. Called without gradient.
+        weights: α given beforehand, in place of a rule. (S,)
+        consensus: S_cons from :func:`question_consensus`. (S,) Needed where the rule weighs it.
+        difficulty_reference: the loss of each rationale without its question; difficulty becomes the IFD ratio. (S,)
+        divergence, divergence_weight: L_MCon's kind and λ (eq. 9–10); 0 leaves it out.
+        sft_reduction: what one scored row of rationale k weighs: "mean" α/T_k, "sum" α (both times `normalizer`,
+            R/Q), "token" α (times R/N, N = Σ_q (1/K_q) Σ_k T_k).
+        normalizer: R/Q (mean, sum) or R/N (token) over the whole accumulation window and all ranks (method §3);
+            default: this batch alone.
+        divergence_normalizer: R/Q for the divergence; default: `normalizer`, or this batch's 1/Q under "token".
+        bias, logit_scale, softcap, temperature: logits are softcap·tanh(scale·(h Wᵀ + b)/softcap)/temperature.
+        workspace_mib: size of the logits that may exist at once.
+
+    Returns:
+        :class:`CompatibilityOutput`. A batch without a scored row has loss 0 and zero gradients.
+
+    Raises:
+        ValueError: naming the argument and the sizes that do not fit.
+    """
+    if rule is not None and weights is not None:
+        raise ValueError("give either `rule` or `weights`: both would decide α")
+    if weights is not None and weights.shape != (ragged.num_sequences,):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}, the batch has {ragged.num_sequences} rationales")
+    rule = CompatibilityRule() if rule is None else rule
+    if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and consensus is None:
+        raise ValueError(
+            "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
+            "or CompatibilityRule(consensus=0)"
+        )
+    if sft_reduction not in ("mean", "sum", "token"):
+        raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
+    _check_inputs(hidden, head_weight, targets, ragged)
+    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
+    rows = hidden[ragged.rows]
+    row_targets = targets.reshape(-1)[ragged.rows]
+    logprob, tokens = _token_pass(logits, rows, row_targets, ragged, ignore_index, workspace_mib)
+
+    with torch.no_grad():
+        counted = row_targets != ignore_index
+        targets_per_rationale = segment_sum(counted.to(logprob.dtype), ragged.cu_rows)
+        mean_loss = -segment_sum(tokens.logprob, ragged.cu_rows) / targets_per_rationale.clamp_min(1)
+        statistics = Statistics(
+            ragged=ragged,
+            tokens=tokens,
+            adaptability=sequence_adaptability(tokens.evidence, ragged, adaptability),
+            consensus=torch.zeros_like(mean_loss) if consensus is None else consensus.to(mean_loss.dtype),
+            difficulty=mean_loss if difficulty_reference is None else mean_loss / difficulty_reference,
+            targets_per_rationale=targets_per_rationale,
+        )
+        alpha = (rule(statistics) if weights is None else weights).detach().to(mean_loss.dtype)
+        if alpha.shape != mean_loss.shape:
+            raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
+        num_questions = max(ragged.num_questions, 1)
+        if normalizer is None:
+            normalizer = 1 / num_questions
+            if sft_reduction == "token":
+                tokens_per_question = segment_sum(targets_per_rationale, ragged.cu_questions)
+                normalizer = 1 / (tokens_per_question / ragged.cu_questions.diff()).sum().clamp_min(1)
+                divergence_normalizer = divergence_normalizer or 1 / num_questions
+        if divergence_normalizer is None:
+            if sft_reduction == "token" and divergence_weight:
+                raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
+            divergence_normalizer = normalizer
+        row_weight = alpha * normalizer
+        if sft_reduction == "mean":
+            row_weight = row_weight / targets_per_rationale.clamp_min(1)
+        row_weight = row_weight[sequence_of_row(ragged)]
+
+    nothing = hidden[:0].sum() + head_weight[:0].sum()  # a zero that keeps the graph connected when no row is scored
+    sft = -(row_weight * logprob).sum() + nothing.to(logprob.dtype)
+    total, mixed = sft, sft.new_zeros(())
+    if divergence_weight:
+        per_question = answer_divergence(
+            hidden,
+            head_weight,
+            ragged,
+            alpha,
+            kind=divergence,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+        )
+        mixed = per_question.sum() * divergence_normalizer
+        total = sft + divergence_weight * mixed
+    return CompatibilityOutput(total, alpha, sft.detach(), mixed.detach(), statistics)
+
+
+@torch.no_grad()
+def linear_token_stats(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    ragged: Ragged,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    workspace_mib: int = 256,
+) -> TokenStatistics:
+    """Log-prob, entropy, answer evidence (eq. 2) and logit-gradient norm of every scored row, without gradients.
+
+    Arguments as in :func:`compatibility_loss`; each statistic is (N,).
+    """
+    _check_inputs(hidden, head_weight, targets, ragged)
+    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
+    row_targets = targets.reshape(-1)[ragged.rows]
+    return _token_pass(logits, hidden[ragged.rows], row_targets, ragged, ignore_index, workspace_mib)[1]
+
+
+def linear_logprob(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    workspace_mib: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Per-token log-probability and entropy of a linear head, both differentiable.
+
+    Args:
+        hidden: (…, D). head_weight: (V, D). targets: (…) ids, `ignore_index` where none.
+
+    Returns:
+        log p(target) and entropy, each (…) in nats; both 0 where the target is ignored.
+    """
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
+    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+
+    def chunk(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logp = logits(rows).log_softmax(-1)
+        counted = ids != ignore_index
+        chosen = logp.gather(1, ids.where(counted, 0)[:, None]).squeeze(1)
+        p = logp.exp()
+        entropy = -(p * logp.where(p > 0, 0.0)).sum(-1)
+        return chosen.where(counted, 0.0), entropy.where(counted, 0.0)
+
+    logprob, entropy = _over_rows(chunk, flat, head_weight.shape[0], workspace_mib, flat_targets)
+    return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
+
+
+def answer_divergence(
+    hidden: Tensor,
+    head_weight: Tensor,
+    ragged: Ragged,
+    alpha: Tensor,
+    *,
+    kind: Literal["kl", "jsd"] = "kl",
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """How much the rationales of a question disagree about the answer, on the rows that predict it.
+
+    kl:  Σ_k α_k Σ_{j≠k} α_j KL(P_k ‖ P_j)      (eq. 9–11)
+    jsd: Σ_{i<j} α_i α_j JSD(P_i ‖ P_j)          (MIND)
+    each the mean over the answer's rows. Pairs whose spans differ in length are left out. α is detached.
+
+    Args:
+        hidden: (T, D). head_weight: (V, D). alpha: (S,).
+
+    Returns:
+        (Q,) nats, differentiable in `hidden` and the head.
+    """
+    if kind not in ("kl", "jsd"):
+        raise ValueError(f"kind is {kind!r}; it is kl or jsd")
+    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
+    alpha = alpha.detach()
+    packed = ragged.rows[ragged.span_rows]
+    cu_questions, cu_span = ragged.host.cu_questions.tolist(), ragged.host.cu_span.tolist()
+    totals = []
+    for first, last in zip(cu_questions[:-1], cu_questions[1:]):
+        groups: dict[int, list[int]] = {}  # span length: the question's rationales that have it
+        for s in range(first, last):
+            groups.setdefault(cu_span[s + 1] - cu_span[s], []).append(s)
+        total = hidden[:0].sum().to(alpha.dtype)
+        for length, members in groups.items():
+            if length == 0 or len(members) < 2:
+                continue
+            positions = torch.stack([packed[cu_span[s] : cu_span[s + 1]] for s in members])  # (k, m)
+            weight = torch.stack([alpha[s] for s in members])  # (k,)
+            total = total + checkpoint(_pairwise_divergence, logits, hidden[positions], weight, kind, use_reentrant=False)
+        totals.append(total)
+    return torch.stack(totals) if totals else alpha.new_zeros(0)
+
+
+def question_consensus(
+    query: Tensor,
+    key: Tensor,
+    ragged: Ragged,
+    *,
+    temperature: float = 1.0,
+    centrality: Literal["in_degree", "pagerank", "eigenvector"] = "in_degree",
+) -> Tensor:
+    """S_cons: how central each rationale is in the graph of its question (eq. 4–5).
+
+    Args:
+        query, key: W_Q v and W_K v of every rationale's EOS state, keys repeated under grouped-query attention.
+            (S, H, d) or (S, d)
+        temperature: divides the scores, for rows that saturate.
+        centrality: "in_degree" Σ_{i≠k} A_ik (paper), or PageRank (damping 0.85) or eigenvector centrality of the
+            same weighted digraph without self-loops, as networkx defines them.
+
+    Returns:
+        (S,) float32 (float64 for float64 input); 0 for a rationale alone.
+    """
+    if centrality not in ("in_degree", "pagerank", "eigenvector"):
+        raise ValueError(f"centrality is {centrality!r}; it is one of in_degree, pagerank, eigenvector")
+    affinity, present = question_affinity(query, key, ragged, temperature=temperature)
+    edges = affinity - torch.diag_embed(affinity.diagonal(dim1=1, dim2=2))  # (Q, K, K), i → j
+    if centrality == "in_degree":
+        score = edges.sum(1)
+    elif centrality == "pagerank":
+        score = _pagerank(edges, present)
+    else:
+        score = _eigenvector(edges, present)
+    alone = present.sum(1, keepdim=True) == 1
+    return score.where(~alone, 0.0)[present]
+
+
+def question_affinity(
+    query: Tensor, key: Tensor, ragged: Ragged, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A_ij of eq. 4 for every question, padded to the largest K.
+
+    Returns:
+        A (Q, K, K), rows summing to one, softmax per head and then the mean over heads; and the mask of the
+        rationales that exist (Q, K).
+    """
+    if query.shape != key.shape or query.shape[0] != ragged.num_sequences:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "
+            f"have one entry for each of the {ragged.num_sequences} rationales"
+        )
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(dtype), key.to(dtype)
+    if query.dim() == 2:
+        query, key = query[:, None], key[:, None]
+    counts = ragged.host.cu_questions.diff()
+    largest = int(counts.max()) if counts.numel() else 0
+    slot = torch.arange(largest)
+    present = slot < counts[:, None]  # (Q, K)
+    index = (ragged.host.cu_questions[:-1, None] + slot).where(present, 0).long()
+    present, index = present.to(query.device), index.to(query.device)
+    scores = torch.einsum("qihd,qjhd->qhij", query[index], key[index]) / (math.sqrt(query.shape[-1]) * temperature)
+    scores = scores.masked_fill(~present[:, None, None, :], -math.inf)
+    affinity = scores.softmax(-1).mean(1)
+    return affinity.where(present[:, :, None] & present[:, None, :], 0.0), present
+
+
+def _check_inputs(hidden: Tensor, head_weight: Tensor, targets: Tensor, ragged: Ragged) -> None:
+    total = int(ragged.host.cu_seqlens[-1])
+    if hidden.dim() != 2 or hidden.shape[0] != total:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, the batch has {total} packed tokens: ({total}, D)")
+    if head_weight.dim() != 2 or head_weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {hidden.shape[1]}")
+    if targets.numel() != total:
+        raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
+
+
+def _token_pass(
+    logits: _Logits, rows: Tensor, targets: Tensor, ragged: Ragged, ignore_index: int, workspace_mib: int
+) -> tuple[Tensor, TokenStatistics]:
+    """Differentiable log-probs (N,) and detached statistics of the scored rows."""
+    counts = ragged.host.cu_evidence.diff()
+    widest = max(int(counts.max()) if counts.numel() else 0, 1)
+    slot = torch.arange(widest, device=rows.device)
+    starts = ragged.cu_evidence[:-1].long()
+    asked = slot < ragged.cu_evidence.diff()[:, None]  # (S, m)
+    last = max(ragged.evidence_ids.numel() - 1, 0)
+    ids = ragged.evidence_ids.new_zeros(1) if ragged.evidence_ids.numel() == 0 else ragged.evidence_ids
+    answer_ids = ids[(starts[:, None] + slot).clamp_max(last)]  # (S, m)
+    sequence = sequence_of_row(ragged)
+
+    def chunk(hidden: Tensor, target: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
+        z = logits(hidden)  # (c, V)
+        lse = z.logsumexp(-1)
+        counted = target != ignore_index
+        target = target.where(counted, 0)[:, None]
+        logprob = (z.gather(1, target).squeeze(1) - lse).where(counted, 0.0)
+        with torch.no_grad():
+            wanted = asked[owner]
+            evidence = (z.gather(1, answer_ids[owner]) - lse[:, None]).where(wanted, 0.0)
+            evidence = evidence.sum(-1) / wanted.sum(-1).clamp_min(1)
+            p = (z - lse[:, None]).exp()
+            entropy = torch.special.entr(p).sum(-1)
+            # p_target − 1 = −Σ of the others: no cancellation for confident tokens.
+            others = p.scatter(1, target, 0.0)
+            grad_norm = (others.sum(-1).square() + others.square().sum(-1)).sqrt().where(counted, 0.0)
+        return logprob, entropy, evidence, grad_norm
+
+    vocabulary = logits.weight.shape[0]
+    logprob, entropy, evidence, grad_norm = _over_rows(chunk, rows, vocabulary, workspace_mib, targets, sequence)
+    return logprob, TokenStatistics(logprob.detach(), entropy, evidence, grad_norm)
+
+
+def _over_rows(
+    function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, vocabulary: int, workspace_mib: int, *rest: Tensor
+) -> tuple[Tensor, ...]:
+    """Apply `function` to chunks of rows, recomputing each chunk in the backward pass, and join the results."""
+    size = max(1, (workspace_mib << 20) // (4 * vocabulary))
+    parts = []
+    for start in range(0, max(hidden.shape[0], 1), size):
+        chunk = [tensor[start : start + size] for tensor in (hidden, *rest)]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(function(*chunk))
+    return tuple(torch.cat(pieces) for pieces in zip(*parts))
+
+
+def _pairwise_divergence(logits: _Logits, hidden: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """Σ over pairs of k rationales whose m answer rows align: hidden (k, m, D), weight (k,)."""
+    logp = logits(hidden).log_softmax(-1)  # (k, m, V)
+    p = logp.exp()
+    total = logp.new_zeros(())
+    for i in range(hidden.shape[0]):
+        if kind == "kl":
+            pair = (p[i] * (logp[i] - logp)).sum(-1).mean(-1)  # (k,) KL(i ‖ j); 0 for j = i
+        else:
+            mean = torch.logaddexp(logp[i], logp) - math.log(2.0)
+            pair = 0.5 * (p[i] * (logp[i] - mean) + p * (logp - mean)).sum(-1).mean(-1)
+            pair = pair[i + 1 :]
+        total = total + weight[i] * (weight[-pair.numel() :] * pair).sum() if pair.numel() else total
+    return total
+
+
+def _pagerank(edges: Tensor, present: Tensor, damping: float = 0.85, steps: int = 100) -> Tensor:
+    count = present.sum(1, keepdim=True)
+    uniform = present.to(edges.dtype) / count
+    out = edges.sum(2, keepdim=True)
+    walk = torch.where(out > 0, edges / out.where(out > 0, 1.0), uniform[:, None, :])
+    rank = uniform
+    for _ in range(steps):
+        rank = damping * torch.einsum("qi,qij->qj", rank, walk) + (1 - damping) * uniform
+    return rank
+
+
+def _eigenvector(edges: Tensor, present: Tensor, steps: int = 200) -> Tensor:
+    vector = present.to(edges.dtype)
+    for _ in range(steps):  # of Aᵀ + I, which has the same eigenvectors and converges
+        vector = vector + torch.einsum("qi,qij->qj", vector, edges)
+        vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return vector

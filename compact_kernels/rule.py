@@ -1,0 +1,128 @@
+"""From the statistics of a batch to a weight per rationale (method eq. 3, 6, 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compact_kernels.ragged import Ragged
+
+
+class TokenStatistics(NamedTuple):
+    """What one look at the logits of every scored row tells; all detached, (N,) float32 (float64 for float64 input)."""
+
+    logprob: Tensor  # log p(target)                     nats; 0 where the target is ignored
+    entropy: Tensor  # −Σ p log p                         nats
+    evidence: Tensor  # I_t, mean log p of the gold answer's ids (eq. 2)   nats; 0 where the rationale has none
+    grad_norm: Tensor  # ‖p − e_target‖, the norm of ∂(−logprob)/∂logits
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A batch as a strategy sees it: per token, and the three metrics of every rationale. All detached."""
+
+    ragged: Ragged
+    tokens: TokenStatistics  # each (N,)
+    adaptability: Tensor  # (S,) S_MI, eq. 3
+    consensus: Tensor  # (S,) S_cons, eq. 5; zeros where not given
+    difficulty: Tensor  # (S,) S_PPL, eq. 6 (nats a token, or the IFD ratio)
+    targets_per_rationale: Tensor  # (S,) T_k, the targets that count
+
+
+@dataclass(frozen=True)
+class AdaptabilityOptions:
+    """How eq. 3 sums the jumps of the evidence."""
+
+    epsilon: float = 0.1  # M where the token just read is not a thinking token
+    span: Literal["body", "all"] = "body"  # rows r_0 … r_B, or all scored rows
+    length_norm: Literal["none", "mean"] = "none"  # the paper's sum, or divided by B_k
+
+
+@dataclass(frozen=True)
+class CompatibilityRule:
+    """COMPACT's rule, eq. 7: α = softmax_k(Score_k / τ), Score = β1·N(S_MI) + β2·N(S_cons) − β3·N(S_PPL).
+
+    N is a z-score over the rationales of one question (population standard deviation). A metric whose spread is
+    nothing but rounding (std ≤ 1e-6·max(1, |mean|)) says nothing: its z is 0. One rationale alone has α = 1.
+    """
+
+    adaptability: float = 1.0  # β1
+    consensus: float = 1.0  # β2
+    difficulty: float = 1.0  # β3
+    temperature: float = 1.0  # τ
+
+    def __call__(self, statistics: Statistics) -> Tensor:
+        """α, (S,), summing to one over each question."""
+        ragged = statistics.ragged
+        score = (
+            self.adaptability * question_zscore(statistics.adaptability, ragged)
+            + self.consensus * question_zscore(statistics.consensus, ragged)
+            - self.difficulty * question_zscore(statistics.difficulty, ragged)
+        )
+        return question_softmax(score / self.temperature, ragged)
+
+
+def sequence_adaptability(evidence: Tensor, ragged: Ragged, options: AdaptabilityOptions) -> Tensor:
+    """S_MI of every rationale: Σ_t ReLU(I_t − I_{t−1}) · M_t (eq. 3).
+
+    Args:
+        evidence: I_t of every scored row. (N,)
+
+    Returns:
+        (S,) nats; nats a body token under ``length_norm="mean"``.
+    """
+    if ragged.num_rows == 0:
+        return evidence.new_zeros(ragged.num_sequences)
+    sequence = sequence_of_row(ragged)
+    step = torch.arange(ragged.num_rows, device=evidence.device) - ragged.cu_rows[:-1].long()[sequence]
+    jump = torch.relu(evidence - evidence.roll(1))
+    jump = jump * torch.where(ragged.thinking, 1.0, options.epsilon)
+    counted = step >= 1
+    if options.span == "body":
+        counted = counted & (step <= ragged.body_lengths.long()[sequence])
+    total = segment_sum(jump.where(counted, 0.0), ragged.cu_rows)
+    if options.length_norm == "mean":
+        total = total / ragged.body_lengths.clamp_min(1)
+    return total
+
+
+def sequence_of_row(ragged: Ragged) -> Tensor:
+    """The rationale that each scored row belongs to, (N,) int64."""
+    return _owner(ragged.cu_rows, ragged.num_rows)
+
+
+def question_of_sequence(ragged: Ragged) -> Tensor:
+    """The question that each rationale belongs to, (S,) int64."""
+    return _owner(ragged.cu_questions, ragged.num_sequences)
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of consecutive segments, deterministic; an empty segment sums to 0. (N,) and (M+1,) give (M,)."""
+    return torch.segment_reduce(values, "sum", offsets=offsets.long(), unsafe=True, initial=0.0)
+
+
+def question_zscore(values: Tensor, ragged: Ragged) -> Tensor:
+    """z-score of a metric over the rationales of each question, (S,); 0 where the spread is rounding."""
+    question = question_of_sequence(ragged)
+    count = ragged.cu_questions.diff()
+    mean = segment_sum(values, ragged.cu_questions) / count
+    centred = values - mean[question]
+    std = (segment_sum(centred.square(), ragged.cu_questions) / count).sqrt()
+    flat = std <= 1e-6 * mean.abs().clamp_min(1.0)
+    return torch.where(flat[question], 0.0, centred / std.where(~flat, 1.0)[question])
+
+
+def question_softmax(scores: Tensor, ragged: Ragged) -> Tensor:
+    """softmax over the rationales of each question, (S,)."""
+    question = question_of_sequence(ragged)
+    top = torch.segment_reduce(scores, "max", offsets=ragged.cu_questions.long(), unsafe=True)
+    weight = (scores - top[question]).exp()
+    return weight / segment_sum(weight, ragged.cu_questions)[question]
+
+
+def _owner(offsets: Tensor, total: int) -> Tensor:
+    counts = offsets.diff().long()
+    return torch.arange(counts.numel(), device=offsets.device).repeat_interleave(counts, output_size=total)
