@@ -1,0 +1,278 @@
+"""Answers in text: closing statements taken off, answers extracted, answers compared.
+
+Kinds of answers: ``number`` (GSM8K), ``choice`` (a letter), ``yesno``, ``math`` (LaTeX, through math-verify) and
+``text`` (equal up to case, spacing and the full stop).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import threading
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from compact.errors import UserError
+
+KINDS = ("number", "choice", "yesno", "math", "text")
+
+_NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_LETTER = "[A-J]"
+_WORD = r"(?:and|so|thus|therefore|hence|then|finally|consequently|in conclusion|to conclude|in summary)\b[,:]?"
+_CONNECTIVE = rf"(?:{_WORD}\s+)"
+_NAMED = (
+    r"(?:(?:the|our|my)\s+)?(?:(?:final|correct|right|best)\s+)*"
+    r"(?:answer|(?:option|choice)(?=[\s:*]*(?:is\b)?[\s:*(]*(?-i:[A-J])\b))"
+)
+_OF = r"(?:\s+(?:to|for)\s+(?:the|this)\s+(?:question|problem))?"
+# What joins "the answer" to what it is; "answer" alone on a line counts too ("## Final Answer", then the answer).
+_IS = (
+    r"(?:\**\s*(?:(?:is|are|was|would\s+be|must\s+be|should\s+be)(?![\w'’])|=|:)[\s:*]*(?!not\b)"
+    r"|\**:?\**[ \t]*\n\s*)"
+)
+# One line, and no second sentence in it: what stands in mid-text is no closing statement.
+_STATED = r"(?P<stated>(?:(?![.!?]\s+\S)[^\n])+)"
+_HASHES = re.compile(r"(?:^|\s)####[ \t]*(?P<stated>[^\n]+)$")
+_STATEMENT = re.compile(
+    rf"(?:^|(?<=[\s(*]))[#*_]*[ \t]*{_CONNECTIVE}*{_NAMED}{_OF}{_IS}(?=\S){_STATED}$", re.IGNORECASE
+)
+_POSTFIX = re.compile(
+    rf"(?:^|(?<=\s)){_CONNECTIVE}*(?P<stated>{_NUMBER}|\({_LETTER}\)|\b(?-i:{_LETTER})\b|yes|no)"
+    rf"\s+is\s+(?:the|our|my)\s+(?:(?:final|correct|right)\s+)*(?:answer|option|choice)[.!]?$",
+    re.IGNORECASE,
+)
+# What may stand before a \boxed{…} that is a closing statement: a connective alone in its sentence, or "the answer is".
+_LEAD_IN = re.compile(
+    rf"(?:^|(?<=[.!?:])|(?<=\n))\s*(?:{_CONNECTIVE}*{_WORD})?\s*$"
+    rf"|(?:^|(?<=\s))[#*_]*[ \t]*{_CONNECTIVE}*{_NAMED}{_OF}{_IS}$",
+    re.IGNORECASE,
+)
+_WRAPPERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("*", "*"),
+    ("`", "`"),
+    ('"', '"'),
+)
+_TAIL = 600  # characters: no closing statement is longer, and patterns need not search a whole rationale
+
+
+def strip_closing(completion: str) -> tuple[str, str | None, bool]:
+    r"""Take the closing answer statement off the end of a completion.
+
+    ``#### 72``, "So the answer is 72.", "Therefore, the final answer is: (C)", "Answer: yes", "72 is the answer.",
+    ``\boxed{72}`` alone or after such words; several of them in a row go together, and the last one speaks. A
+    ``\boxed{9}`` that ends a sentence of the reasoning ("the total is $4+5=\boxed{9}$.") is unboxed, and the sentence
+    stays. Statements in mid-text stay.
+
+    Returns:
+        body (right-stripped), the stated answer or None, whether a closing statement was recognised.
+    """
+    body, stated = completion.rstrip(), None
+    while True:
+        shorter, found = _strip_one(body)
+        if found is None:
+            return body, stated, stated is not None
+        stated = found if stated is None else stated
+        if not body.startswith(shorter):
+            return shorter, stated, True  # unboxed: the sentence belongs to the reasoning
+        body = shorter
+
+
+def _strip_one(text: str) -> tuple[str, str | None]:
+    cut = max(0, len(text) - _TAIL)
+    boxed = _trailing_box(text)
+    if boxed is not None:
+        start, content, opening, closing = boxed
+        lead_in = _LEAD_IN.search(text, min(cut, start), start)
+        if lead_in is None:
+            return text[:start] + opening + content + closing, content
+        return text[: lead_in.start()].rstrip(" \t\n,;"), content
+    for pattern in (_HASHES, _POSTFIX, _STATEMENT):
+        match = pattern.search(text, cut)
+        if match and (stated := clean(match["stated"])):
+            return text[: match.start()].rstrip(" \t\n,;"), stated
+    return text, None
+
+
+def _box(text: str, end: int | None = None) -> tuple[int, int, str] | None:
+    r"""The last ``\boxed{…}`` with matching braces before `end`: where it begins and ends, its content."""
+    start = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
+    if start < 0:
+        return None
+    opened, depth = text.index("{", start), 0
+    for position in range(opened, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return start, position + 1, text[opened + 1 : position].strip()
+    return _box(text, start)
+
+
+def _trailing_box(text: str) -> tuple[int, str, str, str] | None:
+    """The box that ends the text, up to maths delimiters and a full stop: (start, content, marks before, after)."""
+    box = _box(text)
+    if box is None or not re.fullmatch(r"(?:\s|[.*!]|\$|\\\]|\\\)|\\end\{[a-z]+\*?\})*", text[box[1] :]):
+        return None
+    start, end, content = box
+    opening = re.compile(r"(?:\*\*|\$\$?|\\\[|\\\()?\s*$").search(text, max(0, start - 40), start)
+    assert opening is not None
+    return opening.start(), content, opening.group(), text[end:]
+
+
+def clean(stated: str) -> str:
+    """An answer without the marks around it: maths delimiters, bold, quotes, the full stop."""
+    text = stated.strip()
+    while True:
+        before = text
+        text = text.rstrip(" \t.!,;") if not text.endswith("...") else text
+        box = _trailing_box(text)
+        if box is not None and box[0] == 0:
+            text = box[1]
+        for left, right in _WRAPPERS:
+            if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):
+                text = text[len(left) : len(text) - len(right)].strip()
+        if text.endswith("**") and "**" not in text[:-2]:  # the bold began before the answer: "**Answer: 72**"
+            text = text[:-2]
+        if text == before:
+            return text
+
+
+def canonical(stated: str, kind: str) -> str:
+    """What a statement says, as an answer of its kind: "72 dollars" → "72", "(C) the bank" → "C", "No, it is not" → "no".
+
+    A statement that holds no answer of the kind comes back as :func:`clean` leaves it.
+    """
+    _check_kind(kind)
+    text = clean(stated)
+    if kind == "number":
+        said = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text.rpartition("=")[2].replace("−", "-"))
+        said = re.sub(r"^\s*-\s+", "-", re.sub(r"\{,\}|\\[,!$%]", "", said))
+        if mixed := re.search(r"(\d+)\s+(\d+)/(\d+)", said):  # 2 1/2
+            whole, part, of = map(int, mixed.groups())
+            return f"{whole * of + part}/{of}"
+        found = re.search(rf"{_NUMBER}(?:/\d+)?(?!\d*:\d)", said)
+        return found.group().translate(_DROP) if found else text
+    if kind == "choice":
+        found = re.match(r"(?:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])", text)
+        return found.group(1).upper() if found else text
+    if kind == "yesno":
+        found = re.match(r"(yes|no|true|false)\b", text, re.IGNORECASE)
+        return _YESNO[found.group(1).lower()] if found else text
+    return text
+
+
+_DROP = str.maketrans("", "", "$,%+ ")
+_YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+
+
+def extract(text: str, kind: str, strict: bool) -> str | None:
+    r"""The answer a generated text gives, or None.
+
+    Strict: what the first ``#### …`` or "The answer is …" states (math: also the last ``\boxed{…}``), and only if it
+    is of the kind. Flexible: that, or else what stands last in the text (the last number, letter, yes or no, formula,
+    line); for numbers the last number in any case, as lm-eval's flexible-extract does.
+    """
+    _check_kind(kind)
+    if kind == "number":
+        if not strict:
+            numbers = re.findall(_NUMBER, text.replace("−", "-"))
+            return numbers[-1].translate(_DROP) if numbers else None
+        found = _first(rf"{_MARK}\(?((?:-[ ])?{_NUMBER})", text.replace("−", "-"))
+        return found.translate(_DROP) if found else None
+    if kind == "choice":
+        found = _first(rf"{_MARK}(?:(?:option|choice)\s+)?\(?({_LETTER})\b(?!['’])", text)
+        if found or strict:
+            return found
+        letters = re.findall(rf"\(({_LETTER})\)", text) or re.findall(
+            rf"(?<![\w'’])({_LETTER})(?=[).:,]|\s*$|\s*\n)", text
+        )
+        return letters[-1] if letters else None
+    if kind == "yesno":
+        found = _first(rf"{_MARK}(yes|no|true|false)\b", text)
+        if found is None and not strict:
+            words = re.findall(r"\b(yes|no|true|false)\b", text, re.IGNORECASE)
+            found = words[-1] if words else None
+        return _YESNO[found.lower()] if found else None
+    if kind == "math":
+        box = _box(text)
+        if box is not None:
+            return box[2]
+    found = _first(rf"{_MARK}((?:(?![.!?](?:\s|$))[^\n])+)", text)
+    if found or strict:
+        return clean(found) or None if found else None
+    if kind == "math":
+        formulas = re.findall(r"\$([^$\n]+)\$", text) or re.findall(_NUMBER, text)
+        return formulas[-1].strip() if formulas else None
+    lines = text.strip().splitlines()
+    return clean(lines[-1]) or None if lines else None
+
+
+_MARK = r"(?:####|\b[Aa]nswer(?:\s+is\b|\s*:)\s*:?|\bANSWER\s*:)[ \t]*\**\s*"
+
+
+def _first(pattern: str, text: str) -> str | None:
+    # Case counts in letters ("a" is a word) and not in yes and no.
+    found = re.search(pattern, text, 0 if _LETTER in pattern else re.IGNORECASE)
+    return found.group(1) if found else None
+
+
+def same_answer(a: str, b: str, kind: str) -> bool:
+    """Whether two answers are the same; for ``math``, `a` is the gold one.
+
+    Numbers are compared by value without ``,`` ``$`` ``%`` and a trailing full stop (72.0 is 72, 0.5 is 1/2).
+
+    Raises:
+        UserError: an unknown kind, or math-verify is not installed.
+    """
+    _check_kind(kind)
+    if kind == "math":
+        return _same_math(a, b)
+    a, b = canonical(a, kind), canonical(b, kind)
+    if kind == "number":
+        x, y = _value(a), _value(b)
+        if x is not None and y is not None:
+            return x == y
+    return _plain(a) == _plain(b)
+
+
+def _value(text: str) -> Fraction | None:
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = Fraction(Decimal(numerator))
+        return value / Fraction(Decimal(denominator)) if slash else value
+    except (InvalidOperation, ZeroDivisionError, ValueError, OverflowError):
+        return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def _same_math(gold: str, predicted: str) -> bool:
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise UserError(
+            "answers of kind 'math' are compared by math-verify, which is not installed: "
+            "pip install 'compact[eval]' (or pip install math-verify), or use another answer kind"
+        ) from None
+    if _plain(gold) == _plain(predicted):
+        return True
+    # math-verify's time limit is a signal, which only the main thread may set.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    sides = [parse(text if "$" in text else f"${text}$", parsing_timeout=limit) for text in (gold, predicted)]
+    return bool(verify(sides[0], sides[1], timeout_seconds=limit))
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise UserError(f"unknown answer kind {kind!r}: use one of {', '.join(KINDS)}{nearest(kind)}")
+
+
+def nearest(kind: object) -> str:
+    """ "; did you mean 'number'?" or nothing."""
+    close = difflib.get_close_matches(str(kind), KINDS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
