@@ -1,0 +1,276 @@
+"""Accuracy by greedy generation, the log-probability of gold answers and solutions, and what was forgotten.
+
+python -m compact.evaluate RUN        repeats a finished run's evaluation, says whether it agrees with the stored
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from compact.answers import extract, same_answer
+from compact.config import DataConfig
+from compact.data import render_prompt
+from compact.errors import UserError
+from compact.generation import evaluating, generate_answers, score_answers, unwrap
+from compact.results import TaskResult, compare, load_results, store_results
+from compact.tasks import Task, TaskRow, load_task, task_from_questions
+
+__all__ = [
+    "Task",
+    "TaskRow",
+    "load_task",
+    "task_from_questions",
+    "TaskResult",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "load_results",
+    "store_results",
+]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    data: DataConfig | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 192,
+    progress: bool = True,
+) -> TaskResult:
+    """Answer every question of a task greedily, and score its gold answer and its reference solution.
+
+    Batched, left-padded, longest prompts first; each answer ends at EOS or after `max_new_tokens`. The model may be
+    wrapped (peft, DDP, accelerate); its training mode and generation config are restored. Where torch.distributed is
+    initialised, batches are dealt to the ranks and every rank returns the whole result, the same as one process would:
+    each batch is made up of the same questions.
+
+    Each prediction is {id, prompt, gold, kind, text, strict, flexible, strict_correct, correct, answer_logprob,
+    suffix_logprob, solution_logprob, tokens, finished}. Log-probabilities are means per token (natural logarithm,
+    fp32): of the answer's own tokens in the suffix ("The answer is …") put right after the prompt, of that whole suffix
+    with EOS, and of the reference solution (None where the row has none).
+
+    Args:
+        data: how prompts and suffixes are written (`prompt_template`, `suffix`); the training's.
+    Raises:
+        UserError: no questions, a prompt that leaves no room in the model's context, or a batch that does not fit.
+    """
+    if not task.rows:
+        raise UserError(f"task {task.name}: no questions")
+    data = data or DataConfig()
+    started = time.perf_counter()
+    causal = unwrap(model)
+    prompts = [render_prompt(row.prompt, tokenizer, data) for row in task.rows]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][rank::world]
+    done: dict[int, dict[str, Any]] = {}
+    hidden = not progress or rank > 0
+    with evaluating(causal), tqdm(total=sum(map(len, batches)), desc=task.name, unit="q", disable=hidden) as bar:
+        for batch in batches:
+            rows, ids = [task.rows[i] for i in batch], [prompts[i] for i in batch]
+            try:
+                answers = generate_answers(causal, tokenizer, rows, ids, max_new_tokens, data)
+                scores = score_answers(causal, tokenizer, rows, ids, data)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"task {task.name}: {len(batch)} questions at once do not fit in the device's memory; "
+                    f"set evaluation.batch_size below {batch_size}"
+                ) from None
+            for i, row, answer, score in zip(batch, rows, answers, scores):
+                done[i] = _prediction(row, answer, score)
+            bar.update(len(batch))
+    if world > 1:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, done)
+        done = {i: row for part in parts for i, row in part.items()}
+    predictions = [done[i] for i in range(len(task.rows))]
+    return TaskResult(task.name, task.split, task.kind, predictions, time.perf_counter() - started)
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    run: str | Path,
+    when: str,
+    *,
+    data: DataConfig | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 192,
+    progress: bool = True,
+) -> dict[str, TaskResult]:
+    """Evaluate every task and store predictions and summary under RUN/evaluation/{when}/ (rank 0 writes)."""
+    data = data or DataConfig()
+    results = {}
+    for task in tasks:
+        results[task.name] = evaluate(
+            model, tokenizer, task, data=data, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+        )
+    settings = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "prompt_template": data.prompt_template,
+        "suffix": data.suffix,
+    }
+    if not _distributed() or dist.get_rank() == 0:
+        store_results(results, settings, run, when)
+    return results
+
+
+def _prediction(row: TaskRow, answer: tuple[str, int, bool], scores: dict[str, float | None]) -> dict[str, Any]:
+    text, tokens, finished = answer
+    strict, flexible = extract(text, row.kind, strict=True), extract(text, row.kind, strict=False)
+    return {
+        **{"id": row.id, "prompt": row.prompt, "gold": row.answer, "kind": row.kind, "options": row.options},
+        **{"text": text, "strict": strict, "flexible": flexible},
+        "strict_correct": strict is not None and same_answer(row.answer, strict, row.kind),
+        "correct": flexible is not None and same_answer(row.answer, flexible, row.kind),
+        **{name: None if value is None else round(value, 6) for name, value in scores.items()},
+        **{"tokens": tokens, "finished": finished, "solution": row.solution},
+    }
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def tasks_of_run(run: Path) -> tuple[list[Task], dict[str, Any], str]:
+    """The tasks a run was evaluated on, its settings, and where they were found: after, else before, training.
+
+    Raises:
+        UserError: not a run's folder, or nothing was evaluated.
+    """
+    for when in ("after", "before"):
+        results, settings = load_results(run, when)
+        if results:
+            return [_task_of_result(result) for result in results.values()], settings, when
+    raise UserError(f"{run}/evaluation holds no results to repeat; let python -m compact.train finish first")
+
+
+def _task_of_result(result: TaskResult) -> Task:
+    fields = TaskRow.__dataclass_fields__
+    rows = ({**row, "answer": row["gold"]} for row in result.predictions)
+    return Task(result.name, tuple(TaskRow(**{k: row[k] for k in fields}) for row in rows), result.split)
+
+
+def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student of a finished run, on the GPU where there is one.
+
+    Raises:
+        UserError: saying what is missing and how to get it.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder; give the folder of a run (its recipe's `run`)")
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not the folder of a run: it holds no recipe.yaml")
+    if not (run / "student" / "config.json").is_file():
+        started = any((run / "checkpoints").glob("checkpoint-*"))
+        state = (
+            "training has not finished (there are checkpoints, no student)" if started else "there is no student yet"
+        )
+        raise UserError(f"{run}: {state}; run the training's command again, it goes on where it stopped")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
+    return model.to(device), AutoTokenizer.from_pretrained(run / "student")
+
+
+def agreement(stored: TaskResult, again: TaskResult) -> str:
+    """One line: does a repeated evaluation agree with the stored one?"""
+    pairs = list(zip(stored.predictions, again.predictions))
+    texts = sum(a["text"] == b["text"] for a, b in pairs)
+    verdicts = sum(a["correct"] == b["correct"] for a, b in pairs)
+    if texts == len(pairs):
+        return f"agrees with the stored result: all {len(pairs)} answers are the same"
+    if verdicts == len(pairs):
+        return f"agrees with the stored result in every verdict; {len(pairs) - texts} of {len(pairs)} texts differ"
+    return (
+        f"differs from the stored result (accuracy {stored.accuracy:.3f}) in {len(pairs) - verdicts} of {len(pairs)} "
+        "verdicts; another device, dtype or an adapter merged in bfloat16 may round differently"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compact.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--split", choices=("id", "ood", "forgetting"), help="only the tasks of this split")
+    parser.add_argument("--batch_size", type=int, help="default: as stored")
+    parser.add_argument("--max_new_tokens", type=int, help="default: as stored")
+    options = parser.parse_args(arguments)
+    own_group = "WORLD_SIZE" in os.environ and not _distributed()
+    if own_group:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        _repeat(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        if own_group:
+            dist.destroy_process_group()
+    return 0
+
+
+def _repeat(options: argparse.Namespace) -> None:
+    model, tokenizer = load_run(options.run)
+    tasks, settings, when = tasks_of_run(options.run)
+    tasks = [task for task in tasks if options.split in (None, task.split)]
+    if not tasks:
+        raise UserError(f"{options.run}: no task of split {options.split} was evaluated")
+    data = DataConfig(prompt_template=settings["prompt_template"], suffix=settings["suffix"])
+    # A first result goes where training would have put it; a repeated one beside the stored one, which stays.
+    to = "repeated" if when == "after" else "after"
+    results = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        options.run,
+        to,
+        data=data,
+        batch_size=options.batch_size or settings["batch_size"],
+        max_new_tokens=options.max_new_tokens or settings["max_new_tokens"],
+    )
+    if _distributed() and dist.get_rank() > 0:
+        return
+    stored = load_results(options.run, "after")[0] if when == "after" else {}
+    for name, result in results.items():
+        print(describe(result))
+        print(
+            f"  {agreement(stored[name], result)}"
+            if name in stored
+            else "  stored; there was no result to compare with"
+        )
+
+
+def describe(result: TaskResult) -> str:
+    """One line for a person."""
+    s = result.summary()
+    line = (
+        f"{result.name} ({result.split}, n = {s['n']}): accuracy {100 * s['accuracy']:.1f} ± "
+        f"{100 * s['standard_error']:.1f}% (strict {100 * s['strict']['accuracy']:.1f}%), "
+        f"log p of the answer {s['answer_logprob']['mean']:.3f} a token"
+    )
+    if s["solution_logprob"]["n"]:
+        line += f", of the solution {s['solution_logprob']['mean']:.3f}"
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

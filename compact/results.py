@@ -1,0 +1,162 @@
+"""Results of an evaluation: accuracies with their errors, what was forgotten, how they are kept in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compact.errors import UserError
+
+
+@dataclass
+class TaskResult:
+    """What a model did on a task. `predictions` has one row a question, in the task's order."""
+
+    name: str
+    split: str
+    kind: str
+    predictions: list[dict[str, Any]] = field(repr=False)
+    seconds: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, read flexibly."""
+        return mean([row["correct"] for row in self.predictions])
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers alone: accuracies with binomial standard errors, mean log-probabilities with theirs.
+
+        Means over no questions are None. A standard error of 0 at an accuracy of 0 or 1 only says that n is too
+        small to see the difference: the 95% interval (Wilson) is given beside it.
+        """
+        n = len(self.predictions)
+        out: dict[str, Any] = {"split": self.split, "kind": self.kind, "n": n, "seconds": round(self.seconds, 3)}
+        for name, key in (("flexible", "correct"), ("strict", "strict_correct")):
+            right = sum(row[key] for row in self.predictions)
+            error = binomial_error(right, n)
+            out[name] = {"accuracy": right / n, "standard_error": error, "interval": wilson(right, n)}
+        out.update(accuracy=out["flexible"]["accuracy"], standard_error=out["flexible"]["standard_error"])
+        for key in ("answer_logprob", "suffix_logprob", "solution_logprob"):
+            values = [row[key] for row in self.predictions if row.get(key) is not None]
+            out[key] = {"mean": mean(values), "standard_error": standard_error(values), "n": len(values)}
+        out["finished"] = mean([row["finished"] for row in self.predictions])  # share that stopped by itself
+        out["tokens"] = mean([row["tokens"] for row in self.predictions])  # mean length of an answer
+        return out
+
+
+def compare(before: TaskResult, after: TaskResult) -> dict[str, Any]:
+    """Item by item what was forgotten (right before, wrong after) and gained (the other way round).
+
+    `change` is the difference of the accuracies with the standard error of paired answers; `p_value` is McNemar's
+    exact test. Choice and yes/no questions are also hit by luck: `forgotten_by_luck` and `gained_by_luck` are the
+    flips to be expected if every answer not known were a fresh, even guess among the options (an upper bound for a
+    greedy model, whose guesses repeat).
+
+    Raises:
+        ValueError: the results are not about the same questions.
+    """
+    first = {row["id"]: row for row in before.predictions}
+    second = {row["id"]: row for row in after.predictions}
+    if first.keys() != second.keys():
+        missing = sorted(first.keys() ^ second.keys())
+        raise ValueError(
+            f"task {before.name}: {len(missing)} questions are in one result only, such as {missing[0]!r}"
+        )
+    forgotten = [i for i in first if first[i]["correct"] and not second[i]["correct"]]
+    gained = [i for i in first if not first[i]["correct"] and second[i]["correct"]]
+    n, lost, won = len(first), len(forgotten), len(gained)
+    out: dict[str, Any] = {
+        "n": n,
+        "forgotten": lost,
+        "gained": won,
+        "kept": sum(first[i]["correct"] and second[i]["correct"] for i in first),
+        "change": (won - lost) / n,
+        "standard_error": math.sqrt(max(0.0, won + lost - (won - lost) ** 2 / n)) / n,
+        "p_value": mcnemar(lost, won),
+        "forgotten_ids": forgotten,
+        "gained_ids": gained,
+    }
+    if all(row["options"] > 1 for row in first.values()):
+        # With c options a guesser is wrong (c - 1) times for each lucky hit; a hit flips when the next guess misses.
+        out["forgotten_by_luck"] = sum(1 / row["options"] for row in first.values() if not row["correct"])
+        out["gained_by_luck"] = sum(1 / row["options"] for row in second.values() if not row["correct"])
+    return out
+
+
+def store_results(results: dict[str, TaskResult], settings: dict[str, Any], run: str | Path, when: str) -> None:
+    """Write RUN/evaluation/{when}/{task}.jsonl (predictions) and summary.json, each whole or not at all."""
+    folder = Path(run) / "evaluation" / when
+    for name, result in results.items():
+        lines = [json.dumps(row, ensure_ascii=False) for row in result.predictions]
+        write_atomically(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    summary = {"settings": settings, "tasks": {name: result.summary() for name, result in results.items()}}
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def load_results(run: str | Path, when: str) -> tuple[dict[str, TaskResult], dict[str, Any]]:
+    """The stored results under RUN/evaluation/{when} and their settings; ({}, {}) where nothing is stored."""
+    folder = Path(run) / "evaluation" / when
+    if not (folder / "summary.json").is_file():
+        return {}, {}
+    stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    results = {}
+    for name, task in stored["tasks"].items():
+        with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+            predictions = [json.loads(line) for line in lines]
+        results[name] = TaskResult(name, task["split"], task["kind"], predictions, task["seconds"])
+    return results, stored["settings"]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that a reader sees the old one or the new one, never half of it.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; make room there, then run again") from error
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
+    """95% interval of a share; unlike p ± 1.96 se it has a width at 0 and at 1."""
+    p = right / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of n ≥ 2 values."""
+    if len(values) < 2:
+        return None
+    middle = sum(values) / len(values)
+    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def binomial_error(right: int, n: int) -> float:
+    return math.sqrt(right * (n - right) / n) / n
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided test that a changed item is as likely lost as won."""
+    changed = lost + won
+    tail = sum(math.comb(changed, i) for i in range(min(lost, won) + 1)) / 2**changed
+    return min(1.0, 2 * tail)
