@@ -104,15 +104,20 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets.long(), unsafe=True, initial=0.0)
 
 
+def question_spread(values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of a metric over the rationales of each question, (Q,) each."""
+    count = ragged.cu_questions.diff()
+    mean = segment_sum(values, ragged.cu_questions) / count
+    centred = values - mean[question_of_sequence(ragged)]
+    return mean, (segment_sum(centred.square(), ragged.cu_questions) / count).sqrt()
+
+
 def question_zscore(values: Tensor, ragged: Ragged) -> Tensor:
     """z-score of a metric over the rationales of each question, (S,); 0 where the spread is rounding."""
     question = question_of_sequence(ragged)
-    count = ragged.cu_questions.diff()
-    mean = segment_sum(values, ragged.cu_questions) / count
-    centred = values - mean[question]
-    std = (segment_sum(centred.square(), ragged.cu_questions) / count).sqrt()
+    mean, std = question_spread(values, ragged)
     flat = std <= 1e-6 * mean.abs().clamp_min(1.0)
-    return torch.where(flat[question], 0.0, centred / std.where(~flat, 1.0)[question])
+    return torch.where(flat[question], 0.0, (values - mean[question]) / std.where(~flat, 1.0)[question])
 
 
 def question_softmax(scores: Tensor, ragged: Ragged) -> Tensor:
