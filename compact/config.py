@@ -97,6 +97,9 @@ class EvaluationConfig:
     limit: int = 200  # questions a task
     max_new_tokens: int = 192
     batch_size: int = 64
+    instruct: bool = True  # end the prompts of `tasks` and `forgetting` in a line that says in what form to answer
+    reference: str | None = None  # the teacher whose rationales are scored as reference solutions of held-out questions
+    note: str | None = None  # a warning at the top of the report, about what its numbers may not be compared with
 
 
 @dataclass

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.answers import extract, same_answer
-from compact.config import DataConfig
+from compact.config import DataConfig, EvaluationConfig
 from compact.data import render_prompt
 from compact.errors import UserError
 from compact.generation import evaluating, generate_answers, score_answers, unwrap
@@ -36,6 +36,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_tasks",
+    "recipe_tasks",
     "load_results",
     "store_results",
 ]
@@ -60,9 +61,9 @@ def evaluate(
     each batch is made up of the same questions.
 
     Each prediction is {id, prompt, gold, kind, text, strict, flexible, strict_correct, correct, answer_logprob,
-    suffix_logprob, solution_logprob, tokens, finished}. Log-probabilities are means per token (natural logarithm,
-    fp32): of the answer's own tokens in the suffix ("The answer is …") put right after the prompt, of that whole suffix
-    with EOS, and of the reference solution (None where the row has none).
+    suffix_logprob, solution_logprob, tokens, finished}. Log-probabilities are means per token (natural
+    logarithm, fp32): of the answer's own tokens in the suffix ("The answer is …") put right after the prompt, of that
+    whole suffix with EOS, and of the reference solution (None where the row has none).
 
     Args:
         data: how prompts and suffixes are written (`prompt_template`, `suffix`); the training's.
@@ -149,6 +150,23 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def recipe_tasks(config: EvaluationConfig, held_out: Iterable[Mapping[str, Any]] | None, seed: int) -> list[Task]:
+    """The tasks of a recipe: the held-out questions (task "held_out", in distribution), then `tasks`, `forgetting`."""
+    tasks = []
+    if held_out is not None:
+        tasks.append(
+            task_from_questions("held_out", held_out, limit=config.limit, seed=seed, reference=config.reference)
+        )
+    for split, files in (("ood", config.tasks), ("forgetting", config.forgetting)):
+        for name, path in files.items():
+            tasks.append(load_task(name, path, split=split, limit=config.limit, seed=seed, instruct=config.instruct))
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"evaluation: two tasks are called {name!r}; names must differ")
+    return tasks
+
+
 def tasks_of_run(run: Path) -> tuple[list[Task], dict[str, Any], str]:
     """The tasks a run was evaluated on, its settings, and where they were found: after, else before, training.
 
@@ -186,8 +204,9 @@ def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"{run}: {state}; run the training's command again, it goes on where it stopped")
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
-    return model.to(device), AutoTokenizer.from_pretrained(run / "student")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
+    model.to(device)  # type: ignore[arg-type]
+    return model, AutoTokenizer.from_pretrained(run / "student")
 
 
 def agreement(stored: TaskResult, again: TaskResult) -> str:

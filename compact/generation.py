@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +24,7 @@ LOGIT_CHUNK = 1 << 24  # logits held at once while scoring: 64 MiB in float32
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside DDP, accelerate and peft wrappers, LoRA layers live inside it."""
     model = extract_model_from_parallel(model)
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @contextmanager
@@ -68,14 +70,14 @@ def generate_answers(
     )
     ids, mask = padded(prompts, pad_id(tokenizer), causal.device, left=True)
     try:
-        answers = causal.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+        answers = causal.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].tolist()  # type: ignore[operator]
     finally:
         causal.generation_config = own
     out = []
     next_question = None if tokenizer.chat_template else data.prompt_template.partition("{prompt}")[0].strip()
     for answer in answers:
         length = next((i for i, token in enumerate(answer) if token in stops), len(answer))
-        text = tokenizer.decode(answer[:length], skip_special_tokens=True)
+        text = str(tokenizer.decode(answer[:length], skip_special_tokens=True))
         finished = length < len(answer)
         if next_question and f"\n{next_question}" in text:
             # A base model goes on and asks itself the next question: its answer to this one ends there.

@@ -26,7 +26,7 @@ class TaskResult:
     @property
     def accuracy(self) -> float:
         """Share of right answers, read flexibly."""
-        return mean([row["correct"] for row in self.predictions])
+        return sum(row["correct"] for row in self.predictions) / len(self.predictions)
 
     def summary(self) -> dict[str, Any]:
         """Numbers alone: accuracies with binomial standard errors, mean log-probabilities with theirs.
