@@ -1,0 +1,153 @@
+"""The one loss implementation: from a student and a packed batch to the weighted loss, for every host trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compact.config import CompactConfig
+from compact.errors import UserError
+from compact.strategies.base import Context, Strategy
+from compact.student import Head, StudentOutput, head
+from compact_kernels import (
+    AdaptabilityOptions,
+    CompatibilityOutput,
+    Ragged,
+    compatibility_loss,
+    linear_token_stats,
+    question_consensus,
+)
+from compact_kernels.rule import segment_sum
+
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class Denominators(NamedTuple):
+    """What a step's loss is divided by (method §3), over the whole accumulation window and all ranks."""
+
+    questions: Tensor | float  # Q, questions with a scored row
+    tokens: Tensor | float  # N = Σ_q (1/K_q) Σ_k T_k
+
+    @classmethod
+    def of(cls, ragged: Ragged) -> Denominators:
+        """Those of one batch, from its host copy."""
+        host = ragged.host
+        targets = host.cu_rows[host.cu_questions.long()].diff().double()  # (Q,) Σ_k T_k
+        tokens = float((targets / host.cu_questions.diff()).sum())
+        return cls(float((targets > 0).sum()), tokens)
+
+
+def distillation_loss(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    strategy: Strategy,
+    config: CompactConfig,
+    *,
+    denominators: Denominators | None = None,
+    replicas: int = 1,
+) -> tuple[CompatibilityOutput, Context]:
+    """One forward pass of the student over a packed batch, and the loss of method eq. 11 on it.
+
+    Args:
+        model: a student that :func:`compact.student.prepare` has seen, however wrapped.
+        batch: what :class:`compact.collate.Collator` makes.
+        denominators: Q and N of the step; default: this batch's own.
+        replicas: R, what the gradient is divided by afterwards (data-parallel ranks); the loss is multiplied by it.
+    """
+    ragged: Ragged = batch["ragged"]
+    output = forward(model, batch)
+    lm_head = head(model)
+    with torch.no_grad():
+        consensus = _consensus(output, batch, config)
+        reference = None
+        if config.difficulty.kind == "ifd":
+            alone = batch["unconditional"]
+            reference = _mean_loss(forward(model, alone), lm_head, alone)
+    questions, tokens = Denominators.of(ragged) if denominators is None else denominators
+    per_question = replicas / _at_least_one(questions)
+    context = Context(teachers=batch["teachers"], pooled=output.pooled)
+    result = compatibility_loss(
+        output.hidden,
+        lm_head.weight,
+        _targets(batch),
+        ragged,
+        rule=strategy.bind(context),
+        consensus=consensus,
+        difficulty_reference=reference,
+        adaptability=AdaptabilityOptions(
+            epsilon=config.adaptability.epsilon,
+            span=config.adaptability.span,  # type: ignore[arg-type]  # checked by the configuration
+            length_norm=config.adaptability.length_norm,  # type: ignore[arg-type]
+        ),
+        divergence=strategy.divergence if config.divergence.kind == "strategy" else config.divergence.kind,  # type: ignore[arg-type]
+        divergence_weight=config.divergence.weight,
+        sft_reduction=config.sft_reduction,  # type: ignore[arg-type]
+        normalizer=replicas / _at_least_one(tokens) if config.sft_reduction == "token" else per_question,
+        divergence_normalizer=per_question,
+        bias=lm_head.bias,
+        logit_scale=lm_head.logit_scale,
+        softcap=lm_head.softcap,
+    )
+    return result, context
+
+
+def consensus_vectors(
+    output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose scaled product is the affinity that `consensus.affinity` asks for (eq. 4)."""
+    affinity = config.consensus.affinity
+    if affinity == "attention":
+        if output.query is None or output.key is None:
+            raise UserError(
+                "this architecture's last-layer query and key projections were not found: "
+                "set consensus.affinity to cosine (of the final hidden states)"
+            )
+        return output.query, output.key
+    vectors = batch["embeddings"] if affinity == "sentence" else output.eos_hidden
+    unit = F.normalize(vectors.float(), dim=-1)
+    return unit * math.sqrt(unit.shape[-1]), unit  # the op divides by √d: what is left is the cosine
+
+
+def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> StudentOutput:
+    """The student's one forward pass over a packed batch, through whatever wraps it."""
+    return model(**{name: batch[name] for name in MODEL_INPUTS}, compact=batch["ragged"])
+
+
+def _consensus(output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig) -> Tensor:
+    query, key = consensus_vectors(output, batch, config)
+    return question_consensus(
+        query,
+        key,
+        batch["ragged"],
+        temperature=config.consensus.temperature,
+        centrality=config.consensus.centrality,  # type: ignore[arg-type]
+    )
+
+
+def _targets(batch: Mapping[str, Any]) -> Tensor:
+    """(T,) the next token of every position; the first label of each sequence is −100, so none crosses over."""
+    return F.pad(batch["labels"][0, 1:], (0, 1), value=-100)
+
+
+def _mean_loss(output: StudentOutput, lm_head: Head, batch: Mapping[str, Any]) -> Tensor:
+    """(S,) mean negative log-likelihood a token."""
+    ragged: Ragged = batch["ragged"]
+    tokens = linear_token_stats(
+        output.hidden,
+        lm_head.weight,
+        _targets(batch),
+        ragged,
+        bias=lm_head.bias,
+        logit_scale=lm_head.logit_scale,
+        softcap=lm_head.softcap,
+    )
+    return -segment_sum(tokens.logprob, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)
+
+
+def _at_least_one(value: Tensor | float) -> Tensor | float:
+    return value.clamp_min(1) if isinstance(value, Tensor) else max(value, 1.0)

@@ -1,0 +1,190 @@
+"""The table of a run: one row an optimizer step, kept on the device until somebody reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compact.errors import UserError
+from compact_kernels import CompatibilityOutput
+from compact_kernels.rule import question_spread, segment_sum
+
+METRICS = ("adaptability", "consensus", "difficulty")
+_SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS)
+_PER_TEACHER = ("count", "alpha", *METRICS)
+
+
+def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: int) -> Tensor:
+    """What the table keeps of one batch, as sums that add up over batches and ranks: one vector on the device.
+
+    Args:
+        teachers: (S,) teacher index of every rationale.
+    """
+    statistics, ragged = result.statistics, result.statistics.ragged
+    values = [getattr(statistics, name) for name in METRICS]
+    entropy = segment_sum(torch.special.entr(result.alpha), ragged.cu_questions).sum()
+    questions = result.alpha.new_tensor(float(ragged.num_questions))
+    spreads = [question_spread(value, ragged)[1].sum() for value in values]
+    one_hot = torch.nn.functional.one_hot(teachers, num_teachers).to(result.alpha.dtype)  # (S, teachers)
+    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values])  # (5, S)
+    none = torch.zeros_like(result.sft)
+    scalars = [result.loss.detach(), result.sft, result.divergence, none, questions, entropy, *spreads]
+    return torch.cat([torch.stack(scalars), (columns @ one_hot).flatten()]).double()
+
+
+class MetricsTable:
+    """Collects the rows of a run and writes them to a JSON Lines file.
+
+    Args:
+        path: the file; rows after the step that a run resumes from are cut off.
+        teachers: names, in the order of their indices.
+    """
+
+    def __init__(self, path: Path, teachers: Sequence[str]) -> None:
+        self.path, self.teachers = path, list(teachers)
+        self._write = False
+        self._open: Tensor | None = None  # the sums of the optimizer step under way
+        self._tokens, self._questions = 0, []
+        self._pending: list[tuple[dict[str, Any], Tensor, list[str]]] = []
+        self._elapsed_before, self._started = 0.0, time.perf_counter()
+
+    def start(self, step: int, *, write: bool) -> None:
+        """Begin after optimizer step `step`; only a rank with `write` touches the file."""
+        self._write = write
+        self._started = time.perf_counter()
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self._elapsed_before = rows[-1]["seconds"] if rows else 0.0
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_suffix(".writing")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            aside.replace(self.path)
+
+    def add(self, sums: Tensor, batch: Mapping[str, Any]) -> None:
+        """Add one micro-batch to the optimizer step under way."""
+        self._open = sums if self._open is None else self._open + sums
+        self._tokens += batch["input_ids"].numel()
+        self._questions.extend(batch.get("question_ids", ()))
+
+    def close_step(self, step: int, epoch: float, learning_rate: float, grad_norm: Tensor | float) -> None:
+        """The optimizer has stepped: what was added becomes a row."""
+        if self._open is None:
+            return
+        self._open[_SCALARS.index("grad_norm")] = grad_norm
+        seconds = self._elapsed_before + time.perf_counter() - self._started
+        host = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "seconds": seconds, "tokens": self._tokens}
+        self._pending.append((host, self._open, self._questions))
+        self._open, self._tokens, self._questions = None, 0, []
+
+    def flush(self, accelerator: Any) -> dict[str, float]:
+        """Fetch the rows that are waiting, write them, and give their averages for the log.
+
+        Every rank must call it at the same step. One transfer from the device, one all-reduce.
+
+        Raises:
+            UserError: the loss or the gradient of a step was not finite; says which, and on what questions.
+        """
+        if not self._pending:
+            return {}
+        pending, self._pending = self._pending, []
+        tokens = torch.tensor([float(host["tokens"]) for host, _, _ in pending], dtype=torch.float64)
+        matrix = torch.stack([sums for _, sums, _ in pending])
+        own_loss = matrix[:, 0].isfinite().cpu()
+        matrix = torch.cat([matrix, tokens.to(matrix.device)[:, None]], dim=1)
+        replicas = accelerator.num_processes
+        matrix = accelerator.reduce(matrix, "sum").cpu()
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_bytes()
+        rows, previous = [], None
+        for (host, _, questions), values, own_finite in zip(pending, matrix.tolist(), own_loss.tolist()):
+            row = self._row(host, values, replicas, peak)
+            if previous is None:
+                previous = getattr(self, "_last_seconds", self._elapsed_before)
+            row["tokens_per_second"] = values[-1] / max(row["seconds"] - previous, 1e-9)
+            previous = self._last_seconds = row["seconds"]
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                self._append(rows)
+                what = "loss" if not math.isfinite(row["loss"]) else "gradient"
+                where = f" on questions {', '.join(questions)}" if not own_finite or what == "gradient" else ""
+                raise UserError(
+                    f"the {what} is not finite at step {row['step']}{where} "
+                    f"(loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['learning_rate']:.3g}). "
+                    "Training stopped; the last checkpoint is from before that step. "
+                    "Lower training.learning_rate, train in bfloat16 or float32, or look at those questions."
+                )
+            rows.append(row)
+        self._append(rows)
+        return self._averages(rows)
+
+    def _row(self, host: dict[str, Any], values: list[float], replicas: int, peak: int) -> dict[str, Any]:
+        scalar = dict(zip(_SCALARS, values))
+        count = max(scalar["questions"], 1.0)
+        table = torch.tensor(values[len(_SCALARS) : -1]).view(len(_PER_TEACHER), len(self.teachers)).T.tolist()
+        teachers = {}
+        for name, sums in zip(self.teachers, table):
+            entry = dict(zip(_PER_TEACHER, sums))
+            if entry["count"]:
+                teachers[name] = {k: v if k == "count" else v / entry["count"] for k, v in entry.items()}
+        return {
+            "step": host["step"],
+            "epoch": host["epoch"],
+            # each rank's share of the loss carries the factor that data-parallel averaging takes away again
+            **{name: scalar[name] / replicas for name in ("loss", "loss_sft", "loss_mcon", "grad_norm")},
+            "learning_rate": host["learning_rate"],
+            "alpha_entropy": scalar["alpha_entropy"] / count,
+            "questions": int(scalar["questions"]),
+            "seconds": host["seconds"],
+            "peak_memory_bytes": peak,
+            "teachers": teachers,
+            "spread": {name: scalar[name] / count for name in METRICS},
+        }
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        if self._write and rows:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    @staticmethod
+    def _averages(rows: list[dict[str, Any]]) -> dict[str, float]:
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values)
+
+        logs = {
+            "loss/sft": mean([row["loss_sft"] for row in rows]),
+            "loss/mcon": mean([row["loss_mcon"] for row in rows]),
+            "alpha_entropy": mean([row["alpha_entropy"] for row in rows]),
+            "tokens_per_second": mean([row["tokens_per_second"] for row in rows]),
+            "peak_memory_bytes": float(rows[-1]["peak_memory_bytes"]),
+        }
+        for name in METRICS:
+            logs[f"spread/{name}"] = mean([row["spread"][name] for row in rows])
+        for teacher in sorted({name for row in rows for name in row["teachers"]}):
+            present = [row["teachers"][teacher] for row in rows if teacher in row["teachers"]]
+            for name in ("alpha", *METRICS):
+                logs[f"{name}/{teacher}"] = mean([entry[name] for entry in present])
+        return logs
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table; a last line that a kill cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _resident_bytes() -> int:
+    """Peak resident memory of this process, in bytes, where there is no GPU to ask."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,58 @@
+"""What every strategy is: from the statistics of a batch to a weight per rationale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from compact.config import CompactConfig
+from compact_kernels import Statistics
+
+
+class Context(NamedTuple):
+    """What a strategy may know of a batch besides its statistics."""
+
+    teachers: Tensor  # (S,) int64, indices into the strategy's teacher names
+    pooled: Tensor  # (S, D) the student's mean hidden state of each rationale, detached
+
+
+class Strategy:
+    """Decides α. Subclasses override :meth:`weights`; one that learns also overrides the four methods below it.
+
+    Args:
+        config: the method's configuration.
+        teachers: names of the dataset's teachers, in the order of their indices.
+    """
+
+    divergence: Literal["kl", "jsd"] = "kl"  # the kind of L_MCon that belongs to the method
+
+    def __init__(self, config: CompactConfig, teachers: Sequence[str]) -> None:
+        self.config = config
+        self.teachers = list(teachers)
+
+    def weights(self, statistics: Statistics, context: Context) -> Tensor:
+        """α (S,), ≥ 0, summing to one over each question. Called without gradient, inside the pass."""
+        raise NotImplementedError
+
+    def bind(self, context: Context) -> Callable[[Statistics], Tensor]:
+        """The rule of one batch, as :func:`compact_kernels.compatibility_loss` takes it."""
+        return lambda statistics: self.weights(statistics, context)
+
+    def uses_teacher(self, index: int) -> bool:
+        """Whether rationales of this teacher are trained on at all; a question left without any is dropped, counted."""
+        return True
+
+    def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
+        """Called after every training batch's loss: where a learned strategy computes and accumulates its own."""
+
+    def step(self) -> None:
+        """Called after every optimizer step of the student."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that must survive a resume; saved in every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""

@@ -1,0 +1,74 @@
+"""Weightings to compare with (method §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compact.config import CompactConfig
+from compact.errors import UserError
+from compact.strategies.base import Context, Strategy
+from compact_kernels import Statistics
+from compact_kernels.rule import question_of_sequence, question_softmax, segment_sum
+
+
+class Uniform(Strategy):
+    """Every rationale of a question weighs the same."""
+
+    def weights(self, statistics: Statistics, context: Context) -> Tensor:
+        return question_softmax(torch.zeros_like(statistics.difficulty), statistics.ragged)
+
+
+class LowestLoss(Strategy):
+    """All weight to the rationale that the student finds easiest; ties share it."""
+
+    def weights(self, statistics: Statistics, context: Context) -> Tensor:
+        ragged = statistics.ragged
+        lowest = torch.segment_reduce(
+            statistics.difficulty, "min", offsets=ragged.cu_questions.long(), unsafe=True
+        )
+        best = (statistics.difficulty == lowest[question_of_sequence(ragged)]).to(statistics.difficulty.dtype)
+        return best / segment_sum(best, ragged.cu_questions)[question_of_sequence(ragged)]
+
+
+class Fixed(Strategy):
+    """A weight per teacher, given (TinyLLM); normalised over the teachers that a question has."""
+
+    def __init__(self, config: CompactConfig, teachers: Sequence[str]) -> None:
+        super().__init__(config, teachers)
+        fixed = config.weights.fixed or {}
+        _check_known("weights.fixed", fixed, teachers)
+        self.table = torch.tensor([float(fixed.get(name, 0.0)) for name in teachers])
+        if (self.table < 0).any() or not (self.table > 0).any():
+            raise UserError(f"weights.fixed is {fixed}: weights are not negative and at least one is positive")
+
+    def weights(self, statistics: Statistics, context: Context) -> Tensor:
+        ragged = statistics.ragged
+        weight = self.table.to(statistics.difficulty)[context.teachers]
+        return weight / segment_sum(weight, ragged.cu_questions)[question_of_sequence(ragged)]
+
+    def uses_teacher(self, index: int) -> bool:
+        return bool(self.table[index] > 0)
+
+
+class Single(Uniform):
+    """One teacher alone: ordinary fine-tuning on its rationales."""
+
+    def __init__(self, config: CompactConfig, teachers: Sequence[str]) -> None:
+        super().__init__(config, teachers)
+        name = config.weights.teacher
+        if name is None:
+            raise UserError("strategy is single: name the teacher with weights.teacher")
+        _check_known("weights.teacher", [name], teachers)
+        self.teacher = self.teachers.index(name)
+
+    def uses_teacher(self, index: int) -> bool:
+        return index == self.teacher
+
+
+def _check_known(key: str, names: Sequence[str] | dict[str, float], teachers: Sequence[str]) -> None:
+    for name in names:
+        if name not in teachers:
+            raise UserError(f"{key} names {name!r}, but the dataset's teachers are: {', '.join(teachers)}")

@@ -1,0 +1,72 @@
+"""One question as the student sees it: the evidence along each rationale, the graph between them, the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from compact.collate import Collator
+from compact.config import CompactConfig
+from compact.loss import consensus_vectors, distillation_loss, forward
+from compact.strategies import Strategy
+from compact_kernels import question_affinity
+
+
+@torch.no_grad()
+def trace_question(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    item: Mapping[str, Any],
+    strategy: Strategy,
+    config: CompactConfig,
+    teachers: Sequence[str],
+    collator: Collator,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What the pictures of a report need of one tokenized question (plain values, ready for JSON).
+
+    `evidence[t]` is I_t of eq. 2 after t body tokens, `thinking[t]` whether body token t was a thinking token; `affinity`
+    is A of eq. 4.
+    """
+    batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in collator([item]).items()}
+    if "unconditional" in batch:
+        batch["unconditional"] = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch["unconditional"].items()}
+    was_training = model.training
+    model.eval()
+    try:
+        result, _ = distillation_loss(model, batch, strategy, config)
+        query, key = consensus_vectors(forward(model, batch), batch, config)
+    finally:
+        model.train(was_training)
+    ragged = batch["ragged"]
+    affinity, _ = question_affinity(query, key, ragged, temperature=config.consensus.temperature)
+    statistics, offsets = result.statistics, ragged.host.cu_rows.tolist()
+    evidence, thinking = statistics.tokens.evidence.tolist(), ragged.host.thinking.tolist()
+    rationales = []
+    for s, rationale in enumerate(item["rationales"]):
+        rows = slice(offsets[s], offsets[s] + rationale["body_length"] + 1)
+        body = rationale["completion_ids"][: rationale["body_length"]]
+        rationales.append(
+            {
+                "teacher": teachers[rationale["teacher"]],
+                "tokens": ["", *(tokenizer.decode([token]) for token in body)],
+                "evidence": evidence[rows],
+                "thinking": thinking[rows],
+                "alpha": float(result.alpha[s]),
+                "adaptability": float(statistics.adaptability[s]),
+                "consensus": float(statistics.consensus[s]),
+                "difficulty": float(statistics.difficulty[s]),
+                "wrong": bool(rationale["wrong"]),
+            }
+        )
+    return {
+        "question_id": item["id"],
+        "prompt": tokenizer.decode(item["prompt_ids"]),
+        "answer": item["answer"],
+        "teachers": [rationale["teacher"] for rationale in rationales],
+        "rationales": rationales,
+        "affinity": affinity[0].tolist(),
+    }

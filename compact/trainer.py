@@ -1,0 +1,261 @@
+"""CompactTrainer: transformers' Trainer with COMPACT's batches, loss, step normalisation and logs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from compact import student
+from compact.collate import Collator
+from compact.config import CompactConfig, DataConfig
+from compact.data import tokenize_questions
+from compact.errors import UserError
+from compact.loss import Denominators, distillation_loss
+from compact.metrics import MetricsTable, batch_metrics
+from compact.strategies import build_strategy
+
+logger = logging.getLogger(__name__)
+
+STRATEGY_STATE = "strategy.pt"
+
+
+class CompactTrainer(Trainer):
+    """Distills the rationales of several teachers into one student, weighted by compatibility.
+
+    Args:
+        model: a causal LM, plain or with a peft adapter.
+        args: transformers' training arguments; `per_device_train_batch_size` counts questions.
+        config: the method.
+        train_dataset: questions with their rationales (design's data format), or what
+            :func:`compact.data.tokenize_questions` made of them.
+        teachers: names of the teachers, where the dataset is tokenized already.
+        data: how questions become tokens, where it is not.
+        metrics_path: the table of the run, one JSON object an optimizer step; default: in `args.output_dir`.
+
+    The step's loss is that of method §3: invariant to gradient accumulation and to the number of data-parallel ranks.
+
+    Raises:
+        UserError: a setting under which that loss, or the method, would be silently wrong.
+    """
+
+    loss_is_scaled_for_ga = True  # transformers ≥ 5.19: the loss is divided by the whole window's denominators
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *,
+        config: CompactConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teachers: Sequence[str] | None = None,
+        data: DataConfig | None = None,
+        metrics_path: str | os.PathLike[str] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = TrainingArguments("compact-run") if args is None else args
+        config = CompactConfig() if config is None else config
+        config.validate()
+        _refuse(args, kwargs)
+        args.logging_nan_inf_filter = False  # a loss that is not finite stops the run, and is never averaged away
+        if train_dataset is not None and "prompt_ids" not in train_dataset.column_names:
+            if processing_class is None:
+                raise UserError("train_dataset holds text: pass processing_class, the student's tokenizer")
+            train_dataset, report = tokenize_questions(train_dataset, processing_class, data or DataConfig())
+            teachers = report.teachers
+            if eval_dataset is not None:
+                eval_dataset, _ = tokenize_questions(eval_dataset, processing_class, data or DataConfig())
+        if teachers is None:
+            raise UserError("a tokenized train_dataset needs `teachers`, the names that its teacher indices stand for")
+        self.config = config
+        self.strategy = build_strategy(config, teachers)
+        self.teacher_names = list(teachers)
+        kwargs.setdefault(
+            "data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd")
+        )
+        super().__init__(
+            model=student.prepare(model),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
+        for extent in ("cp", "sp"):
+            if getattr(self, f"get_{extent}_size")() > 1:
+                raise UserError(f"{extent} parallelism splits sequences, which per-rationale weights do not survive")
+        self.table = MetricsTable(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"), self.teacher_names)
+        self._grad_norm: Tensor | float = 0.0
+        self.add_callback(_StepCallback(self))
+        if any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_Progress())
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        if inputs["ragged"].num_rows == 0:
+            logger.warning("a batch has no token to predict (questions %s): its loss is 0", inputs["question_ids"])
+        window = None if num_items_in_batch is None else Denominators(*num_items_in_batch)
+        replicas = 1 if window is None else self.accelerator.num_processes // self.get_tp_size()
+        result, context = distillation_loss(
+            model, inputs, self.strategy, self.config, denominators=window, replicas=replicas
+        )
+        if model.training:
+            self.strategy.observe(result.statistics, context, result.alpha)
+            self.table.add(batch_metrics(result, context.teachers, len(self.teacher_names)), inputs)
+        return (result.loss, result) if return_outputs else result.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss on held-out questions; accuracy by generation is :mod:`compact.evaluate`'s."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor | None:
+        """[Q, N] of method §3 over the accumulation window and all ranks, in place of a token count."""
+        if not batch_samples:
+            return None
+        counts = [Denominators.of(batch["ragged"]) for batch in batch_samples]
+        window = torch.tensor(counts, dtype=torch.float64).sum(0).float().to(device)
+        return self.accelerator.reduce(window, "sum") / self.get_tp_size()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self.train_dataset.column_names)
+
+    # ---- logs ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(self.table.flush(self.accelerator))
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return getattr(self, "_aside", None) or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write the checkpoint aside, then rename it: a folder called checkpoint-N is always whole."""
+        self.table.flush(self.accelerator)  # raises where the loss is not finite: nothing is saved after that
+        final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        aside = final.parent / f".{final.name}.writing"
+        written = aside / final.name
+        self._aside = str(aside)
+        try:
+            super()._save_checkpoint(model, trial)
+            state = self.strategy.state_dict()
+            if state and self.args.should_save:
+                torch.save(state, written / STRATEGY_STATE)
+            if self.state.best_global_step and self.args.should_save:
+                best = final.parent / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best) if best == final or best.exists() else None
+                self.state.save_to_json(str(written / "trainer_state.json"))
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError) or "SafetensorError" in type(error).__name__ or "inline_container" in str(error):
+                raise UserError(
+                    f"the checkpoint of step {self.state.global_step} could not be written to {final.parent}: {error}. "
+                    "Earlier checkpoints are whole: make room and run the same command again to go on from the last one."
+                ) from error
+            raise
+        finally:
+            self._aside = None
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(written, final)
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and written.exists():  # nodes without a shared file system
+            os.replace(written, final)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(final.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle that nobody here reads
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / STRATEGY_STATE).exists():
+            state = torch.load(Path(checkpoint) / STRATEGY_STATE, weights_only=True, map_location=self.args.device)
+            self.strategy.load_state_dict(state)
+
+
+class _StepCallback(TrainerCallback):
+    """Marks the optimizer steps: a row of the table, and a learned strategy's own step."""
+
+    def __init__(self, trainer: CompactTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            for leftover in Path(args.output_dir).glob(".checkpoint-*.writing"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self.trainer.table.start(state.global_step, write=state.is_world_process_zero)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.strategy.step()
+        self.trainer.table.close_step(
+            state.global_step, state.epoch, self.trainer._get_learning_rate(), self.trainer._grad_norm
+        )
+
+
+class _Progress(ProgressCallback):
+    """The progress bar, with the few numbers that a person follows, instead of a line of numbers a log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
+            return
+        shown = {"loss": f"{logs['loss']:.3f}"}
+        shown |= {f"α {k.removeprefix('alpha/')}": f"{v:.2f}" for k, v in logs.items() if k.startswith("alpha/")}
+        self.training_bar.set_postfix(shown, refresh=False)
+
+
+def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs in one process would use DataParallel, which splits questions: "
+            "run under torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if not args.average_tokens_across_devices:
+        raise UserError("average_tokens_across_devices=False would make the loss depend on the number of ranks")
+    if args.label_smoothing_factor:
+        raise UserError("label_smoothing_factor is not part of this loss: leave it at 0")
+    for name in ("compute_loss_func", "compute_metrics"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name} would be ignored: the loss is the method's; accuracy comes from compact.evaluate")
