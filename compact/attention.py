@@ -1,0 +1,240 @@
+"""Attention over packed rows that never builds a mask over the packed row, and the choice of an implementation.
+
+Importing this module registers two functions with transformers' ``AttentionInterface``:
+
+``compact_varlen``
+    Sequences end to end, told apart by ``cu_seq_lens_q`` / ``cu_seq_lens_k`` as flash-attention is told. Runs
+    ``torch.nn.attention.varlen`` where its kernel can run (CUDA, half precision, see :func:`varlen_can_run`), else
+    scaled-dot-product attention sequence by sequence (CPUs, float32, dropout, odd head sizes): slower, as exact, and
+    no larger in memory than the longest sequence alone. Without ``cu_seq_lens_q`` — generation with a padding mask
+    and a cache — it *is* transformers' ``sdpa``, mask included, so a model may train and generate under it.
+``compact_projections``
+    Attention in which every token sees itself alone, and which notes the queries and keys it was given
+    (:class:`Projections`). Used by :mod:`compact.student` to read a layer's projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from compact.errors import UserError
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class _Packed:
+    """Whether the forward pass that runs now is a packed one (then ``cu_seq_lens_q`` stands in for the mask)."""
+
+    active: bool = False
+
+
+_packed = _Packed()
+
+
+@contextmanager
+def packed_rows() -> Iterator[None]:
+    """Inside, ``compact_varlen`` asks for no mask: every layer is given ``cu_seq_lens_q``."""
+    before, _packed.active = _packed.active, True
+    try:
+        yield
+    finally:
+        _packed.active = before
+
+
+def varlen_can_run(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's varlen kernel takes these tensors (B, H, T, d); the one predicate of ``compact_varlen``."""
+    return (
+        query.is_cuda
+        and query.dtype in HALF
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and dropout == 0.0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def compact_varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention of sequences laid end to end.
+
+    Args:
+        query: (1, H, T, d) with packed sequences, (B, H, T, d) without.
+        key, value: (1, H_kv, T, d); H is a multiple of H_kv (grouped-query attention).
+        sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it in its sequence.
+        cu_seq_lens_q: (S+1,) int32 token offsets of the sequences; None: not packed, transformers' ``sdpa`` answers.
+        max_length_q: the longest sequence, a host int.
+
+    Returns:
+        (B, T, H, d) and None (no attention weights).
+
+    Raises:
+        UserError: softcap, attention sinks or a position bias, which this implementation does not know.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UserError(
+                f"student.attention=compact_varlen cannot apply {type(module).__name__}'s {name}; "
+                "take student.attention=flex_attention, or eager on a CPU"
+            )
+    if cu_seq_lens_q is None or attention_mask is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.shape[0] != 1:
+        raise ValueError(f"packed sequences come as one row, got a batch of {query.shape[0]}")
+    if varlen_can_run(query, value, dropout):
+        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    return _by_sequence(query, key, value, dropout, scaling, sliding_window, cu_seq_lens_q), None
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    offsets: Tensor,
+    longest: int | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    # (1, H, T, d) -> (T, H, d); heads are repeated by hand because only newer torch has enable_gqa.
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    longest = int(offsets.diff().max()) if longest is None else longest
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window)
+    return output.unsqueeze(0)
+
+
+def _by_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    offsets: Tensor,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = offsets.diff().tolist()
+    outputs = []
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value))):
+        mask = None
+        if sliding_window is not None and sliding_window < q.shape[2]:
+            position = torch.arange(q.shape[2], device=q.device)
+            distance = position[:, None] - position
+            mask = (distance >= 0) & (distance < sliding_window)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def compact_varlen_mask(*args, **kwargs) -> Tensor | None:
+    """No mask for a packed row; transformers' ``sdpa`` mask (B, 1, T, T_kv) otherwise."""
+    return None if _packed.active else sdpa_mask(*args, **kwargs)
+
+
+@dataclass
+class Projections:
+    """What ``compact_projections`` was given: query (B, H, T, d), key (B, H_kv, T, d), the layer's logit scale."""
+
+    query: Tensor
+    key: Tensor
+    scaling: float | None
+
+
+_projections: list[Projections] = []
+
+
+def compact_projections(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """Attention of every token to itself alone, that is its value; notes query and key for :func:`noted`."""
+    _projections.append(Projections(query, key, kwargs.get("scaling")))
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+
+@contextmanager
+def noted(config: PretrainedConfig) -> Iterator[list[Projections]]:
+    """Inside, attention modules of `config` run ``compact_projections``; yields the list that they append to."""
+    before = config._attn_implementation
+    config._attn_implementation_internal = "compact_projections"
+    _projections.clear()
+    try:
+        yield _projections
+    finally:
+        config._attn_implementation_internal = before
+        _projections.clear()
+
+
+AttentionInterface.register("compact_varlen", compact_varlen)
+AttentionInterface.register("compact_projections", compact_projections)
+AttentionMaskInterface.register("compact_varlen", compact_varlen_mask)
+
+
+def attention_for(model_class: type[PreTrainedModel], config: PretrainedConfig, device, dtype: torch.dtype) -> str:
+    """The attention implementation for packed training: exact on CPUs, no mask over the packed row on GPUs.
+
+    * Not CUDA: ``sdpa``; ``eager`` where the model needs a softcap that sdpa lacks (Gemma 2).
+    * CUDA, half precision: ``flash_attention_3`` / ``flash_attention_2`` where installed.
+    * CUDA otherwise: ``compact_varlen`` where all the model asks of attention is causality, a sliding window and
+      dropout; ``flex_attention`` for softcaps, attention sinks and chunked attention.
+
+    Args:
+        model_class: the causal LM's class. config: its configuration. device, dtype: where and in what it trains.
+
+    Raises:
+        UserError: no implementation can run this model packed on a GPU without a dense mask.
+    """
+    text = config.get_text_config()
+    softcap = getattr(text, "attn_logit_softcapping", None) is not None
+    if torch.device(device).type != "cuda":
+        return "sdpa" if model_class._supports_sdpa and not softcap else "eager"
+    # Models that run under flash-attention hand their window to the attention function; others hide it in a mask.
+    if model_class._supports_flash_attn and dtype in HALF:
+        if is_flash_attn_3_available() and not softcap:
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if (
+        model_class._supports_flash_attn
+        and model_class._supports_attention_backend
+        and not softcap
+        and kinds <= {"full_attention", "sliding_attention"}
+    ):
+        return "compact_varlen"
+    if model_class._supports_flex_attn:
+        return "flex_attention"
+    raise UserError(
+        f"student.attention: no packed attention for {model_class.__name__} on a GPU (neither flash-attention, "
+        "torch's varlen nor flex attention); choose student.attention=sdpa or eager, "
+        "which build a mask of all tokens by all tokens"
+    )

@@ -1,0 +1,381 @@
+"""A causal LM that stops at its hidden states: its backbone, head and last-layer projections.
+
+``prepare`` teaches a Hugging Face causal LM the call ``model(…, compact=ragged)``; ``head`` finds the output layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from compact.attention import noted, packed_rows
+from compact.errors import UserError
+from compact_kernels.ragged import Ragged
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class StudentOutput:
+    """What the student's forward returns for a packed batch of S sequences, T tokens, hidden size D.
+
+    Everything but `hidden` is detached and float32. `query` and `key` are the last layer's own projections of its
+    attention input at r_T (eq. 4), H heads of d, without rotary embedding; query·key/√d is that layer's logit.
+    """
+
+    hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output
+    query: Tensor | None  # (S, H, d)
+    key: Tensor | None  # (S, H, d), repeated under grouped-query attention
+    pooled: Tensor  # (S, D) mean of `hidden` over each sequence's tokens
+    eos_hidden: Tensor  # (S, D) `hidden` at r_T
+
+
+# A pytree node, so that DDP and FSDP2 find the tensors in it.
+pytree.register_dataclass(StudentOutput)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer: logits = cap(logit_scale · (weight · h + bias)), cap(z) = softcap · tanh(z / softcap)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of hidden states (…, D): the definition, for tests and small inputs."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside DDP, torch.compile, DeepSpeed and peft wrappers."""
+    inner: nn.Module | None = model
+    while inner is not None and not isinstance(inner, PreTrainedModel):
+        if isinstance(inner, PeftModel):
+            inner = inner.get_base_model()
+        else:
+            children = dict(inner.named_children())
+            inner = children.get("module", children.get("_orig_mod"))
+    if inner is None:
+        raise UserError(
+            f"{type(model).__name__} holds no transformers PreTrainedModel; pass a causal LM of transformers"
+        )
+    return inner
+
+
+# --------------------------------------------------------------------------------------------------------- forward
+
+
+class _Tap:
+    """Forward pre-hook of the last attention module: keeps its input at `rows`, while there are rows to keep.
+
+    Gradient checkpointing runs the hook again during backward; `rows` is None by then, so nothing is kept.
+    """
+
+    rows: Tensor | None = None  # (S,) int64
+    states: Tensor | None = None  # (S, D)
+    position_embeddings: tuple[Tensor, Tensor] | None = None  # (1, T, d_rotary) each, for their sizes
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.rows is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.states = hidden.detach()[0, self.rows]
+            self.position_embeddings = kwargs.get("position_embeddings")
+
+    def take(self) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        taken = self.states, self.position_embeddings
+        self.rows = self.states = self.position_embeddings = None
+        return taken
+
+
+def prepare(model: nn.Module, *, projections: bool = True) -> nn.Module:
+    """Teach `model` the call ``model(input_ids=…, position_ids=…, compact=ragged) -> StudentOutput``.
+
+    The *instance's* forward is patched, before or after peft wraps it, so that the call goes through DDP, FSDP and
+    peft like any other. Without `compact` the model's own forward answers, unchanged: generation, evaluation and
+    saving know nothing of this. With it, `attention_mask`, `labels` and caches are refused, no cache is kept, and
+    position ids and sequence offsets come from `compact` where they are not given.
+
+    Mixture-of-experts models: the router's load-balancing loss is no part of the method and is not added, whatever
+    ``config.output_router_logits`` says (a warning says so).
+
+    Args:
+        model: a causal LM of transformers, or a wrapper around one.
+        projections: read the last layer's query and key projections, as ``consensus.affinity=attention`` needs.
+            False: `query` and `key` of the output are None.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UserError: the model has no backbone apart from its head, or its last attention layer is not found.
+    """
+    inner = unwrap(model)
+    if inner.base_model is inner:
+        raise UserError(f"{type(inner).__name__} has no backbone apart from its head; pass a causal LM")
+    head(inner)
+    if getattr(inner.config, "output_router_logits", False):
+        logger.warning(
+            f"{type(inner).__name__}: output_router_logits is set, but the router's load-balancing loss "
+            "(router_aux_loss_coef) is not added to COMPACT's loss"
+        )
+    attention = _last_attention(inner) if projections else None
+    if attention is not None and _tap(attention) is None:
+        attention.register_forward_pre_hook(_Tap(), with_kwargs=True)
+    inner.forward = types.MethodType(_patched(type(inner), projections), inner)
+    return model
+
+
+def release(model: nn.Module) -> None:
+    """Undo :func:`prepare`: the class's own forward, no hook (and no mixed-precision wrapper of accelerate's)."""
+    inner = unwrap(model)
+    for name in ("forward", "_original_forward"):
+        vars(inner).pop(name, None)
+    for module in inner.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tap):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _patched(model_class: type[PreTrainedModel], projections: bool) -> Callable:
+    original = model_class.forward
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args, compact: Ragged | None = None, **kwargs):
+        if compact is None:
+            return original(self, *args, **kwargs)
+        if args:
+            kwargs["input_ids"], *more = args
+            if more:
+                raise TypeError("with compact=, name every argument but input_ids")
+        return _stop_at_hidden(self, compact, projections, **kwargs)
+
+    # generate() and the Trainer read the signature. accelerate follows __wrapped__ to undo what it wrapped itself,
+    # and would undo this patch with it.
+    del forward.__wrapped__
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    parameters.insert(at, inspect.Parameter("compact", inspect.Parameter.KEYWORD_ONLY, default=None))
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+_IGNORED = ("output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch")
+
+
+def _stop_at_hidden(
+    model: PreTrainedModel,
+    ragged: Ragged,
+    projections: bool,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: object = None,
+    use_cache: bool | None = None,
+    **kwargs,
+) -> StudentOutput:
+    """The packed forward pass up to the hidden states; `input_ids` is (1, T)."""
+    for name, value in (("labels", labels), ("attention_mask", attention_mask), ("past_key_values", past_key_values)):
+        if value is not None:
+            raise ValueError(f"a packed batch (compact=) takes no {name}")
+    ragged = ragged.to(input_ids.device)
+    offsets, total = ragged.cu_seqlens, int(ragged.host.cu_seqlens[-1])
+    if input_ids.shape != (1, total):
+        raise ValueError(f"input_ids is {tuple(input_ids.shape)}, but compact describes (1, {total}) packed tokens")
+    if position_ids is None:
+        starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=total)
+        position_ids = (torch.arange(total, device=input_ids.device) - starts).unsqueeze(0)
+    inputs = {name: value for name, value in kwargs.items() if value is not None and name not in _IGNORED}
+    inputs |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    inputs |= {"max_length_q": ragged.max_seqlen, "max_length_k": ragged.max_seqlen}
+    if getattr(model.config, "output_router_logits", False):
+        inputs["output_router_logits"] = False
+    last = offsets[1:].long() - 1  # r_T of every sequence
+    tap = _tap(_last_attention(model)) if projections else None
+    if tap is not None:
+        tap.rows = last
+    try:
+        with packed_rows():
+            hidden = model.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **inputs
+            ).last_hidden_state.squeeze(0)
+    finally:
+        states, rotary = tap.take() if tap is not None else (None, None)
+    query, key = _query_key(model, states, rotary) if states is not None else (None, None)
+    return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float())
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _pooled(hidden: Tensor, ragged: Ragged) -> Tensor:
+    """(T, D) -> (S, D) float32 means; one small reduction a sequence, no float32 copy of `hidden`."""
+    bounds = ragged.host.cu_seqlens.tolist()
+    return torch.stack([hidden[a:b].mean(0, dtype=torch.float32) for a, b in itertools.pairwise(bounds)])
+
+
+# ----------------------------------------------------------------------------------------------------- projections
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The backbone's list of layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(model).__name__} has no list of {count} layers (config.num_hidden_layers) in its backbone")
+
+
+def _last_attention(model: PreTrainedModel) -> nn.Module:
+    for candidate in decoder_layers(model)[-1].modules():
+        if type(candidate).__name__.endswith("Attention"):
+            return candidate
+    raise UserError(
+        f"{type(model).__name__}: no attention module in its last layer, so there are no query and key projections "
+        "for the consensus graph (eq. 4); set consensus.affinity=cosine"
+    )
+
+
+def _tap(attention: nn.Module) -> _Tap | None:
+    return next((hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, _Tap)), None)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[Tensor, Tensor]:
+    """Queries and keys (S, H, d) float32 of eq. 4, from the last layer's attention input `states` (S, D).
+
+    The attention module itself is run on S sequences of one token at rotary position 0, where rotating is the
+    identity, with an attention function that notes what it is given: every layout of the projections (fused,
+    interleaved, Conv1D), query/key norms, clipping and live LoRA are the module's own. In float32, because states
+    after identical suffixes lie close (method §2), and without LoRA dropout: it must not draw random numbers, or
+    gradient checkpointing would recompute with other masks. The layer's logit scale is folded into the query.
+    """
+    attention = _last_attention(model)
+    inputs: dict = {"attention_mask": None, "position_ids": states.new_zeros((len(states), 1), dtype=torch.int64)}
+    if isinstance(rotary, tuple):
+        cos, sin = rotary
+        inputs["position_embeddings"] = torch.ones_like(cos[:, :1]).float(), torch.zeros_like(sin[:, :1]).float()
+    modes = [(module, module.training) for module in attention.modules()]
+    attention.eval()
+    try:
+        with (
+            _gathered(model, attention),
+            torch.autocast(states.device.type, enabled=False),
+            noted(attention.config) as projections,
+        ):
+            parameters = {
+                name: parameter.float() if parameter.is_floating_point() else parameter
+                for name, parameter in attention.named_parameters()
+            }
+            functional_call(attention, parameters, (states.float().unsqueeze(1),), inputs)
+            found = list(projections)
+    except TypeError as error:
+        raise _no_projections(model, attention) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if len(found) != 1 or found[0].query.shape[2] != 1:
+        raise _no_projections(model, attention)
+    query, key = found[0].query[:, :, 0], found[0].key[:, :, 0]
+    if found[0].scaling is not None:
+        query = query * (found[0].scaling * query.shape[-1] ** 0.5)
+    return query.float(), key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def _no_projections(model: PreTrainedModel, attention: nn.Module) -> UserError:
+    return UserError(
+        f"{type(model).__name__}: the query and key projections of its last attention layer "
+        f"({type(attention).__name__}) cannot be found for the consensus graph (eq. 4); set consensus.affinity=cosine"
+    )
+
+
+@contextmanager
+def _gathered(model: PreTrainedModel, module: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of `module` are whole on this rank, under FSDP2 and ZeRO-3 too."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+        return
+    owners = [m for m in model.modules() if isinstance(m, FSDPModule) and any(c is module for c in m.modules())]
+    for owner in owners[-1:]:  # the innermost unit holds the parameters
+        owner.unshard()
+    yield
+    for owner in owners[-1:]:
+        owner.reshard()
+
+
+# ------------------------------------------------------------------------------------------------------------ head
+
+
+def head(model: nn.Module) -> Head:
+    """The output layer of `model`, looked up now, through any wrapper.
+
+    A sharded (DTensor) weight is gathered; its gradient returns to the shards summed over ranks and divided by
+    their number, as FSDP's own gradients are. Under ZeRO-3 a frozen head is gathered.
+
+    Raises:
+        UserError: no output layer; one with an adapter (its weight alone would bypass the adapter); a trainable
+            head under ZeRO-3.
+    """
+    inner = unwrap(model)
+    layer = inner.get_output_embeddings()
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if isinstance(layer, BaseTunerLayer):
+        raise UserError(
+            f"{type(inner).__name__}'s output head carries an adapter, which COMPACT's loss would bypass; "
+            "leave the head out of student.lora.targets, or list it under peft's modules_to_save"
+        )
+    if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+        raise UserError(f"{type(inner).__name__} has no output head (get_output_embeddings() gives {layer!r})")
+    config = inner.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    bias = getattr(layer, "bias", None)
+    return Head(_whole(layer.weight), None if bias is None else _whole(bias), float(scale), softcap)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        if not parameter.requires_grad:
+            return parameter.full_tensor()
+        # Every rank's gradient is of its own batch: Partial sums them, plain full_tensor() would keep one rank's.
+        whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+        return whole
+    if is_deepspeed_zero3_enabled():
+        if parameter.requires_grad:
+            raise UserError("a trainable output head is not supported under ZeRO-3; train with LoRA, or use FSDP2")
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter

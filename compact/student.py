@@ -1,0 +1,266 @@
+"""The student: loaded, checked, wrapped with LoRA, merged again. Everything about how a causal LM is built.
+
+The parts that run in every step (``prepare``, ``head``) are in :mod:`compact.backbone`, attention in
+:mod:`compact.attention`; both are exported here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from compact.attention import attention_for
+from compact.config import LoraConfig, StudentConfig
+from compact.errors import UserError
+from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, release, unwrap
+from compact_kernels.ragged import Ragged
+
+__all__ = [
+    "Head",
+    "StudentOutput",
+    "add_lora",
+    "attention_for",
+    "check",
+    "head",
+    "load_student",
+    "lora_targets",
+    "merged",
+    "prepare",
+    "unwrap",
+]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_student(
+    config: StudentConfig, *, seed: int, projections: bool = True
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The student, prepared for training, on the CPU, and its tokenizer.
+
+    Args:
+        config: what to load and how. `model` is a folder, a hub id or a ``.gguf`` file (read into an ordinary model).
+        seed: draws LoRA's initial weights; the global random state is left alone.
+        projections: whether the consensus graph needs the last layer's projections (``consensus.affinity=attention``).
+
+    Returns:
+        A transformers model, inside a ``peft.PeftModel`` unless ``config.lora`` is None, and the tokenizer, which
+        has an EOS and a padding token.
+
+    Raises:
+        UserError: nothing loadable there; package gguf missing; no EOS; tokenizer larger than the embedding; and
+            what :func:`check` and :func:`add_lora` raise.
+    """
+    cuda = torch.cuda.is_available()
+    if config.dtype == "auto":
+        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    elif config.dtype in _DTYPES:
+        dtype = _DTYPES[config.dtype]
+    else:
+        raise UserError(f"student.dtype={config.dtype}: choose auto, {', '.join(_DTYPES)}")
+    load = _load_gguf if config.model.endswith(".gguf") else _load_folder
+    model, tokenizer = load(config, dtype)
+    _settle_tokens(model, tokenizer, config.model)
+    if config.attention == "auto":
+        implementation = attention_for(type(model), model.config, "cuda" if cuda else "cpu", dtype)
+    else:
+        implementation = config.attention
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"student.attention={implementation}: {error}") from error
+    prepare(model, projections=projections)
+    check(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # reentrant checkpoints, if the Trainer asks for them, need it under LoRA
+    return (model if config.lora is None else add_lora(model, config.lora, seed=seed)), tokenizer
+
+
+def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"trust_remote_code": config.trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
+        return model, AutoTokenizer.from_pretrained(config.model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"student.model={config.model}: not a causal LM that transformers can load. {error}\n"
+            "Give a folder with config.json, weights and tokenizer, a hub id, or a .gguf file."
+        ) from error
+
+
+def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file and rebuild it as an ordinary model: transformers counts it as quantized otherwise."""
+    path = Path(config.model)
+    if not path.is_file():
+        raise UserError(f"student.model={path}: no such file")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"student.model={path}: reading GGUF needs the package gguf; run: pip install gguf")
+    try:
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"student.model={path}: transformers cannot read this GGUF file. {error}") from error
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    plain_config = type(read.config)(**settings)
+    plain_config.dtype = dtype
+    plain = type(read)(plain_config)
+    plain.load_state_dict(read.state_dict())
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(read.generation_config)
+    plain.eval()
+    return plain.to(dtype), tokenizer
+
+
+def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """EOS and padding, the same in tokenizer, model and generation config."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"student.model={name}: its tokenizer has no EOS token, which ends every rationale; set eos_token"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"student.model={name}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    stops = model.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    if tokenizer.eos_token_id not in stops:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops] if stops else tokenizer.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+# ------------------------------------------------------------------------------------------------------------ check
+
+
+@torch.no_grad()
+def check(model: nn.Module) -> None:
+    """Try on two short sequences what COMPACT relies on, for this very model (a few tokens; model on any one device).
+
+    * The head on the hidden states gives the model's own logits: no scale or cap is overlooked.
+    * Packed sequences do not see each other.
+    * The projections of eq. 4 can be read (where :func:`prepare` was asked for them).
+
+    Flash and flex attention, which cannot run everywhere, are stood in for by sdpa or eager.
+
+    Raises:
+        UserError: naming what does not hold, and the way out.
+    """
+    inner = unwrap(model)
+    weight = inner.get_input_embeddings().weight
+    training, implementation = inner.training, inner.config._attn_implementation
+    inner.eval()
+    try:
+        if implementation not in ("sdpa", "eager", "compact_varlen"):
+            inner.set_attn_implementation(attention_for(type(inner), inner.config, "cpu", weight.dtype))
+        lengths = [7, 5]
+        ids = (torch.arange(sum(lengths), device=weight.device) * 37 + 11) % weight.shape[0]
+        ragged = Ragged.build(sequence_lengths=lengths, prompt_lengths=[1, 1], rationales_per_question=[2])
+        try:
+            output = inner(input_ids=ids[None], compact=ragged)
+        except TypeError as error:
+            raise UserError(f"{type(inner).__name__} cannot run a packed batch: {error}") from error
+        logits = head(inner)(output.hidden).float().split(lengths)
+        alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
+    finally:
+        inner.set_attn_implementation(implementation)
+        inner.train(training)
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.1
+    if _relative_error(logits[0], alone[0]) > tolerance:
+        raise UserError(
+            f"{type(inner).__name__} does something between its hidden states and its logits that compact.backbone.head "
+            "does not know (it knows bias, logit scale and softcap), so its losses would be wrong; it is not supported"
+        )
+    if _relative_error(logits[1], alone[1]) > tolerance:
+        raise UserError(
+            f"{type(inner).__name__} lets packed sequences see each other under student.attention={implementation}, "
+            "so its losses would be wrong; choose another student.attention, or another student"
+        )
+
+
+def _relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA
+
+# Routers choose experts; they are no part of the feed-forward layers that LoRA adapts.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def lora_targets(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of every linear layer of attention and feed-forward, and of experts' weights fused into one parameter."""
+    linear, fused = set(), set()
+    for layer in decoder_layers(unwrap(model)):
+        for path, module in layer.named_modules():
+            name = path.rsplit(".", 1)[-1]
+            if isinstance(module, (nn.Linear, Conv1D)) and name not in _ROUTERS:
+                linear.add(name)
+            fused |= {f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return sorted(linear), sorted(fused)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> peft.PeftModel:
+    """LoRA on every linear layer of attention and feed-forward, or on ``config.targets``; the head stays frozen.
+
+    Raises:
+        UserError: a target that the model does not have; dropout with fused experts, which peft cannot give.
+    """
+    linear, fused = lora_targets(model)
+    if config.targets is not None:
+        linear, fused = list(config.targets), []
+    elif fused and config.dropout:
+        raise UserError(
+            f"student.lora.dropout={config.dropout}: peft's LoRA on the fused experts ({', '.join(fused)}) knows no "
+            f"dropout; set student.lora.dropout=0, or student.lora.targets=[{','.join(linear)}] to leave them out"
+        )
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=linear,
+        target_parameters=fused or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            wrapped = peft.get_peft_model(model, settings)
+        except ValueError as error:
+            raise UserError(f"student.lora.targets={linear}: {error}") from error
+    return wrapped
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A plain model on the CPU with the adapter merged, for saving and evaluation; `model` is left as it is.
+
+    The copy costs the model's size in host memory and nothing on the device. Sharded (DTensor) parameters are
+    gathered one by one: then every rank must call this.
+
+    Returns:
+        A model of the transformers class that `model` wraps, with that class's own forward.
+    """
+    inner = model
+    while not isinstance(inner, (PreTrainedModel, peft.PeftModel)):
+        children = dict(inner.named_children())
+        inner = children["module"] if "module" in children else children["_orig_mod"]
+    # deepcopy takes these as the copies, so that it copies straight to the host and keeps tied weights tied.
+    memo: dict[int, object] = {}
+    for tensor in [*inner.parameters(), *inner.buffers()]:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        host = whole.detach().to("cpu", copy=True)
+        memo[id(tensor)] = nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
+    plain = copy.deepcopy(inner, memo)
+    if isinstance(plain, peft.PeftModel):
+        plain = plain.merge_and_unload()
+    release(plain)
+    return plain.requires_grad_(True).eval()
