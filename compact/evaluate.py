@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from compact.answers import extract, same_answer
 from compact.config import DataConfig, EvaluationConfig
-from compact.data import render_prompt
 from compact.errors import UserError
-from compact.generation import evaluating, generate_answers, score_answers, unwrap
+from compact.generation import evaluating, generate_answers, score_answers
 from compact.results import TaskResult, compare, load_results, store_results
+from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions
+from compact.tokenization import prompt_ids
 
 __all__ = [
     "Task",
@@ -75,7 +76,7 @@ def evaluate(
     data = data or DataConfig()
     started = time.perf_counter()
     causal = unwrap(model)
-    prompts = [render_prompt(row.prompt, tokenizer, data) for row in task.rows]
+    prompts = [prompt_ids(tokenizer, row.prompt, data.prompt_template) for row in task.rows]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][rank::world]

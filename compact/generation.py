@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.config import DataConfig
@@ -17,14 +14,9 @@ from compact.errors import UserError
 from compact.results import mean
 from compact.student import head
 from compact.tasks import TaskRow
+from compact.tokenization import encode, render_prompt
 
 LOGIT_CHUNK = 1 << 24  # logits held at once while scoring: 64 MiB in float32
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The causal LM inside DDP, accelerate and peft wrappers, LoRA layers live inside it."""
-    model = extract_model_from_parallel(model)
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @contextmanager
@@ -54,7 +46,7 @@ def generate_answers(
 ) -> list[tuple[str, int, bool]]:
     """(text, tokens, whether it ended by itself) of each greedy answer."""
     longest = max(map(len, prompts))
-    context = causal.config.get_text_config().max_position_embeddings
+    context = context_length(causal)
     room = min(max_new_tokens, context - longest)
     if room < 1:
         row = rows[[len(p) for p in prompts].index(longest)]
@@ -105,12 +97,14 @@ def score_answers(
                 "solution_logprob": None,
             }
         )
-    context = causal.config.get_text_config().max_position_embeddings
     pairs, owners = [], []
     for i, row in enumerate(rows):
-        room = context - len(prompts[i])
+        rendered = render_prompt(tokenizer, row.prompt, data.prompt_template)
+        lead = " " if rendered is not None and not rendered[-1:].isspace() else ""  # as before a rationale's body
+        room = context_length(causal) - len(prompts[i])
         if row.solution is not None and room > 0:
-            pairs.append((prompts[i], _encode(" " + row.solution, tokenizer)[:room]))
+            [(ids, _)] = encode(tokenizer, [lead + row.solution])
+            pairs.append((prompts[i], ids[:room]))
             owners.append(i)
     for i, values in zip(owners, token_logprobs(causal, pairs) if pairs else []):
         out[i]["solution_logprob"] = mean(values)
@@ -133,23 +127,18 @@ def token_logprobs(causal: PreTrainedModel, pairs: list[tuple[list[int], list[in
     chunk = max(1, LOGIT_CHUNK // lm_head.weight.shape[0])
     values = []
     for start in range(0, rows.shape[0], chunk):
-        logits = lm_head.logits(rows[start : start + chunk]).float()  # (n, V)
+        logits = lm_head(rows[start : start + chunk]).float()  # (n, V)
         picked = logits.gather(1, targets[start : start + chunk, None]).squeeze(1)
         values.append(picked - logits.logsumexp(dim=1))
     return [part.tolist() for part in torch.cat(values).split([len(target) for _, target in pairs])]
 
 
 def suffix_ids(answer: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> tuple[list[int], tuple[int, int]]:
-    """Ids of the suffix with EOS, and where the answer's own tokens lie in it."""
-    text = data.suffix.format(answer=answer)
-    start = data.suffix.index("{answer}")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < start + len(answer) and b > start]
-    return [*encoded["input_ids"], tokenizer.eos_token_id], (inside[0], inside[-1] + 1)
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Ids of the suffix with EOS, and where the answer's own tokens lie in it; the training's tokens."""
+    before, after = data.suffix.split("{answer}")
+    [(ids, offsets)] = encode(tokenizer, [before + answer + after])
+    inside = [i for i, (a, b) in enumerate(offsets) if a < len(before) + len(answer) and b > len(before) and a < b]
+    return [*ids, tokenizer.eos_token_id], (inside[0], inside[-1] + 1)
 
 
 def padded(sequences: list[list[int]], pad: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
@@ -160,6 +149,10 @@ def padded(sequences: list[list[int]], pad: int, device: torch.device, left: boo
         place = slice(width - len(sequence), width) if left else slice(0, len(sequence))
         ids[i, place], mask[i, place] = torch.tensor(sequence), 1
     return ids.to(device), mask.to(device)
+
+
+def context_length(causal: PreTrainedModel) -> int:
+    return causal.config.get_text_config().max_position_embeddings
 
 
 def stop_ids(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

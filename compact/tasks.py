@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compact.answers import strip_closing
+from compact.data import prompt_of
 from compact.errors import UserError
 
 KINDS = ("number", "choice", "yesno", "math", "text")
@@ -118,13 +119,14 @@ def task_from_questions(
     instruct: bool = False,
     reference: str | None = None,
 ) -> Task:
-    """A task from rows in the training data's form {id, prompt, answer, kind, rationales?}: the held-out questions.
+    """A task from questions as :func:`compact.data.load_questions` gives them: the held-out ones.
 
     No instruction is put after the prompt: the student was trained on it as it is. `reference`: the teacher whose
     rationale is the reference solution.
     """
     rows = []
-    for number, record in enumerate(questions, 1):
+    for number, question in enumerate(questions, 1):
+        record = {**question, "prompt": prompt_of(dict(question))}
         answer, solution = _answer(record, f"{name}:{number}")
         rows.append(_row(name, record, answer, solution, record["kind"], f"{name}:{number}", number, reference))
     return _task(name, rows, split, "told", limit, seed, instruct)
