@@ -41,7 +41,7 @@ _POSTFIX = re.compile(
     rf"\s+is\s+(?:the|our|my)\s+(?:(?:final|correct|right)\s+)*(?:answer|option|choice)[.!]?$",
     re.IGNORECASE,
 )
-# What may stand before a \boxed{…} that is a closing statement: a connective alone in its sentence, or "the answer is".
+# What stands before a \boxed{…} that is a closing statement: a connective alone in its sentence, or "the answer is".
 _LEAD_IN = re.compile(
     rf"(?:^|(?<=[.!?:])|(?<=\n))\s*(?:{_CONNECTIVE}*{_WORD})?\s*$"
     rf"|(?:^|(?<=\s))[#*_]*[ \t]*{_CONNECTIVE}*{_NAMED}{_OF}{_IS}$",
@@ -141,7 +141,7 @@ def clean(stated: str) -> str:
 
 
 def canonical(stated: str, kind: str) -> str:
-    """What a statement says, as an answer of its kind: "72 dollars" → "72", "(C) the bank" → "C", "No, it is not" → "no".
+    """What a statement says, as an answer of its kind: "72 dollars" → "72", "(C) the bank" → "C", "No, it is" → "no".
 
     A statement that holds no answer of the kind comes back as :func:`clean` leaves it.
     """

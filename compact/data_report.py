@@ -1,0 +1,95 @@
+"""What became of every row and rationale: read, used, cut, refused and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+EXAMPLES = 100  # reasons kept with their place; the counts are complete
+
+
+def _zeros(*names: str) -> Any:
+    return field(default_factory=lambda: dict.fromkeys(names, 0))
+
+
+@dataclass
+class DataReport:
+    """Counts of one stage of the data's way; ``read == used + refused`` for questions and for rationales.
+
+    A rationale of a refused question is refused too. `wrong`, `unrecognised_closings` and `all_wrong` count what the
+    stage read and could parse, used or not; `cut` counts used rationales whose body was shortened.
+    """
+
+    teachers: list[str] = field(default_factory=list)  # in order of first appearance
+    questions: dict[str, int] = _zeros("read", "used", "refused", "all_wrong")
+    rationales: dict[str, int] = _zeros("read", "used", "cut", "refused", "wrong", "unrecognised_closings")
+    reason_counts: dict[str, int] = field(default_factory=dict)  # why something was refused: how often
+    reasons: list[str] = field(default_factory=list)  # "place: reason", the first `EXAMPLES`
+
+    def because(self, place: str, reason: str, detail: str = "") -> None:
+        """Note why something was refused; `reason` is counted, `detail` only shown."""
+        self.reason_counts[reason] = self.reason_counts.get(reason, 0) + 1
+        if len(self.reasons) < EXAMPLES:
+            self.reasons.append(f"{place}: {reason}{' ' + detail if detail else ''}")
+
+    def refuse_question(self, place: str, reason: str, detail: str = "", rationales: int = 0) -> None:
+        """Refuse a question with its `rationales`, which have been counted as read."""
+        self.questions["refused"] += 1
+        self.rationales["refused"] += rationales
+        self.because(place, reason, detail)
+
+    def refuse_rationale(self, place: str, reason: str, detail: str = "") -> None:
+        self.rationales["refused"] += 1
+        self.because(place, reason, detail)
+
+    def then(self, later: DataReport) -> DataReport:
+        """This stage and a later one on what it let through, as one: read here, used there, refused in both.
+
+        What the later stage was not given (held-out questions) is neither used nor refused.
+        """
+        return DataReport(
+            teachers=self.teachers + [name for name in later.teachers if name not in self.teachers],
+            questions=_chained(self.questions, later.questions),
+            rationales=_chained(self.rationales, later.rationales),
+            reason_counts=_added(self.reason_counts, later.reason_counts),
+            reasons=(self.reasons + later.reasons)[:EXAMPLES],
+        )
+
+    def __add__(self, other: DataReport) -> DataReport:
+        """Two files or two parts side by side: every count added."""
+        return DataReport(
+            teachers=self.teachers + [name for name in other.teachers if name not in self.teachers],
+            questions=_added(self.questions, other.questions),
+            rationales=_added(self.rationales, other.rationales),
+            reason_counts=_added(self.reason_counts, other.reason_counts),
+            reasons=(self.reasons + other.reasons)[:EXAMPLES],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self, examples: int = 5) -> str:
+        """A few lines for people."""
+        q, r = self.questions, self.rationales
+        lines = [
+            f"{q['used']:,} of {q['read']:,} questions used, {q['refused']:,} refused; "
+            f"{r['used']:,} of {r['read']:,} rationales used, {r['cut']:,} cut, {r['refused']:,} refused, "
+            f"{r['wrong']:,} with a wrong answer, {r['unrecognised_closings']:,} without a closing we know; "
+            f"teachers: {', '.join(self.teachers) or 'none'}"
+        ]
+        if q["all_wrong"]:
+            lines.append(f"  every rationale wrong: {q['all_wrong']:,} questions")
+        lines += [
+            f"  {count:,} × {reason}"
+            for reason, count in sorted(self.reason_counts.items(), key=lambda item: -item[1])
+        ]
+        lines += [f"  {reason}" for reason in self.reasons[:examples]]
+        return "\n".join(lines)
+
+
+def _added(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in [*a, *(key for key in b if key not in a)]}
+
+
+def _chained(first: dict[str, int], later: dict[str, int]) -> dict[str, int]:
+    return {**later, "read": first["read"], "refused": first["refused"] + later["refused"]}

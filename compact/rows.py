@@ -1,0 +1,79 @@
+"""One row of a user's file: what it holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from compact.answers import KINDS, nearest
+
+
+def row_id(row: Any) -> str | None:
+    value = row.get("id") if isinstance(row, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    return str(value).strip() or None
+
+
+def row_key(row: Any) -> list[Any] | None:
+    """What makes a row part of a question."""
+    if (name := row_id(row)) is not None:
+        return ["id", name]
+    if isinstance(row, dict) and prompt_problem(row.get("prompt")) is None:
+        return ["prompt", row["prompt"]]
+    return None
+
+
+def answer_text(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int):
+        return str(value)
+    return (value.strip() or None) if isinstance(value, str) else None
+
+
+def is_long(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("rationales") is None and ("completion" in row or "teacher" in row)
+
+
+def row_rationales(row: Any) -> list[Any]:
+    if is_long(row):  # its 'answer' is the gold one
+        return [{"teacher": row.get("teacher"), "completion": row.get("completion")}]
+    entries = row.get("rationales") if isinstance(row, dict) else None
+    return entries if isinstance(entries, list) else []
+
+
+def question_problem(rows: list[Any], default_kind: str) -> tuple[tuple[str, str] | None, str]:
+    """Why a question's rows cannot be used (reason, detail), or None; and the kind of its answer."""
+    if not isinstance(rows[0], dict):
+        return ("the row is not a JSON object", ""), default_kind
+    problems = [prompt_problem(row.get("prompt")) for row in rows]
+    if None not in problems:
+        return problems[0], default_kind
+    kind = next((row["task"] for row in rows if row.get("task") is not None), default_kind)
+    if kind not in KINDS:
+        return ("field 'task' is unknown:", f"{kind!r}, not one of {', '.join(KINDS)}{nearest(kind)}"), default_kind
+    if all(answer_text(row.get("answer")) is None for row in rows):
+        return ("field 'answer' is missing or empty", ""), kind
+    return None, kind
+
+
+def prompt_problem(prompt: Any) -> tuple[str, str] | None:
+    if isinstance(prompt, str) and prompt.strip():
+        return None
+    if isinstance(prompt, list) and prompt:
+        for number, message in enumerate(prompt, 1):
+            for part in ("role", "content"):
+                text = message.get(part) if isinstance(message, dict) else None
+                if not isinstance(text, str) or not text.strip():
+                    return "field 'prompt' has a message without", f"'{part}' (message {number})"
+        if prompt[-1]["role"] == "assistant":
+            return "field 'prompt' ends in a message of the assistant; the rationale is what it says next", ""
+        return None
+    return "field 'prompt' is missing or empty", ""
+
+
+def clean_messages(prompt: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]

@@ -1,0 +1,340 @@
+"""Questions in a student's tokens: prompt, body, common suffix, answer spans, thinking tokens (method §1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from compact.config import DataConfig
+from compact.data_report import DataReport
+from compact.errors import UserError
+from compact.sources import cache_folder, dataset_digest, write_arrow
+
+_FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read
+
+TOKENS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer", pa.string()),
+        ("kind", pa.string()),
+        ("evidence_ids", pa.list_(pa.int32())),  # the gold answer, as tokenised inside the suffix
+        (
+            "rationales",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("teacher", pa.int32()),  # index into report.teachers
+                        ("completion_ids", pa.list_(pa.int32())),  # body, suffix, EOS
+                        ("body_length", pa.int32()),  # B_k
+                        ("answer_start", pa.int32()),  # in the completion
+                        ("answer_length", pa.int32()),
+                        ("thinking", pa.list_(pa.bool_())),  # one flag a completion token, False in the suffix
+                        ("wrong", pa.bool_()),
+                        ("cut", pa.bool_()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def tokenize_questions(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    teachers: list[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[datasets.Dataset, DataReport]:
+    """Turn the questions of :func:`compact.data.load_questions` into token ids, memory-mapped, one item a question.
+
+    A completion is the body's tokens, then the suffix's, then EOS. Body and suffix are tokenised apart, so the suffix
+    of a question has the same ids in every rationale. Special tokens written out in a body are taken as plain text.
+    Without a chat template a space goes between a prompt that ends in no white space and the body.
+
+    Args:
+        tokenizer: of transformers; with a chat template, prompts go through it with a generation prompt.
+        config: suffix, suffix_answer, wrong_answers, overlong, max_length, thinking_words, prompt_template.
+        teachers: the order of the teachers; default: that of first appearance in `dataset`.
+        cache_dir: where the Arrow file goes, named by everything it depends on; default: a folder that is removed
+            when the process ends.
+
+    Raises:
+        UserError: an option out of range, no EOS, or no question left (the reasons are in the message).
+    """
+    _check(config, tokenizer)
+    folder = cache_folder(cache_dir)
+    teachers = _teachers(dataset) if teachers is None else list(teachers)
+    options = [getattr(config, name) for name in _OPTIONS]
+    parts = [_FORMAT, dataset_digest(dataset), _tokenizer_digest(tokenizer), teachers, options]
+    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    target, report_file = folder / f"tokens-{key}.arrow", folder / f"tokens-{key}.json"
+    if not (target.exists() and report_file.exists()):
+        report = DataReport(teachers=teachers)
+        write_arrow(target, TOKENS, _Tokenizing(tokenizer, config, report).batches(dataset))
+        aside = report_file.with_suffix(f".{os.getpid()}.part")
+        aside.write_text(json.dumps(report.to_dict()))
+        os.replace(aside, report_file)
+    report = DataReport(**json.loads(report_file.read_text()))
+    if not report.questions["used"]:
+        raise UserError(
+            f"no question is left to train on. {report.summary()}\n"
+            f"Raise data.max_length (now {config.max_length} tokens of prompt and completion), shorten data.suffix or "
+            "data.prompt_template, or set data.overlong: cut, data.wrong_answers: keep"
+        )
+    return datasets.Dataset.from_file(str(target)), report
+
+
+_OPTIONS = (
+    "prompt_template",
+    "suffix",
+    "suffix_answer",
+    "wrong_answers",
+    "overlong",
+    "max_length",
+    "thinking_words",
+)
+_CHOICES = {"suffix_answer": ("gold", "own"), "wrong_answers": ("keep", "drop"), "overlong": ("cut", "drop")}
+
+
+def _check(config: DataConfig, tokenizer: Any) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"data.{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
+    for name, slot in (("suffix", "{answer}"), ("prompt_template", "{prompt}")):
+        if getattr(config, name).count(slot) != 1:
+            raise UserError(f"data.{name}: {getattr(config, name)!r} must hold {slot} exactly once")
+    if config.max_length < 3:
+        raise UserError(f"data.max_length: {config.max_length} tokens hold no prompt, answer and EOS")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the student's tokenizer has no end-of-sequence token; set eos_token in its configuration")
+
+
+def _teachers(dataset: datasets.Dataset) -> list[str]:
+    names: dict[str, None] = {}
+    for row in dataset.select_columns(["rationales"]):
+        names.update(dict.fromkeys(rationale["teacher"] for rationale in row["rationales"]))
+    return list(names)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    parts = [type(tokenizer).__name__, model, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+
+
+def render_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], template: str) -> str | None:
+    """The prompt as text for a tokenizer without a chat template; None where there is one.
+
+    A single message of the user is its text; a conversation is written out, "System: …", "User: …".
+    """
+    if tokenizer.chat_template:
+        return None
+    if not isinstance(prompt, str):
+        prompt = (
+            prompt[0]["content"]
+            if len(prompt) == 1
+            else "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+        )
+    return template.replace("{prompt}", prompt)
+
+
+def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]], template: str) -> list[int]:
+    """Token ids of a prompt, up to where the student speaks: chat template, or `template` after BOS if one is due."""
+    text = render_prompt(tokenizer, prompt, template)
+    if text is None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]:
+        ids.insert(0, tokenizer.bos_token_id)
+    return ids
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:
+    """Ids of plain texts and the characters [begin, end) each token covers, (n, 2) int64.
+
+    A token inside a character (bytes) covers the whole character; a token of no character covers an empty range.
+
+    Raises:
+        UserError: a slow tokenizer whose tokens cannot be laid over the text.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [_encode_slowly(tokenizer, text) for text in texts]
+    coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    return [
+        (ids, np.array(offsets, dtype=np.int64).reshape(-1, 2))
+        for ids, offsets in zip(coded["input_ids"], coded["offset_mapping"])
+    ]
+
+
+def _encode_slowly(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lead = 0
+    ends = []
+    for count in range(1, len(ids) + 1):
+        decoded = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        if count == 1 and text and decoded.startswith(" ") and not text.startswith(" "):
+            lead = 1  # the tokenizer's own space before a text
+        decoded = decoded[lead:]
+        whole = decoded.rstrip("\ufffd")
+        if not text.startswith(whole):
+            raise UserError(
+                f"the slow tokenizer {type(tokenizer).__name__} does not give the text back that it was given "
+                f"({decoded[-20:]!r} at token {count}), so answers cannot be found in it; use its fast version"
+            )
+        ends.append(min(len(text), len(whole) + (whole != decoded)))
+    begins = [0, *ends[:-1]]
+    if ends and ends[-1] < len(text):
+        raise UserError(f"the slow tokenizer {type(tokenizer).__name__} loses the end of {text[-20:]!r}")
+    for i in range(1, len(ends)):  # the bytes after a character's first
+        if begins[i] == ends[i]:
+            begins[i] = begins[i - 1]
+    return ids, np.array([begins, ends], dtype=np.int64).T.reshape(-1, 2)
+
+
+def _covering(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+    """First token and number of tokens that overlap the characters [begin, end)."""
+    inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > begin) & (offsets[:, 0] < offsets[:, 1]))
+    return (int(inside[0]), int(inside[-1] - inside[0] + 1)) if inside.size else (0, 0)
+
+
+class _Tokenizing:
+    def __init__(self, tokenizer: Any, config: DataConfig, report: DataReport):
+        self.tokenizer, self.config, self.report = tokenizer, config, report
+        self.teacher_index = {name: index for index, name in enumerate(report.teachers)}
+        words = "|".join(re.escape(word.strip()) for word in sorted(config.thinking_words, key=len, reverse=True))
+        self.thinking = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE) if words else re.compile(r"(?!)")
+        self.suffixes: dict[str, tuple[list[int], int, int]] = {}  # few different answers: cheap, and cleared
+
+    def batches(self, dataset: datasets.Dataset, size: int = 128) -> Iterator[pa.RecordBatch]:
+        with tqdm(total=len(dataset), desc="Tokenizing questions", unit=" questions", disable=None) as progress:
+            for start in range(0, len(dataset), size):
+                rows = dataset.select(range(start, min(start + size, len(dataset)))).to_list()
+                items = self._items(rows)
+                progress.update(len(rows))
+                if items:
+                    yield pa.RecordBatch.from_pylist(items, schema=TOKENS)
+
+    def _items(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        prompts, texts = [], []
+        for row in rows:
+            prompt = json.loads(row["prompt"]) if row["is_messages"] else row["prompt"]
+            rendered = render_prompt(self.tokenizer, prompt, self.config.prompt_template)
+            prompts.append(prompt_ids(self.tokenizer, prompt, self.config.prompt_template))
+            lead = " " if rendered is not None and not rendered[-1:].isspace() else ""
+            texts += [lead + body if (body := r["body"].rstrip()) else "" for r in row["rationales"]]
+        bodies = iter(encode(self.tokenizer, texts))
+        texts_left = iter(texts)
+        items = []
+        for row, prompt_tokens in zip(rows, prompts):
+            coded = [(*next(bodies), next(texts_left)) for _ in row["rationales"]]
+            item = self._item(row, prompt_tokens, coded)
+            if item is not None:
+                items.append(item)
+        return items
+
+    def _item(
+        self, row: dict[str, Any], prompt: list[int], bodies: list[tuple[list[int], np.ndarray, str]]
+    ) -> dict[str, Any] | None:
+        config, report, name = self.config, self.report, f"question {row['id']!r}"
+        report.questions["read"] += 1
+        report.rationales["read"] += len(bodies)
+        report.rationales["wrong"] += sum(rationale["wrong"] for rationale in row["rationales"])
+        report.rationales["unrecognised_closings"] += sum(not r["recognised"] for r in row["rationales"])
+        report.questions["all_wrong"] += bool(bodies) and all(r["wrong"] for r in row["rationales"])
+        gold, start, length = self._suffix(row["answer"])
+        evidence = gold[start : start + length]
+        if len(prompt) + len(gold) > config.max_length:
+            report.refuse_question(
+                name,
+                "prompt and suffix alone are longer than data.max_length:",
+                f"{len(prompt)} + {len(gold)} > {config.max_length} tokens",
+                rationales=len(bodies),
+            )
+            return None
+        rationales = []
+        for rationale, (body, offsets, text) in zip(row["rationales"], bodies):
+            place = f"{name}, teacher {rationale['teacher']!r}"
+            if rationale["wrong"] and config.wrong_answers == "drop":
+                report.refuse_rationale(place, "wrong answer (data.wrong_answers: drop)", f"{rationale['answer']!r}")
+                continue
+            answer = row["answer"]
+            if config.suffix_answer == "own" and rationale["wrong"]:
+                answer = rationale["answer"]
+            suffix, start, length = self._suffix(answer)
+            room = config.max_length - len(prompt) - len(suffix)
+            cut = len(body) > room
+            if cut and (config.overlong == "drop" or room <= 0):
+                reason = "too long (data.overlong: drop):" if room > 0 else "too long, and no room for a body:"
+                total = len(prompt) + len(body) + len(suffix)
+                report.refuse_rationale(place, reason, f"{total} > {config.max_length} tokens")
+                continue
+            thinking = self._thinking_flags(text, offsets)
+            body_length = min(len(body), room)
+            report.rationales["cut"] += cut
+            rationales.append(
+                {
+                    "teacher": self.teacher_index[rationale["teacher"]],
+                    "completion_ids": body[:body_length] + suffix,
+                    "body_length": body_length,
+                    "answer_start": body_length + start,
+                    "answer_length": length,
+                    "thinking": thinking[:body_length].tolist() + [False] * len(suffix),
+                    "wrong": rationale["wrong"],
+                    "cut": cut,
+                }
+            )
+        if not rationales:
+            report.questions["refused"] += 1
+            report.because(name, "no rationale left")
+            return None
+        report.questions["used"] += 1
+        report.rationales["used"] += len(rationales)
+        return {
+            "id": row["id"],
+            "prompt_ids": prompt,
+            "answer": row["answer"],
+            "kind": row["kind"],
+            "evidence_ids": evidence,
+            "rationales": rationales,
+        }
+
+    def _suffix(self, answer: str) -> tuple[list[int], int, int]:
+        """Ids of the suffix with EOS, and where the answer stands in them: first token, number of tokens."""
+        if answer not in self.suffixes:
+            if len(self.suffixes) > 10_000:
+                self.suffixes.clear()
+            before, after = self.config.suffix.split("{answer}")
+            [(ids, offsets)] = encode(self.tokenizer, [before + answer + after])
+            start, length = _covering(offsets, len(before), len(before) + len(answer))
+            if not length:
+                raise UserError(
+                    f"data.suffix: the answer {answer!r} leaves no token in {before + answer + after!r}; "
+                    "the student's tokenizer drops it"
+                )
+            self.suffixes[answer] = [*ids, self.tokenizer.eos_token_id], start, length
+        return self.suffixes[answer]
+
+    def _thinking_flags(self, text: str, offsets: np.ndarray) -> np.ndarray:
+        """(n,) bool: the first sub-token of every thinking word of a body, found by characters."""
+        flags = np.zeros(len(offsets), dtype=bool)
+        begins = np.array([match.start() for match in self.thinking.finditer(text)], dtype=np.int64)
+        if begins.size and len(offsets):
+            # The first token that ends beyond the word's first character holds it.
+            first = np.searchsorted(np.maximum.accumulate(offsets[:, 1]), begins, side="right")
+            flags[first[first < len(flags)]] = True
+        return flags
