@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from compact import options
+from compact.commandline import help_lines, set_flags
+from compact.errors import UserError
+from compact.options import Given, as_given, option, refuse
+from compact.yamlfile import read_file, write_file
+
+RECIPES = Path(__file__).parent / "recipes"
+THINKING_WORDS = "therefore thus so hence because since wait hmm but however then first next finally let".split()
 
 
 @dataclass
 class LoraConfig:
     """LoRA on every linear layer of attention and feed-forward (method §3, the papers' recipe)."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
-    targets: list[str] | None = None  # module names; default: every linear layer of attention and feed-forward
+    rank: int = option(16, "rank of the adapter's matrices", ge=1)
+    alpha: float = option(32.0, "the adapter's product is scaled by alpha / rank", gt=0)
+    dropout: float = option(0.05, "dropout on the adapter's input", ge=0, lt=1)
+    targets: list[str] | None = option(None, "module names; null: every linear layer of attention and feed-forward")
 
 
 @dataclass
 class StudentConfig:
-    model: str = "demo"  # a folder, a hub id, a .gguf file, or "demo": the embedded tiny student
-    dtype: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 on GPUs that have it, else float32
-    attention: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | compact_varlen | eager
-    lora: LoraConfig | None = field(default_factory=LoraConfig)  # null: full fine-tuning
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
+    model: str = option("demo", "a folder, a hub id, a .gguf file, or demo: the embedded tiny student")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the weights; auto: bfloat16 on GPUs that have it, else float32"
+    )
+    attention: Literal[
+        "auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "compact_varlen", "eager"
+    ] = option("auto", "implementation; auto: the fastest here that never makes a mask over the packed row")
+    lora: LoraConfig | None = option(LoraConfig, "null: full fine-tuning")
+    gradient_checkpointing: bool = option(False, "less memory for about a third more time")
+    trust_remote_code: bool = option(False, "run the Python code that a model folder brings")
 
 
 @dataclass
 class DataConfig:
-    train: str | None = None  # .jsonl, .parquet, a folder of a saved dataset, or a hub id; none: the embedded questions
-    holdout: float = 0.2  # share of the questions held out for evaluation, split by question text
-    answer_kind: str = "number"  # number | choice | yesno | math | text, for rows that have no "task" field
-    prompt_template: str = "Question: {prompt}\nAnswer:"  # for string prompts and tokenizers without a chat template
-    suffix: str = "\nThe answer is {answer}."  # ends every rationale, before EOS
-    suffix_answer: str = "gold"  # gold | own
-    wrong_answers: str = "keep"  # keep | drop
-    overlong: str = "cut"  # cut | drop
-    max_length: int = 1024  # tokens of prompt and completion
-    thinking_words: list[str] = field(
-        default_factory=lambda: (
-            "therefore thus so hence because since wait hmm but however then first next finally let".split()
-        )
+    train: str | None = option(
+        None, ".jsonl, .parquet, a folder of a saved dataset, or a hub id; null: the embedded questions"
+    )
+    holdout: float = option(0.2, "share of the questions held out for evaluation, split by question text", gt=0, lt=1)
+    answer_kind: Literal["number", "choice", "yesno", "math", "text"] = option(
+        "number", "how answers are compared on rows that have no task of their own"
+    )
+    prompt_template: str = option(
+        "Question: {prompt}\nAnswer:", "for prompts that are text and tokenizers without a chat template"
+    )
+    suffix: str = option("\nThe answer is {answer}.", "ends every rationale, before EOS")
+    suffix_answer: Literal["gold", "own"] = option("gold", "whose answer the suffix states; own: the teacher's")
+    wrong_answers: Literal["keep", "drop"] = option("keep", "rationales whose own answer is wrong")
+    overlong: Literal["cut", "drop"] = option("cut", "rationales longer than max_length; cut: the body, never the end")
+    max_length: int = option(1024, "tokens of prompt and completion", ge=8)
+    thinking_words: list[str] = option(
+        lambda: list(THINKING_WORDS), "whole words, any case, at which adaptability counts in full (eq. 3)"
     )
 
 
@@ -47,81 +68,250 @@ class DataConfig:
 class AdaptabilityConfig:
     """Eq. 2–3."""
 
-    weight: float = 1.0  # β1; 0 switches the metric off
-    span: str = "body"  # body | all
-    length_norm: str = "none"  # none (paper) | mean
-    epsilon: float = 0.1  # M at other than thinking tokens
+    weight: float = option(1.0, "β1; 0 switches the metric off", ge=0)
+    span: Literal["body", "all"] = option("body", "tokens of the rationale that the sum runs over")
+    length_norm: Literal["none", "mean"] = option("none", "none: a sum (paper); mean: divided by the body's length")
+    epsilon: float = option(0.1, "M at other than thinking tokens", ge=0, le=1)
 
 
 @dataclass
 class ConsensusConfig:
     """Eq. 4–5."""
 
-    weight: float = 1.0  # β2
-    temperature: float = 1.0
-    affinity: str = "attention"  # attention (paper) | cosine (final hidden states) | sentence (embeddings)
-    centrality: str = "in_degree"  # in_degree (paper) | pagerank | eigenvector
-    encoder: str | None = None  # sentence encoder for affinity = sentence: a folder or hub id
+    weight: float = option(1.0, "β2; 0 switches the metric off", ge=0)
+    temperature: float = option(1.0, "divides the affinities before the softmax", gt=0)
+    affinity: Literal["attention", "cosine", "sentence"] = option(
+        "attention", "attention: the student's own (paper); cosine: of its final states; sentence: of embeddings"
+    )
+    centrality: Literal["in_degree", "pagerank", "eigenvector"] = option("in_degree", "in_degree is the paper's")
+    encoder: str | None = option(None, "sentence encoder for affinity sentence: a folder or hub id")
 
 
 @dataclass
 class DifficultyConfig:
     """Eq. 6."""
 
-    weight: float = 1.0  # β3
-    kind: str = "loss"  # loss (paper) | ifd
+    weight: float = option(1.0, "β3; 0 switches the metric off", ge=0)
+    kind: Literal["loss", "ifd"] = option("loss", "loss (paper); ifd: over the loss without the question")
 
 
 @dataclass
 class WeightsConfig:
     """Eq. 7."""
 
-    temperature: float = 1.0  # τ
-    scale: str = "zscore"  # zscore (paper)
-    teacher: str | None = None  # strategy = single: the teacher
-    fixed: dict[str, float] | None = None  # strategy = fixed: a weight per teacher
+    temperature: float = option(1.0, "τ", gt=0)
+    scale: Literal["zscore"] = option("zscore", "how a metric is made comparable within a question (paper)")
+    teacher: str | None = option(None, "strategy single: the teacher")
+    fixed: dict[str, float] | None = option(None, "strategy fixed: a weight per teacher", ge=0)
 
 
 @dataclass
 class DivergenceConfig:
     """Eq. 9."""
 
-    weight: float = 0.1  # λ; 0 switches it off
-    kind: str = "strategy"  # strategy (its own choice: kl for COMPACT, jsd for MIND) | kl | jsd
+    weight: float = option(0.1, "λ; 0 switches it off", ge=0)
+    kind: Literal["strategy", "kl", "jsd"] = option("strategy", "strategy: its own choice, kl for COMPACT")
 
 
 @dataclass
 class EvaluationConfig:
-    tasks: dict[str, str] = field(default_factory=dict)  # name: file of questions, out of distribution
-    forgetting: dict[str, str] = field(default_factory=dict)  # name: file of questions on skills not trained on
-    limit: int = 200  # questions a task
-    max_new_tokens: int = 192
-    batch_size: int = 64
-    instruct: bool = True  # end the prompts of `tasks` and `forgetting` in a line that says in what form to answer
-    reference: str | None = None  # the teacher whose rationales are scored as reference solutions of held-out questions
-    note: str | None = None  # a warning at the top of the report, about what its numbers may not be compared with
+    tasks: dict[str, str] = option(dict, "name: file of questions, out of distribution")
+    forgetting: dict[str, str] = option(dict, "name: file of questions on skills not trained on")
+    limit: int = option(200, "questions a task", ge=1)
+    max_new_tokens: int = option(192, "tokens generated for a question at most", ge=1)
+    batch_size: int = option(64, "questions generated at once", ge=1)
+    instruct: bool = option(True, "end prompts of tasks and forgetting in a line that says in what form to answer")
+    reference: str | None = option(None, "teacher whose rationales are scored as solutions of held-out questions")
+    note: str | None = option(None, "a warning at the top of the report: what its numbers may not be set beside")
 
 
 @dataclass
 class CompactConfig:
     """The method: what α is and what the loss is (method §2–3, §5)."""
 
-    strategy: str = "compact"  # compact | uniform | single | lowest_loss | fixed
-    adaptability: AdaptabilityConfig = field(default_factory=AdaptabilityConfig)
-    consensus: ConsensusConfig = field(default_factory=ConsensusConfig)
-    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
-    sft_reduction: str = "mean"  # mean | sum (eq. 8) | token
+    strategy: Literal["compact", "uniform", "single", "lowest_loss", "fixed"] = option("compact", "what α is")
+    adaptability: AdaptabilityConfig = option(AdaptabilityConfig, "eq. 2–3")
+    consensus: ConsensusConfig = option(ConsensusConfig, "eq. 4–5")
+    difficulty: DifficultyConfig = option(DifficultyConfig, "eq. 6")
+    weights: WeightsConfig = option(WeightsConfig, "eq. 7")
+    divergence: DivergenceConfig = option(DivergenceConfig, "eq. 9")
+    sft_reduction: Literal["mean", "sum", "token"] = option(
+        "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
+    )
+
+    def validate(self) -> None:
+        """Check every field, and that nothing set here would be ignored.
+
+        Raises:
+            UserError: a wrong type, a value out of range, or options that contradict each other.
+        """
+        options.check(self)
+        weights = self.weights
+        for name, strategy, value in (("teacher", "single", weights.teacher), ("fixed", "fixed", weights.fixed)):
+            if self.strategy == strategy and not value:
+                raise UserError(f"weights.{name}: strategy {strategy} needs it")
+            if self.strategy != strategy and value is not None:
+                raise UserError(
+                    f"weights.{name}: only strategy {strategy} reads it, and strategy is {self.strategy}: "
+                    f"set it to null or set strategy to {strategy}"
+                )
+        if weights.fixed is not None and not any(weights.fixed.values()):
+            raise UserError("weights.fixed: at least one weight must be above 0")
+        if self.consensus.encoder is not None and self.consensus.affinity != "sentence":
+            raise UserError(
+                f"consensus.encoder: only affinity sentence reads it, and consensus.affinity is "
+                f"{self.consensus.affinity}"
+            )
 
 
 @dataclass
 class Recipe(CompactConfig):
     """A whole run."""
 
-    run: str = "runs/demo"  # the run's folder; nothing is written outside it
-    seed: int = 0
-    student: StudentConfig = field(default_factory=StudentConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: dict[str, object] = field(default_factory=dict)  # any field of transformers.TrainingArguments
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: str = option("runs/demo", "the run's folder; nothing is written outside it")
+    seed: int = option(0, "of everything random", ge=0, lt=2**32)
+    student: StudentConfig = option(StudentConfig, "")
+    data: DataConfig = option(DataConfig, "")
+    training: dict[str, object] = option(dict, "any field of transformers.TrainingArguments")
+    evaluation: EvaluationConfig = option(EvaluationConfig, "")
+
+    def validate(self) -> None:
+        super().validate()
+        check_training(as_given(self.training))
+        if not self.run:
+            raise UserError("run: needs the name of a folder")
+        if self.consensus.affinity == "sentence" and self.consensus.encoder is None:
+            raise UserError("consensus.encoder: affinity sentence needs it: a folder or hub id of a sentence encoder")
+        for key, text, slot in (
+            ("data.suffix", self.data.suffix, "{answer}"),
+            ("data.prompt_template", self.data.prompt_template, "{prompt}"),
+        ):
+            if text.count(slot) != 1:
+                raise UserError(f"{key}: must hold {slot} once, got {text!r}")
+        if self.student.lora is not None and self.student.lora.targets == []:
+            raise UserError("student.lora.targets: names no module; for full fine-tuning set student.lora to null")
+        tasks, forgetting = self.evaluation.tasks, self.evaluation.forgetting
+        for name in sorted(tasks.keys() & forgetting.keys()):
+            raise UserError(f"evaluation: {name} is both in tasks and in forgetting")
+        for name in (*tasks, *forgetting):
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise UserError(
+                    f"evaluation: the task {name!r} must be named as a file can be: letters, digits, . _ -"
+                )
+
+
+ANY = object()
+# Fields of TrainingArguments that a recipe may not set (to that value): they would be ignored or break the method.
+NOT_IN_TRAINING: dict[str, tuple[object, str]] = {
+    "output_dir": (ANY, "the run's folder is the key run"),
+    "seed": (ANY, "set the key seed"),
+    "gradient_checkpointing": (ANY, "set student.gradient_checkpointing"),
+    "activation_checkpointing": (ANY, "set student.gradient_checkpointing"),
+    "use_cache": (ANY, "packed batches are only right without the cache"),
+    "remove_unused_columns": (ANY, "the collator needs every column"),
+    "label_names": (ANY, "the labels are the collator's"),
+    "label_smoothing_factor": (ANY, "the loss is the method's own and has no smoothing"),
+    "use_liger_kernel": (ANY, "it replaces the forward that the method needs"),
+    "liger_kernel_config": (ANY, "it replaces the forward that the method needs"),
+    "average_tokens_across_devices": (False, "a step is normalised over all devices, or the loss would change"),
+    "parallelism_config": (ANY, "context and sequence parallelism would split a question"),
+    "train_sampling_strategy": ("group_by_length", "an item is a question, which has several lengths"),
+    "resume_from_checkpoint": (ANY, "Trainer does not read it; a run goes on from its own last checkpoint"),
+    "do_train": (ANY, "nothing reads it"),
+    "do_eval": (ANY, "nothing reads it"),
+    "do_predict": (ANY, "nothing reads it"),
+    "hub_token": (ANY, "it would be written to the run's recipe.yaml: log in with `hf auth login`"),
+}
+
+
+def check_training(given: Given) -> None:
+    """Names and types of the `training` section, against the installed transformers.
+
+    Raises:
+        UserError: an unknown field (with the nearest), one that is not the recipe's to set, or a wrong type.
+    """
+    if not given.value:
+        return
+    from transformers import TrainingArguments  # seconds to import, and most uses of this module need none of it
+
+    types = options.hints(TrainingArguments)
+    for name, item in given.value.items():
+        key = f"training.{name}"
+        refused, reason = NOT_IN_TRAINING.get(name, (None, ""))
+        if reason and (refused is ANY or item.value == refused):
+            refuse(item, key, reason if refused is ANY else f"{refused!r} is refused: {reason}")
+        if name not in types:
+            near = options.nearest(str(name), types) or "; its fields are listed in transformers' documentation"
+            refuse(item, key, f"transformers.TrainingArguments has no such field{near}")
+        if options.optional(types[name])[0] in (bool, int, float, str):
+            options.coerce(types[name], item, key)
+
+
+def embedded_recipes() -> list[str]:
+    """Names that `load_recipe` takes for the recipes of this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(argv: list[str]) -> Recipe:
+    """A recipe from the words of a command line: `[RECIPE] [--key value …]`.
+
+    RECIPE is a file or the name of an embedded recipe (default: demo); flags beat it (see `commandline.set_flags`).
+    `--help` prints all keys and exits.
+
+    Raises:
+        UserError: whatever is wrong, with file and line or flag.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
+    named = bool(argv) and not argv[0].startswith("-")
+    tree = read_recipe(argv[0] if named else None)
+    set_flags(Recipe, tree, argv[1:] if named else argv)
+    if "training" in tree.value and isinstance(tree.value["training"].value, dict):
+        check_training(tree.value["training"])  # here too: places are known here
+    return _checked(tree)
+
+
+def read_recipe(name: str | None) -> Given:
+    """The Given tree of a file or an embedded recipe; None: demo."""
+    embedded = RECIPES / f"{name or 'demo'}.yaml"
+    if name is None or (name in embedded_recipes() and not Path(name).is_file()):
+        return read_file(embedded) if embedded.exists() else Given({})
+    if not Path(name).exists():
+        near = options.nearest(name, embedded_recipes())
+        raise UserError(f"{name}: no such file, nor an embedded recipe ({', '.join(embedded_recipes())}){near}")
+    return read_file(Path(name))
+
+
+def _checked(tree: Given) -> Recipe:
+    recipe = options.build(Recipe, tree)
+    recipe.validate()
+    return recipe
+
+
+def from_dict(values: dict[str, Any], source: str = "") -> Recipe:
+    """A checked recipe from plain nested values; `source` is named in errors."""
+    return _checked(as_given(values, source))
+
+
+def to_dict(recipe: CompactConfig) -> dict[str, Any]:
+    """Plain nested values that `from_dict` takes back."""
+    return dataclasses.asdict(recipe)
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write every key, also those left at their default; the file is replaced whole or not at all."""
+    write_file(to_dict(recipe), Path(path))
+
+
+def help_text() -> str:
+    lines = [
+        "python -m compact.train [RECIPE] [--key value …]",
+        "",
+        f"RECIPE: a YAML file, or one of {', '.join(embedded_recipes())}. Without it: demo.",
+        "Flags are the recipe's keys and beat it. Values are YAML: null, true, 5e-5, [a, b], {a: 1}. The entries of",
+        "names have flags too: --training.learning_rate 1e-4, --evaluation.tasks.svamp FILE. Keys and their defaults:",
+        "",
+        *help_lines(Recipe),
+    ]
+    return "\n".join(lines)
