@@ -94,7 +94,9 @@ class Ragged:
         for s, count in enumerate(completions):
             start, length = answer_spans[s]
             if not 0 <= body_lengths[s] <= count:
-                raise ValueError(f"rationale {s}: body_lengths is {body_lengths[s]}, its completion has {count} tokens")
+                raise ValueError(
+                    f"rationale {s}: body_lengths is {body_lengths[s]}, its completion has {count} tokens"
+                )
             if start < 0 or length < 0 or start + length > count:
                 raise ValueError(
                     f"rationale {s}: answer_spans is ({start}, {length}), its completion has {count} tokens"

@@ -12,7 +12,7 @@ from compact_kernels.ragged import Ragged
 
 
 class TokenStatistics(NamedTuple):
-    """What one look at the logits of every scored row tells; all detached, (N,) float32 (float64 for float64 input)."""
+    """What the logits of every scored row tell; all detached, (N,) float32 (float64 for float64 input)."""
 
     logprob: Tensor  # log p(target)                     nats; 0 where the target is ignored
     entropy: Tensor  # −Σ p log p                         nats
@@ -39,6 +39,12 @@ class AdaptabilityOptions:
     epsilon: float = 0.1  # M where the token just read is not a thinking token
     span: Literal["body", "all"] = "body"  # rows r_0 … r_B, or all scored rows
     length_norm: Literal["none", "mean"] = "none"  # the paper's sum, or divided by B_k
+
+    def __post_init__(self) -> None:
+        if self.span not in ("body", "all"):
+            raise ValueError(f"adaptability span is {self.span!r}; it is body or all")
+        if self.length_norm not in ("none", "mean"):
+            raise ValueError(f"adaptability length_norm is {self.length_norm!r}; it is none or mean")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def sequence_adaptability(evidence: Tensor, ragged: Ragged, options: Adaptabilit
     sequence = sequence_of_row(ragged)
     step = torch.arange(ragged.num_rows, device=evidence.device) - ragged.cu_rows[:-1].long()[sequence]
     jump = torch.relu(evidence - evidence.roll(1))
-    jump = jump * torch.where(ragged.thinking, 1.0, options.epsilon)
+    jump = jump.where(ragged.thinking, jump * options.epsilon)
     counted = step >= 1
     if options.span == "body":
         counted = counted & (step <= ragged.body_lengths.long()[sequence])
@@ -106,18 +112,15 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 
 def question_spread(values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of a metric over the rationales of each question, (Q,) each."""
-    count = ragged.cu_questions.diff()
-    mean = segment_sum(values, ragged.cu_questions) / count
-    centred = values - mean[question_of_sequence(ragged)]
-    return mean, (segment_sum(centred.square(), ragged.cu_questions) / count).sqrt()
+    return _centre(values, ragged)[1:]
 
 
 def question_zscore(values: Tensor, ragged: Ragged) -> Tensor:
     """z-score of a metric over the rationales of each question, (S,); 0 where the spread is rounding."""
     question = question_of_sequence(ragged)
-    mean, std = question_spread(values, ragged)
+    centred, mean, std = _centre(values, ragged)
     flat = std <= 1e-6 * mean.abs().clamp_min(1.0)
-    return torch.where(flat[question], 0.0, (values - mean[question]) / std.where(~flat, 1.0)[question])
+    return torch.where(flat[question], 0.0, centred / std.where(~flat, 1.0)[question])
 
 
 def question_softmax(scores: Tensor, ragged: Ragged) -> Tensor:
@@ -126,6 +129,16 @@ def question_softmax(scores: Tensor, ragged: Ragged) -> Tensor:
     top = torch.segment_reduce(scores, "max", offsets=ragged.cu_questions.long(), unsafe=True)
     weight = (scores - top[question]).exp()
     return weight / segment_sum(weight, ragged.cu_questions)[question]
+
+
+def _centre(values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+    """Values without their question's mean (S,), the means (Q,) and the population standard deviations (Q,)."""
+    question, count = question_of_sequence(ragged), ragged.cu_questions.diff()
+    mean = segment_sum(values, ragged.cu_questions) / count
+    centred = values - mean[question]
+    # The mean rounds at the size of the values, which may be far more than their spread: take away what is left.
+    centred = centred - (segment_sum(centred, ragged.cu_questions) / count)[question]
+    return centred, mean, (segment_sum(centred.square(), ragged.cu_questions) / count).sqrt()
 
 
 def _owner(offsets: Tensor, total: int) -> Tensor:
