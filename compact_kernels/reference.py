@@ -66,7 +66,7 @@ def compatibility_loss(
     weights: Tensor | None = None,
     consensus: Tensor | None = None,
     difficulty_reference: Tensor | None = None,
-    adaptability: AdaptabilityOptions = AdaptabilityOptions(),
+    adaptability: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
     divergence: Literal["kl", "jsd"] = "kl",
     divergence_weight: float = 0.0,
     sft_reduction: Literal["mean", "sum", "token"] = "mean",
@@ -107,8 +107,13 @@ def compatibility_loss(
     """
     if rule is not None and weights is not None:
         raise ValueError("give either `rule` or `weights`: both would decide α")
-    if weights is not None and weights.shape != (ragged.num_sequences,):
-        raise ValueError(f"weights has shape {tuple(weights.shape)}, the batch has {ragged.num_sequences} rationales")
+    for name, vector in (
+        ("weights", weights),
+        ("consensus", consensus),
+        ("difficulty_reference", difficulty_reference),
+    ):
+        if vector is not None:
+            _check_per_rationale(name, vector, ragged)
     rule = CompatibilityRule() if rule is None else rule
     if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and consensus is None:
         raise ValueError(
@@ -117,7 +122,11 @@ def compatibility_loss(
         )
     if sft_reduction not in ("mean", "sum", "token"):
         raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
-    _check_inputs(hidden, head_weight, targets, ragged)
+    if divergence not in ("kl", "jsd"):
+        raise ValueError(f"divergence is {divergence!r}; it is kl or jsd")
+    _check_packed(hidden, ragged)
+    _check_head(hidden, head_weight, bias)
+    _check_targets(targets, ragged)
     logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
     rows = hidden[ragged.rows]
     row_targets = targets.reshape(-1)[ragged.rows]
@@ -131,20 +140,23 @@ def compatibility_loss(
             ragged=ragged,
             tokens=tokens,
             adaptability=sequence_adaptability(tokens.evidence, ragged, adaptability),
-            consensus=torch.zeros_like(mean_loss) if consensus is None else consensus.to(mean_loss.dtype),
+            consensus=torch.zeros_like(mean_loss) if consensus is None else consensus.detach().to(mean_loss.dtype),
             difficulty=mean_loss if difficulty_reference is None else mean_loss / difficulty_reference,
             targets_per_rationale=targets_per_rationale,
         )
         alpha = (rule(statistics) if weights is None else weights).detach().to(mean_loss.dtype)
         if alpha.shape != mean_loss.shape:
             raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
-        num_questions = max(ragged.num_questions, 1)
         if normalizer is None:
-            normalizer = 1 / num_questions
+            targets_per_question = segment_sum(targets_per_rationale, ragged.cu_questions)
+            per_question = 1 / (targets_per_question > 0).sum().clamp_min(1).to(mean_loss.dtype)
+            if divergence_normalizer is None:
+                divergence_normalizer = per_question
             if sft_reduction == "token":
-                tokens_per_question = segment_sum(targets_per_rationale, ragged.cu_questions)
-                normalizer = 1 / (tokens_per_question / ragged.cu_questions.diff()).sum().clamp_min(1)
-                divergence_normalizer = divergence_normalizer or 1 / num_questions
+                total_tokens = (targets_per_question / ragged.cu_questions.diff()).sum()  # N; may be less than 1
+                normalizer = 1 / total_tokens.where(total_tokens > 0, 1.0)
+            else:
+                normalizer = per_question
         if divergence_normalizer is None:
             if sft_reduction == "token" and divergence_weight:
                 raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
@@ -192,7 +204,9 @@ def linear_token_stats(
 
     Arguments as in :func:`compatibility_loss`; each statistic is (N,).
     """
-    _check_inputs(hidden, head_weight, targets, ragged)
+    _check_packed(hidden, ragged)
+    _check_head(hidden, head_weight, bias)
+    _check_targets(targets, ragged)
     logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
     row_targets = targets.reshape(-1)[ragged.rows]
     return _token_pass(logits, hidden[ragged.rows], row_targets, ragged, ignore_index, workspace_mib)[1]
@@ -220,6 +234,7 @@ def linear_logprob(
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
+    _check_head(hidden, head_weight, bias)
     logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
 
@@ -261,6 +276,9 @@ def answer_divergence(
     """
     if kind not in ("kl", "jsd"):
         raise ValueError(f"kind is {kind!r}; it is kl or jsd")
+    _check_packed(hidden, ragged)
+    _check_head(hidden, head_weight, bias)
+    _check_per_rationale("alpha", alpha, ragged)
     logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
     alpha = alpha.detach()
     packed = ragged.rows[ragged.span_rows]
@@ -276,7 +294,9 @@ def answer_divergence(
                 continue
             positions = torch.stack([packed[cu_span[s] : cu_span[s + 1]] for s in members])  # (k, m)
             weight = torch.stack([alpha[s] for s in members])  # (k,)
-            total = total + checkpoint(_pairwise_divergence, logits, hidden[positions], weight, kind, use_reentrant=False)
+            total = total + checkpoint(
+                _pairwise_divergence, logits, hidden[positions], weight, kind, use_reentrant=False
+            )
         totals.append(total)
     return torch.stack(totals) if totals else alpha.new_zeros(0)
 
@@ -305,7 +325,7 @@ def question_consensus(
         raise ValueError(f"centrality is {centrality!r}; it is one of in_degree, pagerank, eigenvector")
     affinity, present = question_affinity(query, key, ragged, temperature=temperature)
     edges = affinity - torch.diag_embed(affinity.diagonal(dim1=1, dim2=2))  # (Q, K, K), i → j
-    if centrality == "in_degree":
+    if centrality == "in_degree" or ragged.num_sequences == 0:
         score = edges.sum(1)
     elif centrality == "pagerank":
         score = _pagerank(edges, present)
@@ -345,14 +365,29 @@ def question_affinity(
     return affinity.where(present[:, :, None] & present[:, None, :], 0.0), present
 
 
-def _check_inputs(hidden: Tensor, head_weight: Tensor, targets: Tensor, ragged: Ragged) -> None:
+def _check_packed(hidden: Tensor, ragged: Ragged) -> None:
     total = int(ragged.host.cu_seqlens[-1])
     if hidden.dim() != 2 or hidden.shape[0] != total:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, the batch has {total} packed tokens: ({total}, D)")
-    if head_weight.dim() != 2 or head_weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {hidden.shape[1]}")
+
+
+def _check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None:
+    width = hidden.shape[-1]
+    if head_weight.dim() != 2 or head_weight.shape[1] != width:
+        raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {width}")
+    if bias is not None and bias.shape != head_weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, head_weight has V = {head_weight.shape[0]} rows")
+
+
+def _check_targets(targets: Tensor, ragged: Ragged) -> None:
+    total = int(ragged.host.cu_seqlens[-1])
     if targets.numel() != total:
         raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
+
+
+def _check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
+    if values.shape != (ragged.num_sequences,):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, the batch has {ragged.num_sequences} rationales")
 
 
 def _token_pass(
@@ -370,16 +405,14 @@ def _token_pass(
     sequence = sequence_of_row(ragged)
 
     def chunk(hidden: Tensor, target: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
-        z = logits(hidden)  # (c, V)
-        lse = z.logsumexp(-1)
+        logp = logits(hidden).log_softmax(-1)  # (c, V); z − logsumexp would round at the size of the logits
         counted = target != ignore_index
         target = target.where(counted, 0)[:, None]
-        logprob = (z.gather(1, target).squeeze(1) - lse).where(counted, 0.0)
+        logprob = logp.gather(1, target).squeeze(1).where(counted, 0.0)
         with torch.no_grad():
             wanted = asked[owner]
-            evidence = (z.gather(1, answer_ids[owner]) - lse[:, None]).where(wanted, 0.0)
-            evidence = evidence.sum(-1) / wanted.sum(-1).clamp_min(1)
-            p = (z - lse[:, None]).exp()
+            evidence = logp.gather(1, answer_ids[owner]).where(wanted, 0.0).sum(-1) / wanted.sum(-1).clamp_min(1)
+            p = logp.exp()
             entropy = torch.special.entr(p).sum(-1)
             # p_target − 1 = −Σ of the others: no cancellation for confident tokens.
             others = p.scatter(1, target, 0.0)
@@ -409,6 +442,7 @@ def _over_rows(
 def _pairwise_divergence(logits: _Logits, hidden: Tensor, weight: Tensor, kind: str) -> Tensor:
     """Σ over pairs of k rationales whose m answer rows align: hidden (k, m, D), weight (k,)."""
     logp = logits(hidden).log_softmax(-1)  # (k, m, V)
+    logp = logp.clamp_min(torch.finfo(logp.dtype).min / 4)  # a forbidden token has p = 0 in each, and −∞ − (−∞) is NaN
     p = logp.exp()
     total = logp.new_zeros(())
     for i in range(hidden.shape[0]):
@@ -433,9 +467,13 @@ def _pagerank(edges: Tensor, present: Tensor, damping: float = 0.85, steps: int 
     return rank
 
 
-def _eigenvector(edges: Tensor, present: Tensor, steps: int = 200) -> Tensor:
-    vector = present.to(edges.dtype)
-    for _ in range(steps):  # of Aᵀ + I, which has the same eigenvectors and converges
-        vector = vector + torch.einsum("qi,qij->qj", vector, edges)
-        vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return vector
+def _eigenvector(edges: Tensor, present: Tensor, doublings: int = 24) -> Tensor:
+    # Power iteration of Aᵀ + I, which has the same eigenvectors and converges. By squaring, and with A scaled to 1:
+    # rows that saturate on the diagonal leave edges so small that a few hundred steps would not move the vector.
+    scale = edges.amax((1, 2), keepdim=True).clamp_min(torch.finfo(edges.dtype).tiny)
+    power = edges.mT / scale + torch.eye(edges.shape[1], dtype=edges.dtype, device=edges.device)
+    for _ in range(doublings):
+        power = power @ power
+        power = power / power.amax((1, 2), keepdim=True)
+    vector = torch.einsum("qij,qj->qi", power, present.to(edges.dtype))
+    return vector / vector.norm(dim=1, keepdim=True)
