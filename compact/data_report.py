@@ -45,10 +45,11 @@ class DataReport:
     def then(self, later: DataReport) -> DataReport:
         """This stage and a later one on what it let through, as one: read here, used there, refused in both.
 
-        What the later stage was not given (held-out questions) is neither used nor refused.
+        What the later stage was not given (held-out questions) is neither used nor refused. The later stage's
+        order of teachers stands: the indices in its items mean it.
         """
         return DataReport(
-            teachers=self.teachers + [name for name in later.teachers if name not in self.teachers],
+            teachers=later.teachers + [name for name in self.teachers if name not in later.teachers],
             questions=_chained(self.questions, later.questions),
             rationales=_chained(self.rationales, later.rationales),
             reason_counts=_added(self.reason_counts, later.reason_counts),
