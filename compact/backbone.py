@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -31,25 +32,6 @@ from compact.errors import UserError
 from compact_kernels.ragged import Ragged
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class StudentOutput:
-    """What the student's forward returns for a packed batch of S sequences, T tokens, hidden size D.
-
-    Everything but `hidden` is detached and float32. `query` and `key` are the last layer's own projections of its
-    attention input at r_T (eq. 4), H heads of d, without rotary embedding; query·key/√d is that layer's logit.
-    """
-
-    hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output
-    query: Tensor | None  # (S, H, d)
-    key: Tensor | None  # (S, H, d), repeated under grouped-query attention
-    pooled: Tensor  # (S, D) mean of `hidden` over each sequence's tokens
-    eos_hidden: Tensor  # (S, D) `hidden` at r_T
-
-
-# A pytree node, so that DDP and FSDP2 find the tensors in it.
-pytree.register_dataclass(StudentOutput)
 
 
 @dataclass(frozen=True)
@@ -65,6 +47,27 @@ class Head:
         """Logits (…, V) of hidden states (…, D): the definition, for tests and small inputs."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass
+class StudentOutput:
+    """What the student's forward returns for a packed batch of S sequences, T tokens, hidden size D.
+
+    Everything but `hidden` and `head` is detached and float32. `query` and `key` are the last layer's own projections of its
+    attention input at r_T (eq. 4), H heads of d, without rotary embedding; query·key/√d is that layer's logit.
+    """
+
+    hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output
+    query: Tensor | None  # (S, H, d)
+    key: Tensor | None  # (S, H, d), repeated under grouped-query attention
+    pooled: Tensor  # (S, D) mean of `hidden` over each sequence's tokens
+    eos_hidden: Tensor  # (S, D) `hidden` at r_T
+    head: Head  # part of the output, so that DDP sees a trained head used; its hooks go by what the forward returns
+
+
+# Pytree nodes, so that DDP and FSDP2 find the tensors in them.
+pytree.register_dataclass(Head)
+pytree.register_dataclass(StudentOutput)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -226,7 +229,14 @@ def _stop_at_hidden(
     finally:
         states, rotary = tap.take() if tap is not None else (None, None)
     query, key = _query_key(model, states, rotary) if states is not None else (None, None)
-    return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float())
+    layer = head(model)
+    used = Head(
+        layer.weight.view_as(layer.weight),
+        None if layer.bias is None else layer.bias.view_as(layer.bias),
+        layer.logit_scale,
+        layer.softcap,
+    )
+    return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float(), used)
 
 
 @torch.compiler.disable
@@ -251,7 +261,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def _last_attention(model: PreTrainedModel) -> nn.Module:
     for candidate in decoder_layers(model)[-1].modules():
-        if type(candidate).__name__.endswith("Attention"):
+        if type(candidate).__name__.endswith("Attention") and isinstance(
+            getattr(candidate, "config", None), PretrainedConfig
+        ):
             return candidate
     raise UserError(
         f"{type(model).__name__}: no attention module in its last layer, so there are no query and key projections "
@@ -285,7 +297,7 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
         with (
             _gathered(model, attention),
             torch.autocast(states.device.type, enabled=False),
-            noted(attention.config) as projections,
+            noted(cast(PretrainedConfig, attention.config)) as projections,
         ):
             parameters = {
                 name: parameter.float() if parameter.is_floating_point() else parameter

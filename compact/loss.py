@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
-from compact.student import Head, StudentOutput, head
+from compact.student import StudentOutput
 from compact_kernels import (
     AdaptabilityOptions,
     CompatibilityOutput,
@@ -61,13 +61,13 @@ def distillation_loss(
     """
     ragged: Ragged = batch["ragged"]
     output = forward(model, batch)
-    lm_head = head(model)
+    lm_head = output.head
     with torch.no_grad():
         consensus = _consensus(output, batch, config)
         reference = None
         if config.difficulty.kind == "ifd":
             alone = batch["unconditional"]
-            reference = _mean_loss(forward(model, alone), lm_head, alone)
+            reference = _mean_loss(forward(model, alone), alone)
     questions, tokens = Denominators.of(ragged) if denominators is None else denominators
     per_question = replicas / _at_least_one(questions)
     context = Context(teachers=batch["teachers"], pooled=output.pooled)
@@ -96,9 +96,7 @@ def distillation_loss(
     return result, context
 
 
-def consensus_vectors(
-    output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig
-) -> tuple[Tensor, Tensor]:
+def consensus_vectors(output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig) -> tuple[Tensor, Tensor]:
     """Queries and keys whose scaled product is the affinity that `consensus.affinity` asks for (eq. 4)."""
     affinity = config.consensus.affinity
     if affinity == "attention":
@@ -134,9 +132,10 @@ def _targets(batch: Mapping[str, Any]) -> Tensor:
     return F.pad(batch["labels"][0, 1:], (0, 1), value=-100)
 
 
-def _mean_loss(output: StudentOutput, lm_head: Head, batch: Mapping[str, Any]) -> Tensor:
+def _mean_loss(output: StudentOutput, batch: Mapping[str, Any]) -> Tensor:
     """(S,) mean negative log-likelihood a token."""
     ragged: Ragged = batch["ragged"]
+    lm_head = output.head
     tokens = linear_token_stats(
         output.hidden,
         lm_head.weight,

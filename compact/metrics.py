@@ -51,16 +51,18 @@ class MetricsTable:
         self.path, self.teachers = path, list(teachers)
         self._write = False
         self._open: Tensor | None = None  # the sums of the optimizer step under way
-        self._tokens, self._questions = 0, []
+        self._tokens = 0
+        self._questions: list[str] = []
         self._pending: list[tuple[dict[str, Any], Tensor, list[str]]] = []
-        self._elapsed_before, self._started = 0.0, time.perf_counter()
+        self._started = time.perf_counter()
+        self._elapsed_before = self._last_seconds = 0.0
 
     def start(self, step: int, *, write: bool) -> None:
         """Begin after optimizer step `step`; only a rank with `write` touches the file."""
         self._write = write
         self._started = time.perf_counter()
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self._elapsed_before = rows[-1]["seconds"] if rows else 0.0
+        self._elapsed_before = self._last_seconds = rows[-1]["seconds"] if rows else 0.0
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             aside = self.path.with_suffix(".writing")
@@ -79,7 +81,13 @@ class MetricsTable:
             return
         self._open[_SCALARS.index("grad_norm")] = grad_norm
         seconds = self._elapsed_before + time.perf_counter() - self._started
-        host = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "seconds": seconds, "tokens": self._tokens}
+        host = {
+            "step": step,
+            "epoch": epoch,
+            "learning_rate": learning_rate,
+            "seconds": seconds,
+            "tokens": self._tokens,
+        }
         self._pending.append((host, self._open, self._questions))
         self._open, self._tokens, self._questions = None, 0, []
 
@@ -101,13 +109,11 @@ class MetricsTable:
         replicas = accelerator.num_processes
         matrix = accelerator.reduce(matrix, "sum").cpu()
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_bytes()
-        rows, previous = [], None
+        rows: list[dict[str, Any]] = []
         for (host, _, questions), values, own_finite in zip(pending, matrix.tolist(), own_loss.tolist()):
             row = self._row(host, values, replicas, peak)
-            if previous is None:
-                previous = getattr(self, "_last_seconds", self._elapsed_before)
-            row["tokens_per_second"] = values[-1] / max(row["seconds"] - previous, 1e-9)
-            previous = self._last_seconds = row["seconds"]
+            row["tokens_per_second"] = values[-1] / max(row["seconds"] - self._last_seconds, 1e-9)
+            self._last_seconds = row["seconds"]
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 self._append(rows)
                 what = "loss" if not math.isfinite(row["loss"]) else "gradient"

@@ -33,7 +33,9 @@ def trace_question(
     """
     batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in collator([item]).items()}
     if "unconditional" in batch:
-        batch["unconditional"] = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch["unconditional"].items()}
+        batch["unconditional"] = {
+            k: v.to(device) if hasattr(v, "to") else v for k, v in batch["unconditional"].items()
+        }
     was_training = model.training
     model.eval()
     try:

@@ -83,11 +83,9 @@ class CompactTrainer(Trainer):
         self.config = config
         self.strategy = build_strategy(config, teachers)
         self.teacher_names = list(teachers)
-        kwargs.setdefault(
-            "data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd")
-        )
+        kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
         super().__init__(
-            model=student.prepare(model),
+            model=student.prepare(model, projections=config.consensus.affinity == "attention"),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -180,7 +178,11 @@ class CompactTrainer(Trainer):
                 self.state.save_to_json(str(written / "trainer_state.json"))
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, OSError) or "SafetensorError" in type(error).__name__ or "inline_container" in str(error):
+            if (
+                isinstance(error, OSError)
+                or "SafetensorError" in type(error).__name__
+                or "inline_container" in str(error)
+            ):
                 raise UserError(
                     f"the checkpoint of step {self.state.global_step} could not be written to {final.parent}: {error}. "
                     "Earlier checkpoints are whole: make room and run the same command again to go on from the last one."
@@ -228,11 +230,12 @@ class _StepCallback(TrainerCallback):
                 shutil.rmtree(leftover, ignore_errors=True)
         self.trainer.table.start(state.global_step, write=state.is_world_process_zero)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.learning_rate = self.trainer._get_learning_rate()  # of the step to come: the schedule moves after it
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.strategy.step()
-        self.trainer.table.close_step(
-            state.global_step, state.epoch, self.trainer._get_learning_rate(), self.trainer._grad_norm
-        )
+        self.trainer.table.close_step(state.global_step, state.epoch, self.learning_rate, self.trainer._grad_norm)
 
 
 class _Progress(ProgressCallback):

@@ -1,0 +1,285 @@
+"""python -m compact.train [RECIPE.yaml] [--key value …]: read the recipe, build the parts, run, evaluate, report.
+
+Without arguments: the embedded default. The same command goes on with an interrupted run, and runs under torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from compact.analyze import write_report
+from compact.collate import Collator
+from compact.config import Recipe, from_dict, load_recipe, read_recipe, save_recipe, to_dict
+from compact.data import load_questions, split, tokenize_questions
+from compact.data_report import DataReport
+from compact.errors import UserError
+from compact.evaluate import evaluate_tasks, recipe_tasks
+from compact.options import plain
+from compact.results import write_atomically
+from compact.strategies import Strategy, build_strategy
+from compact.student import load_student, merged
+from compact.trace import trace_question
+from compact.trainer import CompactTrainer
+
+logger = logging.getLogger("compact")
+
+# What a recipe's `training` section need not say. Everything else is transformers' own default.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # a share of all steps
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """One whole run in the folder `recipe.run`; goes on where an interrupted one stopped.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        UserError: the recipe, the data or the folder cannot be used; says what, where and the way out.
+    """
+    started = time.perf_counter()
+    state = PartialState()
+    folder = Path(recipe.run)
+    recipe.validate()
+    if state.is_main_process:
+        claim(folder, recipe)
+    state.wait_for_everyone()
+    if (folder / "report.json").exists():
+        print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
+        return json.loads((folder / "report.json").read_text())
+    phases = _Phases(folder)
+
+    set_seed(recipe.seed)
+    with phases("prepare"), state.main_process_first():
+        model, tokenizer = load_student(
+            recipe.student, seed=recipe.seed, projections=recipe.consensus.affinity == "attention"
+        )
+        train_set, held_out, report = _data(recipe, tokenizer, folder)
+        strategy = build_strategy(recipe, report.teachers)
+        train_set = _restrict(train_set, strategy, report)
+        tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
+    if state.is_main_process:
+        write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
+        print(report.summary())
+
+    collator = Collator(tokenizer=tokenizer, ifd=recipe.difficulty.kind == "ifd")
+    trainer = CompactTrainer(
+        model,
+        training_arguments(recipe),
+        config=recipe,
+        train_dataset=train_set,
+        processing_class=tokenizer,
+        teachers=report.teachers,
+        data_collator=collator,
+        metrics_path=folder / "metrics.jsonl",
+    )
+    example = _example(train_set, held_out, tokenizer, recipe, report, folder)
+
+    def look(when: str) -> None:
+        if (folder / "analysis" / f"{when}.json").exists():
+            return
+        with phases(f"evaluate_{when}"):
+            evaluate_tasks(
+                trainer.model,
+                tokenizer,
+                tasks,
+                folder,
+                when,
+                data=recipe.data,
+                batch_size=recipe.evaluation.batch_size,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+            )
+            if state.is_main_process:
+                trace = trace_question(
+                    trainer.model, tokenizer, example, strategy, recipe, report.teachers, collator, trainer.args.device
+                )
+                write_atomically(folder / "analysis" / f"{when}.json", json.dumps(trace))
+            state.wait_for_everyone()
+
+    trainer.model.to(trainer.args.device)
+    look("before")
+    with phases("train"):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    look("after")
+    with phases("save"):
+        save_student(trainer, folder)
+    if state.is_main_process:
+        write_report(folder)
+    state.wait_for_everyone()
+    return json.loads((folder / "report.json").read_text())
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Make `folder` this recipe's run, or find that it is already.
+
+    Raises:
+        UserError: the folder holds another run, or something that is no run.
+    """
+    stored = folder / "recipe.yaml"
+    if stored.exists():
+        theirs, ours = to_dict(from_dict(plain(read_recipe(str(stored))), str(stored))), to_dict(recipe)
+        differing = [
+            f"{key} ({theirs.get(key)!r} there, {ours[key]!r} here)" for key in ours if theirs.get(key) != ours[key]
+        ]
+        if differing:
+            raise UserError(
+                f"{folder} holds another run: {'; '.join(differing)}. "
+                "Choose another folder with --run, or remove that one; the same recipe would go on with it."
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run: choose another folder with --run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, stored)
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error}") from error
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """transformers' arguments of a recipe: its `training` section over this project's few defaults."""
+    bfloat16 = recipe.student.dtype == "bfloat16" or (
+        recipe.student.dtype == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
+    return TrainingArguments(
+        **{
+            **TRAINING_DEFAULTS,
+            "bf16": bfloat16,
+            **recipe.training,
+            "output_dir": str(Path(recipe.run) / "checkpoints"),
+            "seed": recipe.seed,
+        }
+    )
+
+
+def save_student(trainer: CompactTrainer, folder: Path) -> None:
+    """RUN/student: the adapter merged, with tokenizer and generation config; written aside, then renamed.
+
+    Every rank must call it, so that sharded weights can be gathered.
+    """
+    model = merged(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        aside, final = folder / ".student.writing", folder / "student"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            model.save_pretrained(aside)
+            trainer.processing_class.save_pretrained(aside)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"the student could not be written to {final}: {error}. Make room and run the same command again: "
+                "training is done and its last checkpoint is whole."
+            ) from error
+        shutil.rmtree(final, ignore_errors=True)
+        aside.replace(final)
+
+
+def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Dataset, Dataset, DataReport]:
+    """Training questions in tokens, held-out questions in text, and what became of every row."""
+    if recipe.data.train is None:
+        raise UserError("data.train: which questions? A .jsonl or .parquet file, a saved dataset, or a hub id")
+    cache = folder / "cache"
+    questions, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+    train_questions, held_out = split(questions, recipe.data.holdout, recipe.seed)
+    train_set, tokenized = tokenize_questions(train_questions, tokenizer, recipe.data, cache_dir=cache)
+    return train_set, held_out, read.then(tokenized)
+
+
+def _restrict(dataset: Dataset, strategy: Strategy, report: DataReport) -> Dataset:
+    """Only the rationales that the strategy trains on; a question left without any is dropped and counted."""
+    used = [strategy.uses_teacher(index) for index in range(len(report.teachers))]
+    if all(used):
+        return dataset
+
+    def keep(item: dict[str, Any]) -> dict[str, Any]:
+        return {"rationales": [rationale for rationale in item["rationales"] if used[rationale["teacher"]]]}
+
+    kept = dataset.map(keep, keep_in_memory=False).filter(lambda item: len(item["rationales"]) > 0)
+    dropped = len(dataset) - len(kept)
+    if dropped:
+        report.questions["used"] -= dropped
+        for _ in range(dropped):
+            report.refuse_question("strategy", "no rationale of a teacher that the strategy trains on")
+    report.rationales["used"] = sum(len(rationales) for rationales in kept["rationales"])
+    if not len(kept):
+        raise UserError("no question has a rationale of a teacher that the strategy trains on")
+    return kept
+
+
+def _example(
+    train_set: Dataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    report: DataReport,
+    folder: Path,
+) -> dict[str, Any]:
+    """The question that the report's pictures show: a held-out one with every teacher, where there is one."""
+    few = held_out.select(range(min(len(held_out), 50)))
+    candidates, seen = tokenize_questions(few, tokenizer, recipe.data, cache_dir=folder / "cache")
+    items = list(candidates)
+    if not items:
+        return train_set[0]
+    index = [report.teachers.index(name) if name in report.teachers else 0 for name in seen.teachers]
+    for item in items:
+        for rationale in item["rationales"]:
+            rationale["teacher"] = index[rationale["teacher"]]
+    return max(items, key=lambda item: len(item["rationales"]))
+
+
+class _Phases:
+    """Seconds of each phase of a run, kept in RUN/timing.json; a phase that is resumed adds up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "timing.json"
+        self.seconds = json.loads(self.path.read_text())["seconds"] if self.path.exists() else {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            if PartialState().is_main_process:
+                write_atomically(self.path, json.dumps({"seconds": self.seconds}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+        result = run(recipe)
+    except UserError as error:
+        print(f"compact.train: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        print(f"report: {Path(recipe.run) / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

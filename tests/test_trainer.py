@@ -1,0 +1,287 @@
+"""The trainer: the step's normalisation, resume, the table, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from compact.errors import UserError
+from compact.metrics import read_metrics
+from compact.strategies import STRATEGIES, Strategy
+from tests.toy_run import toy_model, toy_trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def launch(runs: dict[str, dict], ranks: int) -> None:
+    """Toy runs, one after the other, in `ranks` gloo processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "tests.toy_run", json.dumps(runs)],
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "token"])
+def test_accumulation_does_not_change_the_training(tmp_path, reduction):
+    whole = toy_trainer(tmp_path / "a", batch=8, method={"sft_reduction": reduction}, optim="sgd")
+    parts = toy_trainer(tmp_path / "b", batch=2, accumulate=4, method={"sft_reduction": reduction}, optim="sgd")
+    start = parameters(whole)
+    whole.train(), parts.train()
+    moved = largest_difference(start, parameters(whole))
+    assert moved > 1e-4
+    assert largest_difference(parameters(whole), parameters(parts)) < 1e-3 * moved
+
+
+def test_two_ranks_train_as_one_does(tmp_path):
+    def settings(reduction):
+        return {"method": {"sft_reduction": reduction}, "optim": "sgd", "max_grad_norm": 0.0}
+
+    reductions = ("mean", "token")
+    launch({str(tmp_path / f"two-{r}"): {**settings(r), "batch": 2, "accumulate": 2} for r in reductions}, ranks=2)
+    for reduction in reductions:
+        one = toy_trainer(tmp_path / f"one-{reduction}", batch=8, **settings(reduction))
+        start = parameters(one)
+        one.train()
+        two = torch.load(tmp_path / f"two-{reduction}" / "parameters.pt", weights_only=True)
+        assert largest_difference(parameters(one), two) < 1e-3 * largest_difference(parameters(one), start)
+        tables = [read_metrics(tmp_path / f"{name}-{reduction}" / "metrics.jsonl") for name in ("one", "two")]
+        for a, b in zip(*tables, strict=True):
+            assert a["questions"] == b["questions"] == 8
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            for name in a["teachers"]:
+                assert a["teachers"][name] == pytest.approx(b["teachers"][name], rel=1e-3)
+
+
+def test_one_teacher_under_token_is_transformers_own_loss(tmp_path):
+    trainer = toy_trainer(
+        tmp_path, method={"strategy": "single", "weights": {"teacher": "wordy"}, "sft_reduction": "token"}
+    )
+    items = [
+        {**item, "rationales": [r for r in item["rationales"] if trainer.teacher_names[r["teacher"]] == "wordy"]}
+        for item in trainer.train_dataset
+    ]
+    batch = trainer.data_collator(items[:5])
+    trainer.model.eval()
+    ours = trainer.compute_loss(trainer.model, batch).detach()
+    total, count = 0.0, 0
+    for item in items[:5]:
+        ids = torch.tensor([item["prompt_ids"] + item["rationales"][0]["completion_ids"]])
+        labels = ids.clone()
+        labels[0, : len(item["prompt_ids"])] = -100
+        targets = int((labels != -100).sum())
+        total += trainer.model(input_ids=ids, labels=labels, use_cache=False).loss.detach().double() * targets
+        count += targets
+    assert float(ours) == pytest.approx(float(total / count), abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["compact", "uniform", "lowest_loss"])
+def test_a_resumed_run_is_the_straight_run(tmp_path, strategy):
+    method = {"strategy": strategy}
+    settings = {"method": method, "epochs": 2, "save_strategy": "steps", "save_steps": 5, "logging_steps": 2}
+    model = {"attention_dropout": 0.3}
+    straight = toy_trainer(tmp_path / "straight", model=toy_model(**model), **settings)
+    straight.train()
+    killed = toy_trainer(tmp_path / "killed", model=toy_model(**model), **settings)
+    killed.add_callback(_StopAfter(7))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert not list((tmp_path / "killed").glob("*/training_args.bin"))
+    resumed = toy_trainer(tmp_path / "killed", model=toy_model(seed=9, **model), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-5"))
+    assert largest_difference(parameters(straight), parameters(resumed)) == 0
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "killed")]
+    for a, b in zip(*rows, strict=True):
+        assert (a["step"], a["loss"], a["teachers"]) == (b["step"], b["loss"], b["teachers"])
+
+
+class _Learned(Strategy):
+    """A strategy with a parameter and an optimizer of its own, as MIND will be."""
+
+    divergence = "jsd"
+
+    def __init__(self, config, teachers):
+        super().__init__(config, teachers)
+        self.score = torch.zeros(len(self.teachers), requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.score], lr=0.1)
+        self.seen = 0
+
+    def weights(self, statistics, context):
+        score = self.score[context.teachers]
+        return torch.cat(
+            [part.softmax(0) for part in score.split(statistics.ragged.host.cu_questions.diff().tolist())]
+        )
+
+    def observe(self, statistics, context, alpha):
+        assert not context.pooled.requires_grad and context.pooled.shape[0] == alpha.shape[0]
+        ((self.score[context.teachers] + statistics.difficulty) ** 2).sum().backward()
+        self.seen += 1
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self):
+        return {"score": self.score.detach(), "optimizer": self.optimizer.state_dict(), "seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.score.data.copy_(state["score"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seen = state["seen"]
+
+
+def test_a_learned_strategy_trains_beside_the_student_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "uniform", _Learned)
+    settings = {"method": {"strategy": "uniform"}, "save_strategy": "steps", "save_steps": 3}
+    straight = toy_trainer(tmp_path, **settings)
+    straight.train()
+    assert straight.strategy.score.abs().min() > 0
+    resumed = toy_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.strategy.seen == straight.strategy.seen == 6
+    assert torch.equal(resumed.strategy.score, straight.strategy.score)
+    assert largest_difference(parameters(straight), parameters(resumed)) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+    trainer = toy_trainer(tmp_path, save_strategy="steps", save_steps=2, logging_steps=2)
+    trainer.add_callback(_Poison(trainer.model, after=3))
+    with pytest.raises(UserError, match=r"not finite at step 4 .*\n?.*learning_rate"):
+        trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_batch_without_targets_has_loss_zero_and_a_warning(tmp_path, caplog):
+    from compact_kernels import Ragged
+
+    trainer = toy_trainer(tmp_path)
+    batch = trainer.data_collator(list(trainer.train_dataset)[:2])
+    host = batch["ragged"]
+    batch["labels"].fill_(-100)
+    batch["ragged"] = Ragged.from_labels(batch["labels"], host.cu_seqlens, host.cu_questions)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert float(loss) == 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+    assert "no token to predict" in caplog.text and "q0" in caplog.text
+
+
+def test_each_metric_switched_off_leaves_the_weights(tmp_path):
+    seen = {}
+    for off in ("nothing", "adaptability", "consensus", "difficulty"):
+        method = {} if off == "nothing" else {off: {"weight": 0.0}}
+        trainer = toy_trainer(tmp_path / off, method=method)
+        trainer.model.eval()
+        result = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)[:6]), True)[1]
+        seen[off] = result.alpha
+    for off in ("adaptability", "consensus", "difficulty"):
+        assert not torch.allclose(seen[off], seen["nothing"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"difficulty": {"kind": "ifd"}},
+        {"consensus": {"affinity": "cosine", "temperature": 0.1}},
+        {"consensus": {"centrality": "pagerank"}},
+        {"consensus": {"centrality": "eigenvector"}},
+        {"adaptability": {"span": "all", "length_norm": "mean"}},
+        {"divergence": {"kind": "jsd", "weight": 1.0}},
+    ],
+)
+def test_a_named_option_changes_the_training(tmp_path, method):
+    default, other = toy_trainer(tmp_path / "default"), toy_trainer(tmp_path / "other", method=method)
+    default.train(), other.train()
+    assert largest_difference(parameters(default), parameters(other)) > 1e-6
+
+
+def test_held_out_loss_is_the_loss_without_training(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.eval_dataset = trainer.train_dataset.select(range(4))
+    batch = trainer.data_collator(list(trainer.eval_dataset))
+    trainer.model.eval()
+    expected = float(trainer.compute_loss(trainer.model, batch))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert not trainer.table._pending and trainer.table._open is None
+
+
+@pytest.mark.parametrize(
+    "training, message",
+    [
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_settings_that_would_be_wrong_silently_are_refused(tmp_path, training, message):
+    with pytest.raises(UserError, match=message):
+        toy_trainer(tmp_path, **training)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    write = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        return write(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="step 4 could not be written.*No space left.*last one"):
+        trainer.train()
+    assert [p.name for p in tmp_path.iterdir() if "checkpoint" in p.name] == ["checkpoint-2"]
+
+
+def test_shifted_targets_never_cross_sequences(tmp_path):
+    from compact.loss import _targets
+
+    trainer = toy_trainer(tmp_path)
+    batch = trainer.data_collator(list(trainer.train_dataset)[:3])
+    targets, ragged = _targets(batch), batch["ragged"]
+    scored = F.one_hot(ragged.rows, targets.numel()).sum(0).bool()
+    assert torch.equal(targets != -100, scored)
+    assert torch.equal(targets[ragged.rows], batch["input_ids"][0, ragged.rows + 1])
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class _Poison(TrainerCallback):
+    def __init__(self, model, after: int) -> None:
+        self.model, self.after = model, after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            with torch.no_grad():
+                self.model.get_output_embeddings().weight[0] = float("nan")
