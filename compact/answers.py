@@ -164,6 +164,16 @@ def canonical(stated: str, kind: str) -> str:
     return text
 
 
+def is_answer(text: str, kind: str) -> bool:
+    """Whether a gold answer is of its kind: holds a number, a letter, yes or no."""
+    said = canonical(text, kind)
+    if kind == "number":
+        return _value(said) is not None
+    if kind == "choice":
+        return len(said) == 1 and said.isalpha()
+    return said in ("yes", "no") if kind == "yesno" else bool(said)
+
+
 _DROP = str.maketrans("", "", "$,%+ ")
 _YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 

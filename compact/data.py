@@ -152,9 +152,10 @@ class _Reader:
         keys = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(keys[order]) != 0]) if len(keys) else np.empty(0, np.int64)
-        groups = np.split(order, starts[1:]) if len(keys) else []
-        groups.sort(key=lambda group: int(group[0]))
-        for group in tqdm(groups, desc="Reading questions", unit=" questions", disable=None):
+        ends = np.r_[starts[1:], len(keys)]
+        by_appearance = np.argsort(order[starts])
+        for place in tqdm(by_appearance, desc="Reading questions", unit=" questions", disable=None):
+            group = order[starts[place] : ends[place]]
             by_key: dict[str, list[tuple[int, Any]]] = {}  # more than one only where two hashes collide
             for index in group.tolist():
                 row = self.source[index]
@@ -245,7 +246,7 @@ class _Reader:
                 continue
             teacher, completion = entry.get("teacher"), entry.get("completion")
             if not isinstance(teacher, str) or not teacher.strip():
-                report.refuse_rationale(place, "field 'teacher' is missing or empty")
+                report.refuse_rationale(place, "field 'teacher' is missing, empty or no text")
                 continue
             if teacher in where:
                 raise UserError(
@@ -255,7 +256,7 @@ class _Reader:
                 )
             where[teacher] = index
             if not isinstance(completion, str) or not completion.strip():
-                report.refuse_rationale(place, "field 'completion' is missing or empty")
+                report.refuse_rationale(place, "field 'completion' is missing, empty or no text")
                 continue
             body, stated, recognised = strip_closing(completion)
             own = answer_text(entry.get("answer")) or stated

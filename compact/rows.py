@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from compact.answers import KINDS, nearest
+from compact.answers import KINDS, is_answer, nearest
 
 
 def row_id(row: Any) -> str | None:
+    """The id as text; None where there is none. Whole floats are what Parquet makes of whole numbers with gaps."""
     value = row.get("id") if isinstance(row, dict) else None
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     return str(value).strip() or None
@@ -25,6 +28,7 @@ def row_key(row: Any) -> list[Any] | None:
 
 
 def answer_text(value: Any) -> str | None:
+    """An answer as text, from text, number or truth value; None where there is none."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -35,10 +39,12 @@ def answer_text(value: Any) -> str | None:
 
 
 def is_long(row: Any) -> bool:
+    """Whether a row is one rationale (the long form) rather than one question."""
     return isinstance(row, dict) and row.get("rationales") is None and ("completion" in row or "teacher" in row)
 
 
 def row_rationales(row: Any) -> list[Any]:
+    """The rationales of a row of either form, unchecked."""
     if is_long(row):  # its 'answer' is the gold one
         return [{"teacher": row.get("teacher"), "completion": row.get("completion")}]
     entries = row.get("rationales") if isinstance(row, dict) else None
@@ -55,12 +61,16 @@ def question_problem(rows: list[Any], default_kind: str) -> tuple[tuple[str, str
     kind = next((row["task"] for row in rows if row.get("task") is not None), default_kind)
     if kind not in KINDS:
         return ("field 'task' is unknown:", f"{kind!r}, not one of {', '.join(KINDS)}{nearest(kind)}"), default_kind
-    if all(answer_text(row.get("answer")) is None for row in rows):
+    answer = next((text for row in rows if (text := answer_text(row.get("answer"))) is not None), None)
+    if answer is None:
         return ("field 'answer' is missing or empty", ""), kind
+    if not is_answer(answer, kind):
+        return ("field 'answer' is not of its kind:", f"{answer!r} is no {kind} (data.answer_kind, or 'task')"), kind
     return None, kind
 
 
 def prompt_problem(prompt: Any) -> tuple[str, str] | None:
+    """Why this is no prompt (reason, detail), or None."""
     if isinstance(prompt, str) and prompt.strip():
         return None
     if isinstance(prompt, list) and prompt:
@@ -72,8 +82,9 @@ def prompt_problem(prompt: Any) -> tuple[str, str] | None:
         if prompt[-1]["role"] == "assistant":
             return "field 'prompt' ends in a message of the assistant; the rationale is what it says next", ""
         return None
-    return "field 'prompt' is missing or empty", ""
+    return "field 'prompt' is missing, empty or no text", ""
 
 
 def clean_messages(prompt: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Messages without whatever else their rows hold."""
     return [{"role": message["role"], "content": message["content"]} for message in prompt]

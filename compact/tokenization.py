@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from jinja2.exceptions import TemplateError
 from tqdm.auto import tqdm
 
 from compact.config import DataConfig
@@ -234,7 +235,13 @@ class _Tokenizing:
         for row in rows:
             prompt = json.loads(row["prompt"]) if row["is_messages"] else row["prompt"]
             rendered = render_prompt(self.tokenizer, prompt, self.config.prompt_template)
-            prompts.append(prompt_ids(self.tokenizer, prompt, self.config.prompt_template))
+            try:
+                prompts.append(prompt_ids(self.tokenizer, prompt, self.config.prompt_template))
+            except TemplateError as error:
+                raise UserError(
+                    f"question {row['id']!r}: the tokenizer's chat template refuses its prompt ({error}); change its "
+                    "roles, or give the prompt as text"
+                ) from error
             lead = " " if rendered is not None and not rendered[-1:].isspace() else ""
             texts += [lead + body if (body := r["body"].rstrip()) else "" for r in row["rationales"]]
         bodies = iter(encode(self.tokenizer, texts))
