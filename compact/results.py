@@ -28,6 +28,10 @@ class TaskResult:
         """Share of right answers, read flexibly."""
         return sum(row["correct"] for row in self.predictions) / len(self.predictions)
 
+    @property
+    def ids(self) -> set[str]:
+        return {row["id"] for row in self.predictions}
+
     def summary(self) -> dict[str, Any]:
         """Numbers alone: accuracies with binomial standard errors, mean log-probabilities with theirs.
 
@@ -112,7 +116,7 @@ def load_results(run: str | Path, when: str) -> tuple[dict[str, TaskResult], dic
     return results, stored["settings"]
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file aside and rename it, so that a reader sees the old one or the new one, never half of it.
 
     Raises:
@@ -121,8 +125,8 @@ def write_atomically(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

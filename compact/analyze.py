@@ -1,0 +1,236 @@
+"""A run's report: report.md, report.json and pictures, from what its folder holds.
+
+python -m compact.analyze RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import json
+import math
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compact.errors import UserError
+from compact.metrics import METRICS, read_metrics
+from compact.report import markdown
+from compact.results import TaskResult, compare, load_results, write_atomically
+
+
+@dataclass
+class Run:
+    """What a run's folder holds; a piece that is not there is empty."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    metrics: list[dict[str, Any]]  # one row an optimizer step
+    before: dict[str, TaskResult]
+    after: dict[str, TaskResult]
+    data: dict[str, Any]  # compact.data_report.DataReport
+    timing: dict[str, Any]  # {"seconds": {phase: seconds}, "versions"?: {…}}
+    traces: dict[str, dict[str, Any]]  # "before", "after": compact.trace.trace_question
+
+    @property
+    def teachers(self) -> list[str]:
+        """In the data's order, or else by first appearance in the metrics."""
+        seen = dict.fromkeys(name for row in self.metrics for name in row["teachers"])
+        return self.data.get("teachers") or list(seen)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is not a run's folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a run (its recipe's `run`)")
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
+    traces = {when: _json(folder / "analysis" / f"{when}.json") for when in ("before", "after")}
+    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    return Run(
+        folder=folder,
+        recipe=yaml.safe_load(recipe_text) or {},
+        recipe_text=recipe_text,
+        metrics=read_metrics(folder / "metrics.jsonl"),
+        before=load_results(folder, "before")[0],
+        after=load_results(folder, "after")[0],
+        data=_json(folder / "data_report.json"),
+        timing=_json(folder / "timing.json"),
+        traces={when: trace for when, trace in traces.items() if trace},
+    )
+
+
+def write_report(run_dir: str | Path) -> dict[str, Any]:
+    """Write report.json, report.md and pictures/*.png into a run's folder; give the content of report.json.
+
+    What was not measured is null in report.json and "not measured" in report.md. Without matplotlib there are no
+    pictures, and the report says so.
+
+    Raises:
+        UserError: it is not a run's folder, or it cannot be written.
+    """
+    run = read_run(run_dir)
+    content = summarize(run)
+    pictures = _draw(run, content)
+    write_atomically(run.folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(run.folder / "report.md", markdown(content, run.recipe_text, pictures))
+    return content
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """The numbers of a report."""
+    rows = run.metrics
+    phases = run.timing.get("seconds")
+    tenth = max(1, len(rows) // 10)
+    report = {
+        "run": str(run.folder.name),
+        "strategy": run.recipe.get("strategy", "compact"),
+        "student": run.recipe.get("student", {}).get("model"),
+        "note": run.recipe.get("evaluation", {}).get("note"),
+        "accuracy": {name: _accuracy(run, name) for name in {**run.before, **run.after}},
+        "alpha_mean": {name: _tail_mean(rows, name, "alpha") for name in run.teachers},
+        "teachers": {name: {m: _tail_mean(rows, name, m) for m in METRICS} for name in run.teachers},
+        "spread": {m: _mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
+        "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
+        "loss": {"first_tenth": _loss(rows[:tenth]), "last_tenth": _loss(rows[-tenth:])},
+        "questions": run.data.get("questions") or dict.fromkeys(("used", "refused")),
+        "rationales": run.data.get("rationales") or dict.fromkeys(("used", "cut", "refused", "wrong")),
+        "refusals": run.data.get("reason_counts"),
+        "refusal_examples": run.data.get("reasons"),
+        "steps": rows[-1]["step"] if rows else None,
+        "epochs": rows[-1]["epoch"] if rows else None,
+        "seconds": sum(phases.values()) if phases else (rows[-1]["seconds"] if rows else None),
+        "seconds_by_phase": phases,
+        "tokens_per_second": _median([row["tokens_per_second"] for row in rows]),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+        "versions": run.timing.get("versions") or versions(),
+    }
+    return _finite(report)
+
+
+def versions() -> dict[str, str]:
+    """What a run ran on; the trainer keeps it in timing.json, since a report may be written elsewhere."""
+    out = {"python": platform.python_version()}
+    for name, package in {"torch": "torch", "transformers": "transformers", "compact": "compact-distillation"}.items():
+        try:
+            out[name] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "not installed as a package"
+    out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return out
+
+
+def _accuracy(run: Run, name: str) -> dict[str, Any]:
+    """Before and after (flexible), both summaries whole, and the changes item by item."""
+    before, after = run.before.get(name), run.after.get(name)
+    known = after or before
+    assert known is not None
+    out: dict[str, Any] = {
+        "before": before.accuracy if before else None,
+        "after": after.accuracy if after else None,
+        "split": known.split,
+        "kind": known.kind,
+        "n": len(known.predictions),
+        "summary": {"before": before.summary() if before else None, "after": after.summary() if after else None},
+    }
+    if before and after and before.ids == after.ids:
+        out["changes"] = compare(before, after)
+    return out
+
+
+def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
+    """Draw what there is to draw: title → path below the run's folder; {"": why} where nothing can be drawn."""
+    try:
+        from compact import pictures, question_pictures
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return {"": "No pictures: matplotlib is not installed (`pip install matplotlib`, or the extra `plot`)."}
+    figures = {}
+    with pictures.style():
+        tasks = {
+            name: {**task["summary"], **{k: task[k] for k in ("split", "n")}, **task.get("changes", {})}
+            for name, task in content["accuracy"].items()
+        }
+        if tasks:
+            figures["accuracy"] = pictures.accuracies(tasks)
+        if run.metrics:
+            figures["weights"] = pictures.weights(run.metrics, content["alpha_mean"])
+            figures["loss"] = pictures.losses(run.metrics)
+            figures["statistics"] = pictures.statistics(run.metrics, run.teachers)
+        if run.traces:
+            epsilon = run.recipe.get("adaptability", {}).get("epsilon", 0.1)
+            figures["trajectory"] = question_pictures.trajectory(run.traces, run.teachers, epsilon)
+            figures["consensus"] = question_pictures.consensus_graph(run.traces, run.teachers)
+        for name, figure in figures.items():
+            png = io.BytesIO()
+            figure.savefig(png, format="png")
+            write_atomically(run.folder / "pictures" / f"{name}.png", png.getvalue())
+    return {name: f"pictures/{name}.png" for name in figures}
+
+
+def _tail(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The last quarter of the steps."""
+    return rows[-max(1, len(rows) // 4) :]
+
+
+def _tail_mean(rows: Sequence[dict[str, Any]], teacher: str, key: str) -> float | None:
+    """Mean over the teacher's rationales in the last quarter of the steps."""
+    entries = [row["teachers"][teacher] for row in _tail(rows) if teacher in row["teachers"]]
+    count = sum(entry["count"] for entry in entries)
+    return sum(entry[key] * entry["count"] for entry in entries) / count if count else None
+
+
+def _loss(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    return {key: _mean([row[key] for row in rows]) for key in ("loss", "loss_sft", "loss_mcon")}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compact.analyze", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    options = parser.parse_args(arguments)
+    try:
+        write_report(options.run)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(options.run / "report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

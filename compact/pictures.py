@@ -1,0 +1,266 @@
+"""The pictures of a run: matplotlib figures from plain values. Nothing of the importer's matplotlib is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from compact.results import wilson
+
+WIDTH = 9.0  # inches; at 160 dots an inch a README shows it at about half size
+PALETTE = ("#2F6DB5", "#E1812C", "#2E9C74", "#C44536", "#7D5BA6", "#20A4B8", "#B3568B", "#8A7A3B")
+INK, GREY, FAINT, AMBER = "#22272E", "#8B949E", "#E4E7EB", "#F5D48A"
+ACCENT = "#4338A8"  # the student after training; no teacher's colour
+SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """Draw and save inside it."""
+    return matplotlib.rc_context(STYLE)
+
+
+def colours(teachers: Sequence[str]) -> dict[str, str]:
+    """A colour for each teacher, the same in every picture of a run."""
+    return {teacher: PALETTE[i % len(PALETTE)] for i, teacher in enumerate(teachers)}
+
+
+def figure(width: float, height: float) -> Figure:
+    """A figure that no pyplot knows of."""
+    fig = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def accuracies(tasks: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Accuracy before and after of each task, with 95% intervals; beside it the log-probability of the gold answer.
+
+    Args:
+        tasks: name → {split, before, after: summaries of compact.results or None, forgotten, gained or absent}.
+    """
+    fig = figure(WIDTH, 1.2 + 0.8 * len(tasks))
+    left, right = fig.subplots(1, 2, width_ratios=[1.4, 1], sharey=True)
+    top = 0.0
+    for y, (name, task) in enumerate(tasks.items()):
+        points = [_accuracy_point(task.get(when)) for when in ("before", "after")]
+        top = max([top, *(point[2] for point in points if point)])
+        _change(left, y, points, "{:.1f}")
+        _change(right, y, [_logprob_point(task.get(when)) for when in ("before", "after")], "{:.2f}")
+        lines = [(name, INK, 10, "bold", 12), (f"{SPLITS[task['split']]}, n = {task['n']}", GREY, 8.5, "normal", -1)]
+        if task.get("forgotten") is not None:
+            lines.append((f"+{task['gained']} gained, −{task['forgotten']} forgotten", GREY, 8.5, "normal", -13))
+        for text, colour, size, heavy, rise in lines:
+            left.annotate(
+                plain(text), (0, y), (-8, rise), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", va="center", fontsize=size, color=colour, weight=heavy,
+            )  # fmt: skip
+    left.set_yticks(range(len(tasks)), [""] * len(tasks))
+    left.set_ylim(len(tasks) - 0.45, -0.55)
+    left.set(xlim=(0, next(limit for limit in (10, 25, 50, 100) if top <= limit)), title="Accuracy, %")
+    right.set_title("Log p of the gold answer, a token")
+    right.margins(x=0.15)
+    for ax in (left, right):
+        ax.grid(axis="y", visible=False)
+        ax.spines["left"].set_visible(False)
+        ax.locator_params(axis="x", nbins=5)
+    handles = [left.plot([], [], "o", color=colour)[0] for colour in (GREY, ACCENT)]
+    names = ["before training", "after training (bars: 95% intervals)"]
+    fig.legend(handles, names, loc="outside lower right", ncols=2, fontsize=9, handletextpad=0.1)
+    return fig
+
+
+def _accuracy_point(summary: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
+    if summary is None:
+        return None
+    low, high = wilson(round(summary["accuracy"] * summary["n"]), summary["n"])
+    return 100 * summary["accuracy"], 100 * low, 100 * high
+
+
+def _logprob_point(summary: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
+    if summary is None or summary["answer_logprob"]["mean"] is None:
+        return None
+    value, error = summary["answer_logprob"]["mean"], summary["answer_logprob"]["standard_error"] or 0.0
+    return value, value - 1.96 * error, value + 1.96 * error
+
+
+def _change(ax: Axes, y: float, points: Sequence[tuple[float, float, float] | None], form: str) -> None:
+    """Two dots on their intervals, before a little above after."""
+    for point, colour, shift in zip(points, (GREY, ACCENT), (-0.1, 0.1)):
+        if point is None:
+            continue
+        value, low, high = point
+        ax.plot([low, high], [y + shift] * 2, color=colour, alpha=0.35, linewidth=4)
+        ax.plot([value], [y + shift], "o", color=colour, markersize=7)
+        above = shift < 0
+        ax.annotate(
+            form.format(value).replace("-", "−"), (value, y + shift), (0, 6 if above else -6), ha="center",
+            textcoords="offset points", va="bottom" if above else "top", color=colour, fontsize=9, weight="bold",
+        )  # fmt: skip
+
+
+def weights(rows: Sequence[Mapping[str, Any]], alpha_mean: Mapping[str, float | None]) -> Figure:
+    """α of each teacher over the steps: running mean, with a band of one running standard deviation.
+
+    Args:
+        alpha_mean: teacher → mean α over the last quarter, which stands at the line's end.
+    """
+    fig = figure(WIDTH, 3.6)
+    ax = fig.subplots()
+    steps = np.array([row["step"] for row in rows])
+    ends = []
+    for teacher, colour in colours(list(alpha_mean)).items():
+        values = series(rows, teacher, "alpha")
+        if np.isnan(values).all():
+            continue
+        middle, spread = smooth(values)
+        ax.fill_between(steps, middle - spread, middle + spread, color=colour, alpha=0.13, linewidth=0)
+        ax.plot(steps, middle, color=colour)
+        mean = alpha_mean[teacher]
+        ends.append((middle[~np.isnan(middle)][-1], f"{teacher}  {'' if mean is None else f'{mean:.2f}'}", colour))
+    if ends:
+        equal = 1 / len(ends)
+        ax.axhline(equal, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        ends.append((equal, f"equal  {equal:.2f}", GREY))
+    quarter = steps[-max(1, len(steps) // 4)]
+    ax.axvspan(quarter, steps[-1], color=FAINT, alpha=0.45, linewidth=0)
+    ax.annotate(
+        "last quarter", (quarter, 1), (4, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
+        fontsize=8, color=GREY,
+    )  # fmt: skip
+    ax.set(title="Weight α of each teacher (at the right: mean of the last quarter)", xlabel="optimizer step")
+    ax.set_ylim(bottom=0)
+    _span(ax, steps)
+    _label_ends(fig, {ax: ends})
+    return fig
+
+
+def losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The two components of the loss over the steps: raw in the background, running mean in front."""
+    fig = figure(WIDTH, 2.9)
+    steps = np.array([row["step"] for row in rows])
+    panels = {"loss_sft": "Loss on the rationales, Σ α·L_SFT", "loss_mcon": "Disagreement on the answer, Σ α·L_MCon"}
+    for ax, (key, title) in zip(fig.subplots(1, 2), panels.items()):
+        values = np.array([row.get(key, math.nan) for row in rows], dtype=float)
+        ax.plot(steps, values, color=ACCENT, alpha=0.22, linewidth=0.9)
+        ax.plot(steps, smooth(values)[0], color=ACCENT)
+        ax.set(title=title, xlabel="optimizer step")
+        ax.set_ylim(bottom=min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0)
+        _span(ax, steps)
+    return fig
+
+
+def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Figure:
+    """What α is made from: each teacher's raw metrics over the steps, and the entropy of α."""
+    fig = figure(WIDTH, 5.2)
+    axes = fig.subplots(2, 2, sharex=True).flatten()
+    steps = np.array([row["step"] for row in rows])
+    panels = {
+        "adaptability": "Adaptability S_MI (nats)",
+        "consensus": "Consensus S_cons",
+        "difficulty": "Difficulty S_PPL (nats a token)",
+    }
+    names = {}
+    for ax, (key, title) in zip(axes, panels.items()):
+        ends = []
+        for teacher, colour in colours(teachers).items():
+            values = series(rows, teacher, key)
+            if np.isnan(values).all():
+                continue
+            middle, _ = smooth(values)
+            ax.plot(steps, middle, color=colour, linewidth=1.6)
+            ends.append((middle[~np.isnan(middle)][-1], teacher, colour))
+        ax.set_title(title)
+        _span(ax, steps)
+        names[ax] = ends
+    entropy = np.array([row.get("alpha_entropy", math.nan) for row in rows], dtype=float)
+    axes[3].plot(steps, entropy, color=INK, alpha=0.2, linewidth=0.9)
+    axes[3].plot(steps, smooth(entropy)[0], color=INK)
+    most = math.log(max(1, len(teachers)))
+    axes[3].axhline(most, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes[3].annotate("equal weights", (steps[0], most), (3, 3), textcoords="offset points", fontsize=8, color=GREY)
+    axes[3].set(title="Entropy of α (nats)", ylim=(0, most * 1.2 or 1))
+    for ax in axes[2:]:
+        ax.set_xlabel("optimizer step")
+    _label_ends(fig, names, fontsize=8)
+    return fig
+
+
+def series(rows: Sequence[Mapping[str, Any]], teacher: str, key: str) -> np.ndarray:
+    """One value a step, NaN where the teacher had no rationale in it."""
+    return np.array([row["teachers"].get(teacher, {}).get(key, math.nan) for row in rows], dtype=float)
+
+
+def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean and standard deviation over a twelfth of the steps, NaNs left out."""
+    half = max(1, len(values) // 24)
+    means, deviations = np.full(len(values), math.nan), np.full(len(values), math.nan)
+    for i in range(len(values)):
+        window = values[max(0, i - half) : i + half + 1]
+        window = window[np.isfinite(window)]
+        if window.size:
+            means[i], deviations[i] = window.mean(), window.std()
+    return means, deviations
+
+
+def _span(ax: Axes, steps: np.ndarray) -> None:
+    ax.set_xlim(steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1)
+    ax.margins(x=0)
+
+
+def _label_ends(fig: Figure, names: Mapping[Axes, Sequence[tuple[float, str, str]]], fontsize: float = 9.5) -> None:
+    """Names (value, text, colour) at the right ends of lines, pushed apart where they would overlap."""
+    fig.draw_without_rendering()  # settles the limits
+    for ax, ends in names.items():
+        low, high = ax.get_ylim()
+        gap = 1.35 * fontsize / 72 * fig.dpi / max(1.0, ax.bbox.height) * (high - low)
+        ordered = sorted(ends, key=lambda end: end[0])
+        places = [value for value, _, _ in ordered]
+        for _ in range(50):
+            for i in range(len(places) - 1):
+                if (overlap := gap - (places[i + 1] - places[i])) > 0:
+                    places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
+        lift = max(0.0, low - places[0]) if places else 0.0
+        for place, (_, text, colour) in zip(places, ordered):
+            ax.annotate(
+                plain(text), (1, place + lift), (6, 0), xycoords=("axes fraction", "data"), color=colour,
+                textcoords="offset points", va="center", fontsize=fontsize, weight="bold", annotation_clip=False,
+            )  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no mathematics, no line breaks inside tokens, no glyphs it lacks."""
+    text = text.replace("\r", "").strip(" ") or "␣"
+    if not text.strip("\n"):
+        text = "↵"
+    return "".join("□" if ord(c) > 0x2FFF else c for c in text).replace("$", r"\$")

@@ -1,0 +1,218 @@
+"""report.md: the numbers of a run, for a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
+MISSING = "not measured"
+
+
+def markdown(content: Mapping[str, Any], recipe: str, pictures: Mapping[str, str]) -> str:
+    """report.md from the content of report.json, the recipe's text and the pictures' paths."""
+    parts = [
+        f"# {content['run']}",
+        _opening(content),
+        *([f"> **Note.** {content['note'].strip()}"] if content["note"] else []),
+        "## Accuracy",
+        *_accuracy(content["accuracy"]),
+        "## Teachers",
+        *_teachers(content),
+        "## Pictures",
+        *_pictures(content, pictures),
+        "## Data",
+        *_data(content),
+        "## Cost",
+        *_cost(content),
+        "## Recipe",
+        f"<details><summary>recipe.yaml</summary>\n\n```yaml\n{recipe.strip()}\n```\n\n</details>",
+        "`python -m compact.evaluate RUN` repeats the evaluation, `python -m compact.analyze RUN` this report.",
+        "## Versions",
+        table(["", ""], [[name, value] for name, value in content["versions"].items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _opening(content: Mapping[str, Any]) -> str:
+    teachers = list(content["alpha_mean"])
+    of = f"{len(teachers)} teachers ({', '.join(teachers)})" if len(teachers) > 1 else "one teacher"
+    text = f"Student `{content['student']}`, strategy `{content['strategy']}`, {of}"
+    if content["steps"] is not None:
+        text += f"; {content['steps']:,} steps, {content['epochs']:.3g} epochs"
+    if content["seconds"] is not None:
+        text += f", {duration(content['seconds'])} on {content['versions'].get('device', 'an unknown device')}"
+    return text + "."
+
+
+def _accuracy(tasks: Mapping[str, Any]) -> list[str]:
+    if not tasks:
+        return [f"Accuracy: {MISSING}."]
+    rows, scores = [], []
+    for name, task in tasks.items():
+        before, after, changes = task["summary"]["before"], task["summary"]["after"], task.get("changes")
+        change = flips = p_value = MISSING
+        if changes:
+            change = f"{_signed(100 * changes['change'])} ± {100 * changes['standard_error']:.1f}"
+            flips = f"{changes['forgotten']} / {changes['gained']}"
+            if "forgotten_by_luck" in changes:
+                flips += f" (luck alone: up to {changes['forgotten_by_luck']:.0f} / {changes['gained_by_luck']:.0f})"
+            p_value = f"{changes['p_value']:.2g}"
+        rows.append(
+            [name, SPLITS[task["split"]], task["n"], _share(before), _share(after), change, flips, p_value]
+            + [_strict(before, after)]
+        )
+        scores.append(
+            [name]
+            + [_logprob(summary, key) for key in ("answer_logprob", "solution_logprob") for summary in (before, after)]
+            + [_percent(before, "finished"), _percent(after, "finished")]
+        )
+    names = ["task", "split", "n", "before, %", "after, %", "change", "forgotten / gained", "p", "strict, %"]
+    score_names = ["task", "answer, before", "answer, after", "solution, before", "solution, after"]
+    score_names += ["answers that ended, before", "after"]
+    smallest = min(task["n"] for task in tasks.values())
+    return [
+        table(names, rows),
+        "± is one standard error: binomial for an accuracy, of paired answers for a change. With "
+        f"n = {smallest}{' in the smallest task' if len(tasks) > 1 else ''}, an accuracy near 50% is known to "
+        f"± {98 / smallest**0.5:.0f} points (95%); a change of less than two of its standard errors may be chance. "
+        "An answer is read flexibly (what it states, else the last number, letter or yes/no); *strict* counts what is "
+        "stated alone. Forgotten: right before and wrong after; gained: the other way round; p: McNemar's exact test. "
+        "*Luck alone* is how many flips fresh guesses would make (an upper bound: greedy guesses repeat).",
+        "Log-probability a token (natural logarithm) of the gold answer after prompt and “The answer is”, and "
+        "of the reference solution after the prompt; these move where accuracy is at the floor:",
+        table(score_names, scores),
+    ]
+
+
+def _teachers(content: Mapping[str, Any]) -> list[str]:
+    if not content["alpha_mean"]:
+        return [f"Teachers: {MISSING}."]
+    rows = [
+        [name, number(alpha, 3), *(number(value, 3) for value in content["teachers"][name].values())]
+        for name, alpha in content["alpha_mean"].items()
+    ]
+    rows.append(["*spread within a question*", "", *(number(value, 3) for value in content["spread"].values())])
+    entropy = number(content["alpha_entropy"], 2)
+    return [
+        table(["teacher", "α", "S_MI (adaptability)", "S_cons (consensus)", "S_PPL (difficulty)"], rows),
+        f"Means over the last quarter of training. Equal weights would be {1 / len(content['alpha_mean']):.3f}; "
+        f"entropy of α: {entropy} nats. Weights come from z-scores within a question, so they tell the order of the "
+        "teachers and not how far apart they are: the spread (standard deviation, raw) tells that.",
+    ]
+
+
+def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+    if "" in pictures:
+        return [pictures[""]]
+    if not pictures:
+        return [f"Nothing to draw: {MISSING}."]
+    captions = {
+        "accuracy": "Accuracy and log-probability of the gold answer, before and after training.",
+        "weights": _weights_caption(content["alpha_mean"]),
+        "loss": _loss_caption(content["loss"]),
+        "statistics": "What the weights are made from: each teacher's raw metrics, and how even the weights are.",
+        "trajectory": "One question: how sure the student is of the gold answer as it reads each rationale. A rise is "
+        "what adaptability rewards, most of all at thinking tokens.",
+        "consensus": "The same question's consensus graph: the wider an arrow, the more the rationale at its tail "
+        "attends to the one at its head; the larger a node, the more the others agree with it (the number in it).",
+    }
+    return [f"![{name}]({path})\n\n*{captions[name]}*" for name, path in pictures.items()]
+
+
+def _weights_caption(alphas: Mapping[str, float | None]) -> str:
+    known = {name: alpha for name, alpha in alphas.items() if alpha is not None}
+    if len(known) < 2:
+        return "Weight of the teacher over training."
+    most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
+    return (
+        f"Weights over training: in the last quarter {most} weighs most ({known[most]:.2f}) and {least} least "
+        f"({known[least]:.2f}); equal weights would be {1 / len(known):.2f}."
+    )
+
+
+def _loss_caption(loss: Mapping[str, Mapping[str, float | None]]) -> str:
+    first, last = loss["first_tenth"], loss["last_tenth"]
+    return (
+        "The loss by component, from the first tenth of the steps to the last: rationales "
+        f"{number(first['loss_sft'], 3)} → {number(last['loss_sft'], 3)}, disagreement "
+        f"{number(first['loss_mcon'], 3)} → {number(last['loss_mcon'], 3)} (before λ)."
+    )
+
+
+def _data(content: Mapping[str, Any]) -> list[str]:
+    counts = [
+        ["questions", *(count(content["questions"].get(key)) for key in ("read", "used", "refused")), "", ""],
+        [
+            "rationales",
+            *(count(content["rationales"].get(key)) for key in ("read", "used", "refused", "cut", "wrong")),
+        ],
+    ]
+    parts = [table(["", "read", "used", "refused", "cut", "wrong answer"], counts)]
+    unknown = content["rationales"].get("unrecognised_closings")
+    if unknown:
+        parts.append(f"{unknown:,} rationales had no closing statement that was recognised and taken off.")
+    if content["refusals"]:
+        parts.append(table(["refused because", "times"], [[why, f"{n:,}"] for why, n in content["refusals"].items()]))
+        examples = content["refusal_examples"][:5]
+        parts.append("For example:\n\n" + "\n".join(f"- {example}" for example in examples))
+    elif content["refusals"] is not None:
+        parts.append("Nothing was refused.")
+    return parts
+
+
+def _cost(content: Mapping[str, Any]) -> list[str]:
+    memory = content["peak_memory_bytes"]
+    speed = content["tokens_per_second"]
+    rows = [
+        ["seconds in all", number(content["seconds"], 1)],
+        *([f"&nbsp;&nbsp;{phase}", number(value, 1)] for phase, value in (content["seconds_by_phase"] or {}).items()),
+        ["tokens a second in training (median step)", f"{speed:,.0f}" if speed is not None else MISSING],
+        ["peak memory", f"{memory / 2**30:.2f} GiB" if memory is not None else MISSING],
+    ]
+    return [table(["", ""], rows)]
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; bars in cells are escaped."""
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def count(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _share(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return MISSING
+    return f"{100 * summary['accuracy']:.1f} ± {100 * summary['standard_error']:.1f}"
+
+
+def _strict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    return " → ".join(MISSING if s is None else f"{100 * s['strict']['accuracy']:.1f}" for s in (before, after))
+
+
+def _percent(summary: Mapping[str, Any] | None, key: str) -> str:
+    return MISSING if summary is None else f"{100 * summary[key]:.0f}%"
+
+
+def _logprob(summary: Mapping[str, Any] | None, key: str) -> str:
+    if summary is None or summary[key]["mean"] is None:
+        return MISSING if summary is None else "–"
+    error = summary[key]["standard_error"]
+    return f"{summary[key]['mean']:.3f}".replace("-", "−") + (f" ± {error:.3f}" if error is not None else "")
