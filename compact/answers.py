@@ -267,7 +267,7 @@ def _same_math(gold: str, predicted: str) -> bool:
     except ImportError:
         raise UserError(
             "answers of kind 'math' are compared by math-verify, which is not installed: "
-            "pip install 'compact[eval]' (or pip install math-verify), or use another answer kind"
+            "pip install math-verify, or use another answer kind"
         ) from None
     if _plain(gold) == _plain(predicted):
         return True

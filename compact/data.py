@@ -154,8 +154,8 @@ class _Reader:
         starts = np.flatnonzero(np.r_[True, np.diff(keys[order]) != 0]) if len(keys) else np.empty(0, np.int64)
         ends = np.r_[starts[1:], len(keys)]
         by_appearance = np.argsort(order[starts])
-        for place in tqdm(by_appearance, desc="Reading questions", unit=" questions", disable=None):
-            group = order[starts[place] : ends[place]]
+        for first in tqdm(by_appearance, desc="Reading questions", unit=" questions", disable=None):
+            group = order[starts[first] : ends[first]]
             by_key: dict[str, list[tuple[int, Any]]] = {}  # more than one only where two hashes collide
             for index in group.tolist():
                 row = self.source[index]

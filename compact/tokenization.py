@@ -183,27 +183,29 @@ def encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], np.ndarray
 
 
 def _encode_slowly(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
+    """The same from what growing prefixes of the ids decode to; quadratic, and exact or refused."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    lead = 0
-    ends = []
+    ends, lead = [], 0
     for count in range(1, len(ids) + 1):
         decoded = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-        if count == 1 and text and decoded.startswith(" ") and not text.startswith(" "):
+        if count == 1 and decoded.startswith(" ") and not text.startswith(" "):
             lead = 1  # the tokenizer's own space before a text
         decoded = decoded[lead:]
-        whole = decoded.rstrip("\ufffd")
+        whole = decoded if decoded == text else decoded.rstrip("\ufffd")  # which stands for a character not yet whole
         if not text.startswith(whole):
             raise UserError(
-                f"the slow tokenizer {type(tokenizer).__name__} does not give the text back that it was given "
+                f"the slow tokenizer {type(tokenizer).__name__} does not give back the text that it was given "
                 f"({decoded[-20:]!r} at token {count}), so answers cannot be found in it; use its fast version"
             )
-        ends.append(min(len(text), len(whole) + (whole != decoded)))
+        ends.append(len(whole))
+    if ids and ends[-1] < len(text):
+        raise UserError(
+            f"the slow tokenizer {type(tokenizer).__name__} loses the end of {text[-20:]!r}; use its fast version"
+        )
     begins = [0, *ends[:-1]]
-    if ends and ends[-1] < len(text):
-        raise UserError(f"the slow tokenizer {type(tokenizer).__name__} loses the end of {text[-20:]!r}")
-    for i in range(1, len(ends)):  # the bytes after a character's first
+    for i in reversed(range(len(ends) - 1)):  # bytes before the one that completes a character
         if begins[i] == ends[i]:
-            begins[i] = begins[i - 1]
+            begins[i], ends[i] = begins[i + 1], ends[i + 1]
     return ids, np.array([begins, ends], dtype=np.int64).T.reshape(-1, 2)
 
 
