@@ -53,8 +53,8 @@ class Head:
 class StudentOutput:
     """What the student's forward returns for a packed batch of S sequences, T tokens, hidden size D.
 
-    Everything but `hidden` and `head` is detached and float32. `query` and `key` are the last layer's own projections of its
-    attention input at r_T (eq. 4), H heads of d, without rotary embedding; query·key/√d is that layer's logit.
+    Everything but `hidden` and `head` is detached and float32. `query` and `key` are the last layer's own projections
+    of its attention input at r_T (eq. 4), H heads of d, without rotary embedding; query·key/√d is that layer's logit.
     """
 
     hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output

@@ -9,19 +9,25 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
+from typing import cast
 
 import peft
 import torch
+from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from compact.attention import attention_for
+from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, release, unwrap
 from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
-from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, release, unwrap
 from compact_kernels.ragged import Ragged
+
+logger = logging.get_logger(__name__)
 
 __all__ = [
     "Head",
@@ -112,12 +118,39 @@ def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
     settings.pop("quantization_config", None)
     plain_config = type(read.config)(**settings)
     plain_config.dtype = dtype
-    plain = type(read)(plain_config)
+    with no_init_weights():
+        plain = type(read)(plain_config)
     plain.load_state_dict(read.state_dict())
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(read.generation_config)
     plain.eval()
-    return plain.to(dtype), tokenizer
+    _settle_pre_tokenizer(tokenizer, path)
+    return nn.Module.to(plain, dtype), tokenizer
+
+
+def _settle_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """transformers splits text as GPT-2 does wherever it does not know the name that the GGUF file gives.
+
+    For ``smollm`` that joins a lone newline to a digit where the model's own tokenizer splits digits off first, so
+    that "\\n\\n48" has other ids (8 of 1,000 GSM8K texts). The right one is set; an unknown one is warned of.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    if "tokenizer.ggml.pre" not in fields or not isinstance(tokenizer.backend_tokenizer.model, models.BPE):
+        return
+    name = fields["tokenizer.ggml.pre"].contents()
+    if name == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif name not in ("default", "gpt-2") and isinstance(
+        tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel
+    ):
+        logger.warning(
+            f"{path}: text is split into words as GPT-2 does, but this file asks for {name!r}; token ids may differ "
+            "from those the student was trained on. The original model's folder avoids this"
+        )
 
 
 def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -126,7 +159,7 @@ def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
         raise UserError(
             f"student.model={name}: its tokenizer has no EOS token, which ends every rationale; set eos_token"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _embedding(model).shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"student.model={name}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}")
     if tokenizer.pad_token_id is None:
@@ -149,13 +182,13 @@ def check(model: nn.Module) -> None:
     * Packed sequences do not see each other.
     * The projections of eq. 4 can be read (where :func:`prepare` was asked for them).
 
-    Flash and flex attention, which cannot run everywhere, are stood in for by sdpa or eager.
+    Flash and flex attention, which cannot run everywhere, are stood in for by what runs on CPUs.
 
     Raises:
         UserError: naming what does not hold, and the way out.
     """
     inner = unwrap(model)
-    weight = inner.get_input_embeddings().weight
+    weight = _embedding(inner)
     training, implementation = inner.training, inner.config._attn_implementation
     inner.eval()
     try:
@@ -176,14 +209,19 @@ def check(model: nn.Module) -> None:
     tolerance = 1e-3 if weight.dtype == torch.float32 else 0.1
     if _relative_error(logits[0], alone[0]) > tolerance:
         raise UserError(
-            f"{type(inner).__name__} does something between its hidden states and its logits that compact.backbone.head "
-            "does not know (it knows bias, logit scale and softcap), so its losses would be wrong; it is not supported"
+            f"{type(inner).__name__} does something between its hidden states and its logits that COMPACT does "
+            "not know (it knows bias, logit scale and softcap), so its losses would be wrong; it is not supported"
         )
     if _relative_error(logits[1], alone[1]) > tolerance:
         raise UserError(
             f"{type(inner).__name__} lets packed sequences see each other under student.attention={implementation}, "
             "so its losses would be wrong; choose another student.attention, or another student"
         )
+
+
+def _embedding(model: PreTrainedModel) -> Tensor:
+    """(V, D), the input embedding's weight."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight
 
 
 def _relative_error(value: Tensor, truth: Tensor) -> float:
@@ -225,7 +263,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> pe
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=linear,
         target_parameters=fused or None,
