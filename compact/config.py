@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from compact import options
 from compact.commandline import help_lines, set_flags
@@ -245,6 +246,11 @@ def check_training(given: Given) -> None:
             refuse(item, key, f"transformers.TrainingArguments has no such field{near}")
         if options.optional(types[name])[0] in (bool, int, float, str):
             options.coerce(types[name], item, key)
+        for kind in get_args(types[name]):
+            if isinstance(kind, type) and issubclass(kind, enum.Enum) and item.value not in list(kind):
+                choices = [str(member.value) for member in kind]
+                near = options.nearest(str(item.value), choices)
+                refuse(item, key, f"{item.value!r} is not one of {', '.join(choices)}{near}")
 
 
 def embedded_recipes() -> list[str]:

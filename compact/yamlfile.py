@@ -1,4 +1,4 @@
-"""YAML in which every value remembers its line, 5e-5 is a number and a key given twice is an error."""
+"""YAML in which every value remembers its line, 5e-5 is a number, `no` is text and a key given twice is an error."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ import yaml
 from compact.errors import UserError
 from compact.options import Given, Required
 
-# PyYAML follows YAML 1.1, where a float needs a dot: 5e-5 would be text.
+# PyYAML follows YAML 1.1: 5e-5 would be text, and `save_strategy: no` a boolean. YAML 1.2 reads both as people do.
+BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 FLOAT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
 
 
 class Loader(yaml.SafeLoader):
-    """yaml.SafeLoader with the floats of YAML 1.2 and the tag !required."""
+    """yaml.SafeLoader with the floats and booleans of YAML 1.2 and the tag !required."""
 
 
 class Dumper(yaml.SafeDumper):
     """Quotes what Loader would read as a number."""
 
 
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOL, list("tTfF"))
 for _side in (Loader, Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 

@@ -86,12 +86,24 @@ def test_numbers_in_every_spelling(tmp_path):
     assert type(load_recipe([written(tmp_path, "data: {max_length: 1e3}")]).data.max_length) is int
 
 
+def test_no_is_text_and_yes_is_no_boolean(tmp_path):
+    assert load_recipe([written(tmp_path, "training: {save_strategy: no}")]).training == {"save_strategy": "no"}
+    with pytest.raises(UserError, match="expected true or false, got 'yes'"):
+        load_recipe([written(tmp_path, "training: {bf16: yes}")])
+
+
 def test_a_saved_recipe_loads_as_the_same(tmp_path):
     recipe = Recipe(
         strategy="single",
         weights=WeightsConfig(teacher="5e-5", temperature=1e-07),
         student=StudentConfig(model="no", lora=None),
-        training={"learning_rate": 3e-05, "optim": "adamw_torch", "lr_scheduler_kwargs": {"num_cycles": 1}},
+        training={
+            "learning_rate": 3e-05,
+            "save_strategy": "no",
+            "run_name": "true",
+            "optim": "adamw_torch",
+            "lr_scheduler_kwargs": {"num_cycles": 1},
+        },
     )
     recipe.data.suffix = "\n\\boxed{{answer}} é"
     path = tmp_path / "recipe.yaml"
@@ -142,6 +154,7 @@ FLAG_MISTAKES = [
     (["--training.learning_rte", "1"], r"--training.learning_rte: .* no such field; did you mean learning_rate\?"),
     (["--training.warmup_steps", "few"], r"--training.warmup_steps: expected a number, got 'few'"),
     (["--training.bf16", "1"], r"--training.bf16: expected true or false, got 1"),
+    (["--training.lr_scheduler_type", "cosin"], r"'cosin' is not one of linear, cosine, .*; did you mean cosine\?"),
     (["--training.output_dir", "x"], r"--training.output_dir: the run's folder is the key run"),
     (["--training.average_tokens_across_devices", "false"], r"False is refused: a step is normalised over all"),
     (["--training.label_smoothing_factor", "0.1"], r"the loss is the method's own"),
