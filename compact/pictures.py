@@ -152,12 +152,13 @@ def weights(rows: Sequence[Mapping[str, Any]], alpha_mean: Mapping[str, float | 
         equal = 1 / len(ends)
         ax.axhline(equal, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
         ends.append((equal, f"equal  {equal:.2f}", GREY))
-    quarter = steps[-max(1, len(steps) // 4)]
-    ax.axvspan(quarter, steps[-1], color=FAINT, alpha=0.45, linewidth=0)
-    ax.annotate(
-        "last quarter", (quarter, 1), (4, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
-        fontsize=8, color=GREY,
-    )  # fmt: skip
+    if len(steps) >= 12:
+        quarter = steps[-max(1, len(steps) // 4)]
+        ax.axvspan(quarter, steps[-1], color=FAINT, alpha=0.45, linewidth=0)
+        ax.annotate(
+            "last quarter", (quarter, 1), (4, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
+            fontsize=8, color=GREY,
+        )  # fmt: skip
     ax.set(title="Weight α of each teacher (at the right: mean of the last quarter)", xlabel="optimizer step")
     ax.set_ylim(bottom=0)
     _span(ax, steps)

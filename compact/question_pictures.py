@@ -98,26 +98,29 @@ def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[
     for ax, (when, trace) in zip(fig.subplots(1, len(traces), squeeze=False)[0], traces.items()):
         graph = graph_of(trace)
         place = nx.circular_layout(graph)
-        if len(graph) > 2:  # the first node at the top
-            place = {n: np.array([-y, x]) for n, (x, y) in place.items()}
+        # The first node at the top; of two nodes, at the left.
+        place = {n: np.array([-y, x] if len(graph) > 2 else [-x, y]) for n, (x, y) in place.items()}
         weight = nx.get_edge_attributes(graph, "weight")
         area = {n: 500 + 1500 * d["consensus"] / max(1.0, len(graph) / 3) for n, d in graph.nodes(data=True)}
         nx.draw_networkx_edges(
-            graph, place, ax=ax, width=[8 * weight[e] for e in graph.edges], node_size=[area[n] for n in graph],
+            graph, place, ax=ax, width=[0.3 + 7 * weight[e] for e in graph.edges], node_size=[area[n] for n in graph],
             edge_color=[palette.get(graph.nodes[i]["teacher"], INK) for i, _ in graph.edges], alpha=0.55,
-            arrowsize=11, connectionstyle="arc3,rad=0.12",
+            arrowsize=[8 + 12 * weight[e] for e in graph.edges], connectionstyle="arc3,rad=0.12",
         )  # fmt: skip
         nx.draw_networkx_nodes(
             graph, place, ax=ax, node_size=[area[n] for n in graph], edgecolors="white", linewidths=2,
             node_color=[palette.get(d["teacher"], INK) for _, d in graph.nodes(data=True)],
         )  # fmt: skip
         scores = {n: f"{d['consensus']:.2f}" for n, d in graph.nodes(data=True)}
-        nx.draw_networkx_labels(graph, place, scores, ax=ax, font_size=8.5, font_color="white", font_weight="bold")
+        nx.draw_networkx_labels(
+            graph, place, scores, ax=ax, font_size=8.5, font_color="white", font_weight="bold",
+            font_family="DejaVu Sans",
+        )  # fmt: skip
         for n, d in graph.nodes(data=True):
             x, y = place[n]
             text = f"{d['teacher']}{chr(10) + 'wrong answer' if d['wrong'] else ''}\nα {d['alpha']:.2f}"
-            side = round(float(x)) if abs(x) > 0.5 else 0  # names stand outside of the circle
-            rise = 0 if side else (27 if y > 0 else -27)
+            side = int(np.sign(x)) if abs(x) > 0.2 else 0  # names stand outside of the circle
+            rise = 12 * y if side else (27 if y > 0 else -27)
             ax.annotate(
                 plain(text), (x, y), (27 * side, rise), textcoords="offset points", fontsize=9, weight="bold",
                 ha=("center", "left", "right")[side], va="center" if side else ("bottom" if y > 0 else "top"),
@@ -126,7 +129,7 @@ def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[
         if len(graph) <= 4:
             nx.draw_networkx_edge_labels(
                 graph, place, {e: f"{w:.2f}" for e, w in weight.items()}, ax=ax, label_pos=0.32, font_size=7.5,
-                font_color=INK, connectionstyle="arc3,rad=0.12", rotate=False,
+                font_color=INK, font_family="DejaVu Sans", connectionstyle="arc3,rad=0.12", rotate=False,
                 bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip
         ax.set(title=f"{when} training", xlim=(-1.75, 1.75), ylim=(-1.6, 1.6))
