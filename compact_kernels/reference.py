@@ -166,8 +166,7 @@ def compatibility_loss(
             row_weight = row_weight / targets_per_rationale.clamp_min(1)
         row_weight = row_weight[sequence_of_row(ragged)]
 
-    nothing = hidden[:0].sum() + head_weight[:0].sum()  # a zero that keeps the graph connected when no row is scored
-    sft = -(row_weight * logprob).sum() + nothing.to(logprob.dtype)
+    sft = -(row_weight * logprob).sum()
     total, mixed = sft, sft.new_zeros(())
     if divergence_weight:
         per_question = answer_divergence(
@@ -430,7 +429,7 @@ def _over_rows(
     """Apply `function` to chunks of rows, recomputing each chunk in the backward pass, and join the results."""
     size = max(1, (workspace_mib << 20) // (4 * vocabulary))
     parts = []
-    for start in range(0, max(hidden.shape[0], 1), size):
+    for start in range(0, max(hidden.shape[0], 1), size):  # one empty chunk keeps the graph connected without rows
         chunk = [tensor[start : start + size] for tensor in (hidden, *rest)]
         if torch.is_grad_enabled():
             parts.append(checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False))
