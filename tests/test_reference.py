@@ -180,7 +180,9 @@ def test_nothing_flows_into_what_decides_the_weights(argument):
     _, batch, head = make(seed=9)
     given = torch.rand(batch.ragged.num_sequences, dtype=torch.float64).add(0.1).requires_grad_()
     output = run(batch, head, divergence_weight=0.2, **{argument: given})
-    output.loss.backward()
+    assert not output.alpha.requires_grad
+    divergence = answer_divergence(batch.hidden, head.weight, batch.ragged, given)
+    (output.loss + divergence.sum()).backward()
     assert given.grad is None
     assert batch.hidden.grad is not None
 
@@ -698,7 +700,7 @@ def test_other_centralities_are_those_of_networkx(centrality):
         graph.add_weighted_edges_from((i, j, a[i][j]) for i in range(len(a)) for j in range(len(a)) if i != j)
         if len(a) == 1:
             scores = {0: 0.0}
-        elif centrality == "pagerank":
+        elif centrality == "pagerank":  # nx.pagerank itself wants SciPy
             scores = nx.algorithms.link_analysis.pagerank_alg._pagerank_python(graph, tol=1e-12, max_iter=1000)
         else:
             scores = nx.eigenvector_centrality(graph, weight="weight", tol=1e-12, max_iter=10_000)
