@@ -93,7 +93,8 @@ def graph_of(trace: Mapping[str, Any]) -> nx.DiGraph:
 
 def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[str]) -> Figure:
     """One question's graph, a panel for each of `traces` (before, after): edge width A_ij, node area S_cons, its α."""
-    fig = figure(WIDTH if len(traces) > 1 else 5.4, 4.5)
+    flat = max(len(trace["rationales"]) for trace in traces.values()) <= 2
+    fig = figure(WIDTH if len(traces) > 1 else 5.4, 1.8 if flat else 4.5)
     palette = colours(teachers)
     for ax, (when, trace) in zip(fig.subplots(1, len(traces), squeeze=False)[0], traces.items()):
         graph = graph_of(trace)
@@ -132,6 +133,6 @@ def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[
                 font_color=INK, font_family="DejaVu Sans", connectionstyle="arc3,rad=0.12", rotate=False,
                 bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip
-        ax.set(title=f"{when} training", xlim=(-1.75, 1.75), ylim=(-1.6, 1.6))
+        ax.set(title=f"{when} training", xlim=(-1.75, 1.75), ylim=(-0.8, 0.8) if flat else (-1.6, 1.6))
         ax.set_axis_off()
     return fig
