@@ -72,8 +72,9 @@ class DataReport:
     def summary(self, examples: int = 5) -> str:
         """A few lines for people."""
         q, r = self.questions, self.rationales
+        held_out = f"{q['held_out']:,} held out, " if "held_out" in q else ""
         lines = [
-            f"{q['used']:,} of {q['read']:,} questions used, {q['refused']:,} refused; "
+            f"{q['used']:,} of {q['read']:,} questions used, {held_out}{q['refused']:,} refused; "
             f"{r['used']:,} of {r['read']:,} rationales used, {r['cut']:,} cut, {r['refused']:,} refused, "
             f"{r['wrong']:,} with a wrong answer, {r['unrecognised_closings']:,} without a closing we know; "
             f"teachers: {', '.join(self.teachers) or 'none'}"

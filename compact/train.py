@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from compact.analyze import write_report
+from compact.analyze import versions, write_report
 from compact.collate import Collator
 from compact.config import Recipe, from_dict, load_recipe, read_recipe, save_recipe, to_dict
 from compact.data import load_questions, split, tokenize_questions
@@ -48,6 +48,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
@@ -204,8 +205,12 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> t
     cache = folder / "cache"
     questions, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=cache)
     train_questions, held_out = split(questions, recipe.data.holdout, recipe.seed)
-    train_set, tokenized = tokenize_questions(train_questions, tokenizer, recipe.data, cache_dir=cache)
-    return train_set, held_out, read.then(tokenized)
+    train_set, tokenized = tokenize_questions(
+        train_questions, tokenizer, recipe.data, teachers=read.teachers, cache_dir=cache
+    )
+    report = read.then(tokenized)
+    report.questions["held_out"] = len(held_out)
+    return train_set, held_out, report
 
 
 def _restrict(dataset: Dataset, strategy: Strategy, report: DataReport) -> Dataset:
@@ -239,14 +244,10 @@ def _example(
 ) -> dict[str, Any]:
     """The question that the report's pictures show: a held-out one with every teacher, where there is one."""
     few = held_out.select(range(min(len(held_out), 50)))
-    candidates, seen = tokenize_questions(few, tokenizer, recipe.data, cache_dir=folder / "cache")
-    items = list(candidates)
-    if not items:
-        return train_set[0]
-    index = [report.teachers.index(name) if name in report.teachers else 0 for name in seen.teachers]
-    for item in items:
-        for rationale in item["rationales"]:
-            rationale["teacher"] = index[rationale["teacher"]]
+    candidates, _ = tokenize_questions(
+        few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache"
+    )
+    items = list(candidates) or [train_set[0]]
     return max(items, key=lambda item: len(item["rationales"]))
 
 
@@ -265,7 +266,7 @@ class _Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             if PartialState().is_main_process:
-                write_atomically(self.path, json.dumps({"seconds": self.seconds}))
+                write_atomically(self.path, json.dumps({"seconds": self.seconds, "versions": versions()}))
 
 
 def main(argv: list[str] | None = None) -> int:
