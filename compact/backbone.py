@@ -149,18 +149,6 @@ def prepare(model: nn.Module, *, projections: bool = True) -> nn.Module:
     return model
 
 
-def release(model: nn.Module) -> None:
-    """Undo :func:`prepare`: the class's own forward, no hook (and no mixed-precision wrapper of accelerate's)."""
-    inner = unwrap(model)
-    for name in ("forward", "_original_forward"):
-        vars(inner).pop(name, None)
-    for module in inner.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Tap):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
 def _patched(model_class: type[PreTrainedModel], projections: bool) -> Callable:
     original = model_class.forward
 
@@ -230,12 +218,13 @@ def _stop_at_hidden(
         states, rotary = tap.take() if tap is not None else (None, None)
     query, key = _query_key(model, states, rotary) if states is not None else (None, None)
     layer = head(model)
-    used = Head(
-        layer.weight.view_as(layer.weight),
-        None if layer.bias is None else layer.bias.view_as(layer.bias),
-        layer.logit_scale,
-        layer.softcap,
+    # FSDP2 frees what it gathered when this forward returns, so the loss needs a copy; elsewhere a view is enough.
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    weight, bias = (
+        None if tensor is None else tensor.clone() if sharded else tensor.view_as(tensor)
+        for tensor in (layer.weight, layer.bias)
     )
+    used = Head(cast(Tensor, weight), bias, layer.logit_scale, layer.softcap)
     return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float(), used)
 
 

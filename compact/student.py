@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 from typing import cast
 
 import peft
 import torch
-from tokenizers import models, pre_tokenizers
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -22,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from compact.attention import attention_for
-from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, release, unwrap
+from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, unwrap
 from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
 from compact_kernels.ragged import Ragged
@@ -95,7 +98,7 @@ def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedM
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
         return model, AutoTokenizer.from_pretrained(config.model, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"student.model={config.model}: not a causal LM that transformers can load. {error}\n"
             "Give a folder with config.json, weights and tokenizer, a hub id, or a .gguf file."
@@ -112,7 +115,7 @@ def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
     try:
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # whatever a foreign or broken file makes the reader raise
         raise UserError(f"student.model={path}: transformers cannot read this GGUF file. {error}") from error
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
@@ -125,6 +128,7 @@ def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
     plain.generation_config = copy.deepcopy(read.generation_config)
     plain.eval()
     _settle_pre_tokenizer(tokenizer, path)
+    _drop_tokens_beyond(len(_embedding(plain)), tokenizer)
     return nn.Module.to(plain, dtype), tokenizer
 
 
@@ -151,6 +155,17 @@ def _settle_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> Non
             f"{path}: text is split into words as GPT-2 does, but this file asks for {name!r}; token ids may differ "
             "from those the student was trained on. The original model's folder avoids this"
         )
+
+
+def _drop_tokens_beyond(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Forget special tokens that the file does not have: some transformers add a default ``<|endoftext|>``."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in described["added_tokens"] if token["id"] < rows]
+    if len(kept) < len(described["added_tokens"]):
+        described["added_tokens"] = kept
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+        if tokenizer.unk_token_id is None or tokenizer.unk_token_id >= rows:
+            tokenizer.unk_token = None
 
 
 def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -234,10 +249,10 @@ def _relative_error(value: Tensor, truth: Tensor) -> float:
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
-def lora_targets(model: nn.Module) -> tuple[list[str], list[str]]:
+def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of every linear layer of attention and feed-forward, and of experts' weights fused into one parameter."""
     linear, fused = set(), set()
-    for layer in decoder_layers(unwrap(model)):
+    for layer in decoder_layers(model):
         for path, module in layer.named_modules():
             name = path.rsplit(".", 1)[-1]
             if isinstance(module, (nn.Linear, Conv1D)) and name not in _ROUTERS:
@@ -281,24 +296,28 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> pe
 def merged(model: nn.Module) -> PreTrainedModel:
     """A plain model on the CPU with the adapter merged, for saving and evaluation; `model` is left as it is.
 
-    The copy costs the model's size in host memory and nothing on the device. Sharded (DTensor) parameters are
-    gathered one by one: then every rank must call this.
+    Costs the model's size in host memory and nothing on the device. Sharded (DTensor) parameters are gathered one by
+    one: then every rank must call this.
 
     Returns:
-        A model of the transformers class that `model` wraps, with that class's own forward.
+        A model of the transformers class that `model` wraps, in evaluation mode, never prepared for COMPACT.
     """
-    inner = model
-    while not isinstance(inner, (PreTrainedModel, peft.PeftModel)):
-        children = dict(inner.named_children())
-        inner = children["module"] if "module" in children else children["_orig_mod"]
-    # deepcopy takes these as the copies, so that it copies straight to the host and keeps tied weights tied.
-    memo: dict[int, object] = {}
-    for tensor in [*inner.parameters(), *inner.buffers()]:
+    inner = unwrap(model)
+    adapted = next((module for module in model.modules() if isinstance(module, peft.PeftModel)), None)
+    state = {}
+    for name, tensor in (inner if adapted is None else adapted).state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        host = whole.detach().to("cpu", copy=True)
-        memo[id(tensor)] = nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
-    plain = copy.deepcopy(inner, memo)
-    if isinstance(plain, peft.PeftModel):
-        plain = plain.merge_and_unload()
-    release(plain)
+        state[name] = whole.detach().to("cpu", copy=True)
+    # FSDP2 puts a class of its own before the model's.
+    model_class = next(
+        c for c in type(inner).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule)
+    )
+    with no_init_weights(), torch.random.fork_rng():
+        plain = model_class(copy.deepcopy(inner.config))
+        holder = plain if adapted is None else peft.get_peft_model(plain, adapted.peft_config[adapted.active_adapter])
+    holder.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    if isinstance(holder, peft.PeftModel):
+        plain = holder.merge_and_unload()
+    plain.generation_config = copy.deepcopy(inner.generation_config)
     return plain.requires_grad_(True).eval()
