@@ -11,14 +11,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from compact.analyze import versions, write_report
@@ -31,7 +33,7 @@ from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.options import plain
 from compact.results import write_atomically
 from compact.strategies import Strategy, build_strategy
-from compact.student import load_student, merged
+from compact.student import load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer
 
@@ -61,7 +63,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: the recipe, the data or the folder cannot be used; says what, where and the way out.
     """
-    started = time.perf_counter()
     state = PartialState()
     folder = Path(recipe.run)
     recipe.validate()
@@ -72,12 +73,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
         print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
         return json.loads((folder / "report.json").read_text())
     phases = _Phases(folder)
+    projections = recipe.consensus.affinity == "attention"
 
     set_seed(recipe.seed)
     with phases("prepare"), state.main_process_first():
-        model, tokenizer = load_student(
-            recipe.student, seed=recipe.seed, projections=recipe.consensus.affinity == "attention"
-        )
+        model, tokenizer = load_student(recipe.student, seed=recipe.seed, projections=projections)
         train_set, held_out, report = _data(recipe, tokenizer, folder)
         strategy = build_strategy(recipe, report.teachers)
         train_set = _restrict(train_set, strategy, report)
@@ -98,13 +98,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
         metrics_path=folder / "metrics.jsonl",
     )
     example = _example(train_set, held_out, tokenizer, recipe, report, folder)
+    device = trainer.args.device
 
-    def look(when: str) -> None:
+    def look(when: str, student: nn.Module) -> None:
         if (folder / "analysis" / f"{when}.json").exists():
             return
         with phases(f"evaluate_{when}"):
             evaluate_tasks(
-                trainer.model,
+                student,
                 tokenizer,
                 tasks,
                 folder,
@@ -115,18 +116,22 @@ def run(recipe: Recipe) -> dict[str, Any]:
             )
             if state.is_main_process:
                 trace = trace_question(
-                    trainer.model, tokenizer, example, strategy, recipe, report.teachers, collator, trainer.args.device
+                    student, tokenizer, example, strategy, recipe, report.teachers, collator, device
                 )
                 write_atomically(folder / "analysis" / f"{when}.json", json.dumps(trace))
             state.wait_for_everyone()
 
-    trainer.model.to(trainer.args.device)
-    look("before")
+    untrained = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    with untrained:
+        look("before", model.to(device))
     with phases("train"):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
-    look("after")
     with phases("save"):
-        save_student(trainer, folder)
+        student = merged(trainer.model_wrapped)  # every rank: it gathers what is sharded
+        if state.is_main_process:
+            save_student(student, tokenizer, folder)
+    trainer.accelerator.free_memory()
+    look("after", prepare(student.to(device), projections=projections))
     if state.is_main_process:
         write_report(folder)
     state.wait_for_everyone()
@@ -176,26 +181,21 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-def save_student(trainer: CompactTrainer, folder: Path) -> None:
-    """RUN/student: the adapter merged, with tokenizer and generation config; written aside, then renamed.
-
-    Every rank must call it, so that sharded weights can be gathered.
-    """
-    model = merged(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        aside, final = folder / ".student.writing", folder / "student"
+def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """RUN/student: plain weights, tokenizer and generation config; written aside, then renamed."""
+    aside, final = folder / ".student.writing", folder / "student"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        student.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        try:
-            model.save_pretrained(aside)
-            trainer.processing_class.save_pretrained(aside)
-        except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(
-                f"the student could not be written to {final}: {error}. Make room and run the same command again: "
-                "training is done and its last checkpoint is whole."
-            ) from error
-        shutil.rmtree(final, ignore_errors=True)
-        aside.replace(final)
+        raise UserError(
+            f"the student could not be written to {final}: {error}. Make room and run the same command again: "
+            "training is done and its last checkpoint is whole."
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    aside.replace(final)
 
 
 def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Dataset, Dataset, DataReport]:
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-        result = run(recipe)
+        run(recipe)
     except UserError as error:
         print(f"compact.train: {error}", file=sys.stderr)
         return 2
