@@ -7,7 +7,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,7 @@ def test_a_wheel_holds_every_recipe_and_both_packages(tmp_path):
     )
     if "No module named 'setuptools'" in built.stderr:
         pytest.skip("setuptools is not installed here")
-    assert built.returncode == 0, built.stderr
+    assert built.returncode == 0 and "would be ignored" not in built.stderr, built.stderr
     expected = {
         name
         for name in tracked.stdout.splitlines()
@@ -92,10 +91,51 @@ def test_a_wheel_holds_every_recipe_and_both_packages(tmp_path):
 
 
 def test_torch_is_asked_for_as_the_bootstrap_keeps_it(bootstrap):
-    required = {Requirement(line).name: Requirement(line) for line in metadata.requires("compact-distillation")}
-    oldest = ".".join(map(str, bootstrap.TORCH_OLDEST))
-    assert str(required["torch"].specifier) == f">={oldest}"
-    assert required["torch"].specifier.contains(bootstrap.TORCH_PINNED)
+    (line,) = re.findall(r'^ *"(torch\W.*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    torch = Requirement(line)
+    assert str(torch.specifier) == ">=" + ".".join(map(str, bootstrap.TORCH_OLDEST))
+    assert torch.specifier.contains(bootstrap.TORCH_PINNED)
+
+
+def test_a_second_bootstrap_installs_nothing_and_no_install_may_move_torch(bootstrap, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap, "choose_environment", lambda: tmp_path / "bin" / "python")
+    monkeypatch.setattr(bootstrap, "torch_in", lambda python: "2.12.1+cpu")
+    monkeypatch.setattr(bootstrap, "call", lambda *command: calls.append([str(word) for word in command]))
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "pyproject.toml").touch()
+
+    bootstrap.set_up({"eval", "plot"})
+    (install,) = calls
+    constraint = install[install.index("--constraint") + 1]
+    assert Path(constraint).read_text() == "torch==2.12.1+cpu\n"
+    assert install[-1] == f"{tmp_path}[eval,plot]"
+    bootstrap.set_up({"eval", "plot"})
+    assert len(calls) == 1
+    bootstrap.set_up({"dev"})  # the tests need more
+    assert len(calls) == 2
+    bootstrap.set_up({"eval", "plot"})  # which holds what training needs
+    assert len(calls) == 2
+    (tmp_path / "pyproject.toml").write_text("changed")
+    bootstrap.set_up({"eval", "plot"})
+    assert len(calls) == 3
+
+
+def test_bootstrap_installs_the_pinned_torch_where_there_is_none(bootstrap, tmp_path, monkeypatch):
+    calls = []
+    found = iter([None, "2.13.0"])
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap, "choose_environment", lambda: tmp_path / "bin" / "python")
+    monkeypatch.setattr(bootstrap, "torch_in", lambda python: next(found))
+    monkeypatch.setattr(bootstrap, "torch_index", lambda: ["--extra-index-url", bootstrap.CPU_INDEX])
+    monkeypatch.setattr(bootstrap, "call", lambda *command: calls.append([str(word) for word in command]))
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "pyproject.toml").touch()
+    bootstrap.set_up({"dev"})
+    assert [bootstrap.CPU_INDEX in words for words in calls] == [True, False]  # torch alone comes from that index
+    assert f"torch=={bootstrap.TORCH_PINNED}" in calls[0]
+    assert (tmp_path / "compact-constraints.txt").read_text() == "torch==2.13.0\n"
 
 
 def test_bootstrap_knows_which_torch_it_can_keep(bootstrap):
