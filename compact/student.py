@@ -127,30 +127,35 @@ def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(read.generation_config)
     plain.eval()
-    _settle_pre_tokenizer(tokenizer, path)
+    _settle_gguf_tokenizer(tokenizer, path)
     _drop_tokens_beyond(len(_embedding(plain)), tokenizer)
     return nn.Module.to(plain, dtype), tokenizer
 
 
-def _settle_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """transformers splits text as GPT-2 does wherever it does not know the name that the GGUF file gives.
+def _settle_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Take from the file what transformers gets wrong.
 
-    For ``smollm`` that joins a lone newline to a digit where the model's own tokenizer splits digits off first, so
-    that "\\n\\n48" has other ids (8 of 1,000 GSM8K texts). The right one is set; an unknown one is warned of.
+    * Special tokens: transformers 5.17 calls BOS EOS and the reverse, and drops the padding token.
+    * Splitting into words: transformers splits as GPT-2 does wherever it does not know the name that the file gives.
+      For ``smollm`` that joins the last of several newlines or spaces to a digit, where the model's own tokenizer
+      splits digits off first: "\\n\\n48" has other ids (8 of 1,000 GSM8K texts). Others are warned of.
     """
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
-    if "tokenizer.ggml.pre" not in fields or not isinstance(tokenizer.backend_tokenizer.model, models.BPE):
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
+        setattr(tokenizer, f"{name}_token", token)
+    backend = tokenizer.backend_tokenizer
+    if "tokenizer.ggml.pre" not in fields or not isinstance(backend.model, models.BPE):
         return
     name = fields["tokenizer.ggml.pre"].contents()
     if name == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    elif name not in ("default", "gpt-2") and isinstance(
-        tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel
-    ):
+    elif name not in ("default", "gpt-2") and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         logger.warning(
             f"{path}: text is split into words as GPT-2 does, but this file asks for {name!r}; token ids may differ "
             "from those the student was trained on. The original model's folder avoids this"
@@ -164,8 +169,6 @@ def _drop_tokens_beyond(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(kept) < len(described["added_tokens"]):
         described["added_tokens"] = kept
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
-        if tokenizer.unk_token_id is None or tokenizer.unk_token_id >= rows:
-            tokenizer.unk_token = None
 
 
 def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -314,10 +317,12 @@ def merged(model: nn.Module) -> PreTrainedModel:
     )
     with no_init_weights(), torch.random.fork_rng():
         plain = model_class(copy.deepcopy(inner.config))
-        holder = plain if adapted is None else peft.get_peft_model(plain, adapted.peft_config[adapted.active_adapter])
-    holder.load_state_dict(state, assign=True)
+        if adapted is not None:
+            adapter = copy.deepcopy(adapted.peft_config[adapted.active_adapter])
+            readapted = peft.get_peft_model(plain, adapter)
+    (plain if adapted is None else readapted).load_state_dict(state, assign=True)
     plain.tie_weights()
-    if isinstance(holder, peft.PeftModel):
-        plain = holder.merge_and_unload()
+    if adapted is not None:
+        plain = cast(PreTrainedModel, readapted.merge_and_unload())
     plain.generation_config = copy.deepcopy(inner.generation_config)
     return plain.requires_grad_(True).eval()

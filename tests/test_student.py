@@ -465,7 +465,8 @@ def test_a_gguf_file_becomes_an_ordinary_model_with_its_own_tokenizer(tmp_path):
     ids = token_ids(9)[0]
     assert type(model) is transformers.LlamaForCausalLM and not hasattr(model.config, "quantization_config")
     assert torch.equal(model(ids).logits, original(ids).logits)
-    assert tokenizer.eos_token_id == wanted.eos_token_id and tokenizer.pad_token_id == wanted.pad_token_id
+    for name in ("bos", "eos", "pad"):
+        assert getattr(tokenizer, f"{name}_token_id") == getattr(wanted, f"{name}_token_id"), name
     assert tokenizer.chat_template == wanted.chat_template
     # smollm splits digits off before words, so newlines before one stay together: "\n\n" | "4" | "8".
     words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("is:\n\n48")]
@@ -474,6 +475,7 @@ def test_a_gguf_file_becomes_an_ordinary_model_with_its_own_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     again, tokenizer = load_student(StudentConfig(model=str(tmp_path / "saved"), dtype="float32", lora=None), seed=0)
     assert torch.equal(again(ids).logits, original(ids).logits)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (wanted.bos_token_id, wanted.eos_token_id)
     assert [w for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("is:\n\n48")] == words
 
 
