@@ -104,6 +104,10 @@ def compact_varlen(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    # Rotary embeddings may leave query and key in float32 under autocast, which the kernel does not cast back.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.shape[0] != 1:
         raise ValueError(f"packed sequences come as one row, got a batch of {query.shape[0]}")
     if varlen_can_run(query, value, dropout):

@@ -85,6 +85,14 @@ def test_sequences_attend_within_themselves_grouped_windowed_and_scaled(groups, 
         torch.testing.assert_close(one, other)
 
 
+def test_under_autocast_all_three_are_of_its_dtype():
+    query, key, value = tensors(4, 2, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(query, key, value.bfloat16())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), by_definition(query, key, value, None, None), rtol=0.05, atol=0.05)
+
+
 def test_dropout_is_applied():
     inputs = tensors(2, 1, 8)
     torch.manual_seed(0)
