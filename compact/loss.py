@@ -81,12 +81,12 @@ def distillation_loss(
         difficulty_reference=reference,
         adaptability=AdaptabilityOptions(
             epsilon=config.adaptability.epsilon,
-            span=config.adaptability.span,  # type: ignore[arg-type]  # checked by the configuration
-            length_norm=config.adaptability.length_norm,  # type: ignore[arg-type]
+            span=config.adaptability.span,
+            length_norm=config.adaptability.length_norm,
         ),
-        divergence=strategy.divergence if config.divergence.kind == "strategy" else config.divergence.kind,  # type: ignore[arg-type]
+        divergence=strategy.divergence if config.divergence.kind == "strategy" else config.divergence.kind,
         divergence_weight=config.divergence.weight,
-        sft_reduction=config.sft_reduction,  # type: ignore[arg-type]
+        sft_reduction=config.sft_reduction,
         normalizer=replicas / _at_least_one(tokens) if config.sft_reduction == "token" else per_question,
         divergence_normalizer=per_question,
         bias=lm_head.bias,
@@ -123,7 +123,7 @@ def _consensus(output: StudentOutput, batch: Mapping[str, Any], config: CompactC
         key,
         batch["ragged"],
         temperature=config.consensus.temperature,
-        centrality=config.consensus.centrality,  # type: ignore[arg-type]
+        centrality=config.consensus.centrality,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from compact_kernels import question_affinity
 def trace_question(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    item: Mapping[str, Any],
+    item: dict[str, Any],
     strategy: Strategy,
     config: CompactConfig,
     teachers: Sequence[str],
@@ -28,8 +28,8 @@ def trace_question(
 ) -> dict[str, Any]:
     """What the pictures of a report need of one tokenized question (plain values, ready for JSON).
 
-    `evidence[t]` is I_t of eq. 2 after t body tokens, `thinking[t]` whether body token t was a thinking token; `affinity`
-    is A of eq. 4.
+    `evidence[t]` is I_t of eq. 2 after t body tokens, `thinking[t]` whether body token t was a thinking token;
+    `affinity` is A of eq. 4.
     """
     batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in collator([item]).items()}
     if "unconditional" in batch:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from compact.analyze import versions, write_report
 from compact.collate import Collator
-from compact.config import Recipe, from_dict, load_recipe, read_recipe, save_recipe, to_dict
+from compact.config import Recipe, load_recipe, read_recipe, save_recipe, to_dict
 from compact.data import load_questions, split, tokenize_questions
 from compact.data_report import DataReport
 from compact.errors import UserError
@@ -131,7 +131,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if state.is_main_process:
             save_student(student, tokenizer, folder)
     trainer.accelerator.free_memory()
-    look("after", prepare(student.to(device), projections=projections))
+    student.to(device)  # type: ignore[arg-type]  # transformers' decorator hides Module.to's signature
+    look("after", prepare(student, projections=projections))
     if state.is_main_process:
         write_report(folder)
     state.wait_for_everyone()
@@ -146,14 +147,13 @@ def claim(folder: Path, recipe: Recipe) -> None:
     """
     stored = folder / "recipe.yaml"
     if stored.exists():
-        theirs, ours = to_dict(from_dict(plain(read_recipe(str(stored))), str(stored))), to_dict(recipe)
-        differing = [
-            f"{key} ({theirs.get(key)!r} there, {ours[key]!r} here)" for key in ours if theirs.get(key) != ours[key]
-        ]
+        theirs, ours = _leaves(plain(read_recipe(str(stored)))), _leaves(to_dict(recipe))
+        differing = [key for key in ours | theirs if key != "run" and theirs.get(key) != ours.get(key)]
         if differing:
+            shown = "; ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
             raise UserError(
-                f"{folder} holds another run: {'; '.join(differing)}. "
-                "Choose another folder with --run, or remove that one; the same recipe would go on with it."
+                f"{folder} holds another run: {shown}. Choose another folder with --run, or remove that one "
+                "(the same recipe would go on with it)"
             )
         return
     if folder.exists() and any(folder.iterdir()):
@@ -163,6 +163,14 @@ def claim(folder: Path, recipe: Recipe) -> None:
         save_recipe(recipe, stored)
     except OSError as error:
         raise UserError(f"the run's folder {folder} cannot be written: {error}") from error
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -24,6 +24,7 @@ from compact.errors import UserError
 from compact.loss import Denominators, distillation_loss
 from compact.metrics import MetricsTable, batch_metrics
 from compact.strategies import build_strategy
+from compact.tokenization import TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class CompactTrainer(Trainer):
         self.strategy = build_strategy(config, teachers)
         self.teacher_names = list(teachers)
         kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
+        self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)
         super().__init__(
             model=student.prepare(model, projections=config.consensus.affinity == "attention"),
             args=args,
@@ -97,8 +99,10 @@ class CompactTrainer(Trainer):
         for extent in ("cp", "sp"):
             if getattr(self, f"get_{extent}_size")() > 1:
                 raise UserError(f"{extent} parallelism splits sequences, which per-rationale weights do not survive")
+        assert args.output_dir is not None  # TrainingArguments fills it in
         self.table = MetricsTable(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"), self.teacher_names)
         self._grad_norm: Tensor | float = 0.0
+        self._aside: str | None = None  # where a checkpoint is being written
         self.add_callback(_StepCallback(self))
         if any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -111,7 +115,7 @@ class CompactTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         if inputs["ragged"].num_rows == 0:
             logger.warning("a batch has no token to predict (questions %s): its loss is 0", inputs["question_ids"])
@@ -142,8 +146,7 @@ class CompactTrainer(Trainer):
         return self.accelerator.reduce(window, "sum") / self.get_tp_size()
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(self.train_dataset.column_names)
+        self._signature_columns = self._columns  # type: ignore[assignment]  # the collator needs every column
 
     # ---- logs ----
 
@@ -158,7 +161,7 @@ class CompactTrainer(Trainer):
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return getattr(self, "_aside", None) or super()._get_output_dir(trial)
+        return self._aside or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write the checkpoint aside, then rename it: a folder called checkpoint-N is always whole."""
@@ -184,8 +187,9 @@ class CompactTrainer(Trainer):
                 or "inline_container" in str(error)
             ):
                 raise UserError(
-                    f"the checkpoint of step {self.state.global_step} could not be written to {final.parent}: {error}. "
-                    "Earlier checkpoints are whole: make room and run the same command again to go on from the last one."
+                    f"the checkpoint of step {self.state.global_step} could not be written to {final.parent}: "
+                    f"{error}. Earlier checkpoints are whole: make room and run the same command again to go on from "
+                    "the last one."
                 ) from error
             raise
         finally:
@@ -208,8 +212,9 @@ class CompactTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # a pickle that nobody here reads
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save and folder is not None:  # a pickle that nobody here reads
+            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -41,7 +41,7 @@ class Strategy:
         return lambda statistics: self.weights(statistics, context)
 
     def uses_teacher(self, index: int) -> bool:
-        """Whether rationales of this teacher are trained on at all; a question left without any is dropped, counted."""
+        """Whether this teacher's rationales are trained on; a question left without any is dropped and counted."""
         return True
 
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
