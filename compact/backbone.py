@@ -203,6 +203,9 @@ def _stop_at_hidden(
     inputs = {name: value for name, value in kwargs.items() if value is not None and name not in _IGNORED}
     inputs |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
     inputs |= {"max_length_q": ragged.max_seqlen, "max_length_k": ragged.max_seqlen}
+    if model.config._attn_implementation == "flex_attention":
+        # Below 128 tokens flex attention would take its decoding kernel, which has no configuration for such masks.
+        inputs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True})
     if getattr(model.config, "output_router_logits", False):
         inputs["output_router_logits"] = False
     last = offsets[1:].long() - 1  # r_T of every sequence

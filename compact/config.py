@@ -33,7 +33,8 @@ class LoraConfig:
 class StudentConfig:
     model: str = option("demo", "a folder, a hub id, a .gguf file, or demo: the embedded tiny student")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the weights; auto: bfloat16 on GPUs that have it, else float32"
+        "auto",
+        "of the computation (weights that train stay float32); auto: bfloat16 on GPUs that have it, else float32",
     )
     attention: Literal[
         "auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "compact_varlen", "eager"

@@ -121,8 +121,8 @@ class MetricsTable:
                 raise UserError(
                     f"the {what} is not finite at step {row['step']}{where} "
                     f"(loss {row['loss']}, gradient norm {row['grad_norm']}, "
-                    f"learning rate {row['learning_rate']:.3g}). Training stopped; the last checkpoint is from before that step. "
-                    "Lower training.learning_rate, train in bfloat16 or float32, or look at those questions."
+                    f"learning rate {row['learning_rate']:.3g}). "
+                    "Training stopped; the last checkpoint is from before that step. Lower training.learning_rate, train in bfloat16 or float32, or look at those questions."
                 )
             rows.append(row)
         self._append(rows)

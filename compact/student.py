@@ -38,6 +38,7 @@ __all__ = [
     "add_lora",
     "attention_for",
     "check",
+    "compute_dtype",
     "head",
     "load_student",
     "lora_targets",
@@ -47,6 +48,15 @@ __all__ = [
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype(config: StudentConfig) -> torch.dtype:
+    """What the student computes in, and is saved in."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if config.dtype not in _DTYPES:
+        raise UserError(f"student.dtype={config.dtype}: choose auto, {', '.join(_DTYPES)}")
+    return _DTYPES[config.dtype]
 
 
 def load_student(
@@ -67,18 +77,15 @@ def load_student(
         UserError: nothing loadable there; package gguf missing; no EOS; tokenizer larger than the embedding; and
             what :func:`check` and :func:`add_lora` raise.
     """
-    cuda = torch.cuda.is_available()
-    if config.dtype == "auto":
-        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    elif config.dtype in _DTYPES:
-        dtype = _DTYPES[config.dtype]
-    else:
-        raise UserError(f"student.dtype={config.dtype}: choose auto, {', '.join(_DTYPES)}")
+    dtype = compute_dtype(config)
     load = _load_gguf if config.model.endswith(".gguf") else _load_folder
-    model, tokenizer = load(config, dtype)
+    # AdamW's small steps would be lost in bfloat16 weights: those that train stay float32, and autocast computes.
+    model, tokenizer = load(config, torch.float32 if config.lora is None else dtype)
     _settle_tokens(model, tokenizer, config.model)
     if config.attention == "auto":
-        implementation = attention_for(type(model), model.config, "cuda" if cuda else "cpu", dtype)
+        implementation = attention_for(
+            type(model), model.config, "cuda" if torch.cuda.is_available() else "cpu", dtype
+        )
     else:
         implementation = config.attention
     try:

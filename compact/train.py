@@ -33,7 +33,7 @@ from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.options import plain
 from compact.results import write_atomically
 from compact.strategies import Strategy, build_strategy
-from compact.student import load_student, merged, prepare
+from compact.student import compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer
 
@@ -51,6 +51,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),
 }
 
 
@@ -98,7 +99,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         metrics_path=folder / "metrics.jsonl",
     )
     example = _example(train_set, held_out, tokenizer, recipe, report, folder)
-    device = trainer.args.device
+    device, dtype = trainer.args.device, compute_dtype(recipe.student)
 
     def look(when: str, student: nn.Module) -> None:
         if (folder / "analysis" / f"{when}.json").exists():
@@ -122,16 +123,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
             state.wait_for_everyone()
 
     untrained = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-    with untrained:
+    with untrained, torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         look("before", model.to(device))
     with phases("train"):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
     with phases("save"):
         student = merged(trainer.model_wrapped)  # every rank: it gathers what is sharded
+        student.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides Module.to's signature
         if state.is_main_process:
             save_student(student, tokenizer, folder)
     trainer.accelerator.free_memory()
-    student.to(device)  # type: ignore[arg-type]  # transformers' decorator hides Module.to's signature
+    student.to(device)  # type: ignore[arg-type]
     look("after", prepare(student, projections=projections))
     if state.is_main_process:
         write_report(folder)
@@ -175,18 +177,9 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' arguments of a recipe: its `training` section over this project's few defaults."""
-    bfloat16 = recipe.student.dtype == "bfloat16" or (
-        recipe.student.dtype == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    )
-    return TrainingArguments(
-        **{
-            **TRAINING_DEFAULTS,
-            "bf16": bfloat16,
-            **recipe.training,
-            "output_dir": str(Path(recipe.run) / "checkpoints"),
-            "seed": recipe.seed,
-        }
-    )
+    given: dict[str, Any] = {**TRAINING_DEFAULTS, "bf16": compute_dtype(recipe.student) is torch.bfloat16}
+    given |= {**recipe.training, "output_dir": str(Path(recipe.run) / "checkpoints"), "seed": recipe.seed}
+    return TrainingArguments(**given)
 
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
