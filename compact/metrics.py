@@ -118,11 +118,13 @@ class MetricsTable:
                 self._append(rows)
                 what = "loss" if not math.isfinite(row["loss"]) else "gradient"
                 where = f" on questions {', '.join(questions)}" if not own_finite or what == "gradient" else ""
+                way_out = "lower training.learning_rate, train in bfloat16 or float32, or look at those questions"
+                if row["step"] == 1:
+                    way_out = "no step had been taken: look at the student's weights and dtype, and at those questions"
                 raise UserError(
                     f"the {what} is not finite at step {row['step']}{where} "
                     f"(loss {row['loss']}, gradient norm {row['grad_norm']}, "
-                    f"learning rate {row['learning_rate']:.3g}). "
-                    "Training stopped; the last checkpoint is from before that step. Lower training.learning_rate, train in bfloat16 or float32, or look at those questions."
+                    f"learning rate {row['learning_rate']:.3g}). Training stopped; checkpoints, if any, are from before that step. Way out: {way_out}."
                 )
             rows.append(row)
         self._append(rows)
@@ -152,9 +154,16 @@ class MetricsTable:
         }
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
-        if self._write and rows:
+        if not (self._write and rows):
+            return
+        try:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}. Checkpoints so far are whole: make room and run the "
+                "same command again to go on from the last one."
+            ) from error
 
     @staticmethod
     def _averages(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -5,13 +5,15 @@ Without arguments: the embedded default. The same command goes on with an interr
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from compact.results import write_atomically
 from compact.strategies import Strategy, build_strategy
 from compact.student import compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
-from compact.trainer import CompactTrainer
+from compact.trainer import CompactTrainer, check_length
 
 logger = logging.getLogger("compact")
 
@@ -53,6 +55,17 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": torch.cuda.is_available(),
     "use_cpu": not torch.accelerator.is_available(),
 }
+# Fields that transformers does not check before training begins.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "dataloader_num_workers": 0,
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -67,6 +80,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     state = PartialState()
     folder = Path(recipe.run)
     recipe.validate()
+    arguments = training_arguments(recipe)
     if state.is_main_process:
         claim(folder, recipe)
     state.wait_for_everyone()
@@ -79,6 +93,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     set_seed(recipe.seed)
     with phases("prepare"), state.main_process_first():
         model, tokenizer = load_student(recipe.student, seed=recipe.seed, projections=projections)
+        check_length(model, recipe.data, recipe.student.model)
         train_set, held_out, report = _data(recipe, tokenizer, folder)
         strategy = build_strategy(recipe, report.teachers)
         train_set = _restrict(train_set, strategy, report)
@@ -90,7 +105,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     collator = Collator(tokenizer=tokenizer, ifd=recipe.difficulty.kind == "ifd")
     trainer = CompactTrainer(
         model,
-        training_arguments(recipe),
+        arguments,
         config=recipe,
         train_dataset=train_set,
         processing_class=tokenizer,
@@ -117,7 +132,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             )
             if state.is_main_process:
                 trace = trace_question(
-                    student, tokenizer, example, strategy, recipe, report.teachers, collator, device
+                    student, tokenizer, example, trainer.strategy, recipe, report.teachers, collator, device
                 )
                 write_atomically(folder / "analysis" / f"{when}.json", json.dumps(trace))
             state.wait_for_everyone()
@@ -144,11 +159,16 @@ def run(recipe: Recipe) -> dict[str, Any]:
 def claim(folder: Path, recipe: Recipe) -> None:
     """Make `folder` this recipe's run, or find that it is already.
 
+    A run that stopped before its first evaluation has nothing to lose: it takes the recipe as it is now.
+
     Raises:
-        UserError: the folder holds another run, or something that is no run.
+        UserError: the folder holds another run, or something that is no run, or cannot be written.
     """
     stored = folder / "recipe.yaml"
-    if stored.exists():
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with --run")
+    begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
+    if stored.exists() and begun:
         theirs, ours = _leaves(plain(read_recipe(str(stored)))), _leaves(to_dict(recipe))
         differing = [key for key in ours | theirs if key != "run" and theirs.get(key) != ours.get(key)]
         if differing:
@@ -158,7 +178,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 "(the same recipe would go on with it)"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if not stored.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run: choose another folder with --run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,10 +196,24 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """transformers' arguments of a recipe: its `training` section over this project's few defaults."""
+    """transformers' arguments of a recipe: its `training` section over this project's few defaults.
+
+    Raises:
+        UserError: a value out of range, or one that transformers refuses.
+    """
+    for name, least in AT_LEAST.items():
+        value = recipe.training.get(name, least)
+        if isinstance(value, (int, float)) and value < least:
+            raise UserError(f"training.{name}: {value} is out of range: at least {least}")
+    epochs, steps = recipe.training.get("num_train_epochs", 1), recipe.training.get("max_steps", -1)
+    if epochs <= 0 and steps <= 0:  # type: ignore[operator]
+        raise UserError(f"training.num_train_epochs: {epochs} trains nothing: above 0 is needed, or max_steps")
     given: dict[str, Any] = {**TRAINING_DEFAULTS, "bf16": compute_dtype(recipe.student) is torch.bfloat16}
     given |= {**recipe.training, "output_dir": str(Path(recipe.run) / "checkpoints"), "seed": recipe.seed}
-    return TrainingArguments(**given)
+    try:
+        return TrainingArguments(**given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training: transformers refuses it: {str(error).strip().removeprefix('--')}") from error
 
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -245,10 +279,12 @@ def _example(
 ) -> dict[str, Any]:
     """The question that the report's pictures show: a held-out one with every teacher, where there is one."""
     few = held_out.select(range(min(len(held_out), 50)))
-    candidates, _ = tokenize_questions(
-        few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache"
-    )
-    items = list(candidates) or [train_set[0]]
+    try:
+        items = list(
+            tokenize_questions(few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache")[0]
+        )
+    except UserError:  # not one of the few is usable
+        items = [train_set[0]]
     return max(items, key=lambda item: len(item["rationales"]))
 
 
@@ -264,20 +300,41 @@ class _Phases:
         started = time.perf_counter()
         try:
             yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            if PartialState().is_main_process:
-                write_atomically(self.path, json.dumps({"seconds": self.seconds, "versions": versions()}))
+        except BaseException:
+            with suppress(UserError):  # what stopped the phase is what matters
+                self._add(name, started)
+            raise
+        self._add(name, started)
+
+    def _add(self, name: str, started: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        if PartialState().is_main_process:
+            write_atomically(self.path, json.dumps({"seconds": self.seconds, "versions": versions()}))
 
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # peft asks transformers by the old name
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
         run(recipe)
     except UserError as error:
         print(f"compact.train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"compact.train: {error.strerror}{where}: make room and run the same command again, it goes on from the "
+            "last checkpoint",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("compact.train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if PartialState().is_main_process:
         print(f"report: {Path(recipe.run) / 'report.md'}")
     return 0

@@ -41,7 +41,7 @@ class CompactTrainer(Trainer):
         train_dataset: questions with their rationales (design's data format), or what
             :func:`compact.data.tokenize_questions` made of them.
         teachers: names of the teachers, where the dataset is tokenized already.
-        data: how questions become tokens, where it is not.
+        data: how questions become tokens, where it is not; default: as long as the student's context allows.
         metrics_path: the table of the run, one JSON object an optimizer step; default: in `args.output_dir`.
 
     The step's loss is that of method §3: invariant to gradient accumulation and to the number of data-parallel ranks.
@@ -75,10 +75,14 @@ class CompactTrainer(Trainer):
         if train_dataset is not None and "prompt_ids" not in train_dataset.column_names:
             if processing_class is None:
                 raise UserError("train_dataset holds text: pass processing_class, the student's tokenizer")
-            train_dataset, report = tokenize_questions(train_dataset, processing_class, data or DataConfig())
+            if data is None:
+                data = DataConfig()
+                data.max_length = min(data.max_length, context_length(model) or data.max_length)
+            check_length(model, data)
+            train_dataset, report = tokenize_questions(train_dataset, processing_class, data)
             teachers = report.teachers
             if eval_dataset is not None:
-                eval_dataset, _ = tokenize_questions(eval_dataset, processing_class, data or DataConfig())
+                eval_dataset, _ = tokenize_questions(eval_dataset, processing_class, data, teachers=teachers)
         if teachers is None:
             raise UserError("a tokenized train_dataset needs `teachers`, the names that its teacher indices stand for")
         self.config = config
@@ -252,6 +256,24 @@ class _Progress(ProgressCallback):
         shown = {"loss": f"{logs['loss']:.3f}"}
         shown |= {f"α {k.removeprefix('alpha/')}": f"{v:.2f}" for k, v in logs.items() if k.startswith("alpha/")}
         self.training_bar.set_postfix(shown, refresh=False)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the student can read at once; None where its positions have no end."""
+    return getattr(student.unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(model: nn.Module, data: DataConfig, name: str = "the student") -> None:
+    """
+    Raises:
+        UserError: questions may be longer than what the student can read.
+    """
+    context = context_length(model)
+    if context is not None and data.max_length > context:
+        raise UserError(
+            f"data.max_length: {data.max_length} tokens are more than {name} can read, which is {context}: set "
+            f"data.max_length to {context} or less (the bodies of longer rationales are cut, and counted)"
+        )
 
 
 def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
