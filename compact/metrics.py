@@ -124,7 +124,8 @@ class MetricsTable:
                 raise UserError(
                     f"the {what} is not finite at step {row['step']}{where} "
                     f"(loss {row['loss']}, gradient norm {row['grad_norm']}, "
-                    f"learning rate {row['learning_rate']:.3g}). Training stopped; checkpoints, if any, are from before that step. Way out: {way_out}."
+                    f"learning rate {row['learning_rate']:.3g}). "
+                    f"Training stopped; checkpoints, if any, are from before that step. Way out: {way_out}."
                 )
             rows.append(row)
         self._append(rows)

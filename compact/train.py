@@ -22,7 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from compact.analyze import versions, write_report
@@ -103,16 +103,21 @@ def run(recipe: Recipe) -> dict[str, Any]:
         print(report.summary())
 
     collator = Collator(tokenizer=tokenizer, ifd=recipe.difficulty.kind == "ifd")
-    trainer = CompactTrainer(
-        model,
-        arguments,
-        config=recipe,
-        train_dataset=train_set,
-        processing_class=tokenizer,
-        teachers=report.teachers,
-        data_collator=collator,
-        metrics_path=folder / "metrics.jsonl",
-    )
+    try:
+        trainer = CompactTrainer(
+            model,
+            arguments,
+            config=recipe,
+            train_dataset=train_set,
+            processing_class=tokenizer,
+            teachers=report.teachers,
+            data_collator=collator,
+            metrics_path=folder / "metrics.jsonl",
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise UserError(f"training.report_to: {error}") from error
     example = _example(train_set, held_out, tokenizer, recipe, report, folder)
     device, dtype = trainer.args.device, compute_dtype(recipe.student)
 
@@ -211,9 +216,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     given: dict[str, Any] = {**TRAINING_DEFAULTS, "bf16": compute_dtype(recipe.student) is torch.bfloat16}
     given |= {**recipe.training, "output_dir": str(Path(recipe.run) / "checkpoints"), "seed": recipe.seed}
     try:
-        return TrainingArguments(**given)
+        arguments = TrainingArguments(**given)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: transformers refuses it: {str(error).strip().removeprefix('--')}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise UserError(f"training.optim: {error}") from error
+    except ValueError:  # some want to see the model: the Trainer asks them again
+        pass
+    return arguments
 
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -240,6 +252,11 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> t
     cache = folder / "cache"
     questions, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=cache)
     train_questions, held_out = split(questions, recipe.data.holdout, recipe.seed)
+    if not len(held_out):
+        raise UserError(
+            f"{recipe.data.train}: one question alone, and none to hold out for evaluation: at least two different "
+            "ones are needed"
+        )
     train_set, tokenized = tokenize_questions(
         train_questions, tokenizer, recipe.data, teachers=read.teachers, cache_dir=cache
     )
