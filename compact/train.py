@@ -30,6 +30,7 @@ from compact.collate import Collator
 from compact.config import Recipe, load_recipe, read_recipe, save_recipe, to_dict
 from compact.data import load_questions, split, tokenize_questions
 from compact.data_report import DataReport
+from compact.embed import embed_rationales
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.options import plain
@@ -96,7 +97,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         check_length(model, recipe.data, recipe.student.model)
         train_set, held_out, report = _data(recipe, tokenizer, folder)
         strategy = build_strategy(recipe, report.teachers)
-        train_set = _restrict(train_set, strategy, report)
+        train_set = _embedded(_restrict(train_set, strategy, report), tokenizer, recipe, folder)
         tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
@@ -286,6 +287,16 @@ def _restrict(dataset: Dataset, strategy: Strategy, report: DataReport) -> Datas
     return kept
 
 
+def _embedded(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> Dataset:
+    """With an embedding for every rationale, where the consensus graph is drawn from embeddings."""
+    if recipe.consensus.affinity != "sentence":
+        return dataset
+    assert recipe.consensus.encoder is not None  # Recipe.validate sees to it
+    return embed_rationales(
+        dataset, tokenizer, recipe.consensus.encoder, cache_dir=folder / "cache", device=PartialState().device
+    )
+
+
 def _example(
     train_set: Dataset,
     held_out: Dataset,
@@ -297,12 +308,12 @@ def _example(
     """The question that the report's pictures show: a held-out one with every teacher, where there is one."""
     few = held_out.select(range(min(len(held_out), 50)))
     try:
-        items = list(
-            tokenize_questions(few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache")[0]
+        candidates, _ = tokenize_questions(
+            few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache"
         )
     except UserError:  # not one of the few is usable
-        items = [train_set[0]]
-    return max(items, key=lambda item: len(item["rationales"]))
+        return train_set[0]
+    return max(_embedded(candidates, tokenizer, recipe, folder), key=lambda item: len(item["rationales"]))
 
 
 class _Phases:

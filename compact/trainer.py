@@ -20,6 +20,7 @@ from compact import student
 from compact.collate import Collator
 from compact.config import CompactConfig, DataConfig
 from compact.data import tokenize_questions
+from compact.embed import embed_rationales
 from compact.errors import UserError
 from compact.loss import Denominators, distillation_loss
 from compact.metrics import MetricsTable, batch_metrics
@@ -83,6 +84,9 @@ class CompactTrainer(Trainer):
             teachers = report.teachers
             if eval_dataset is not None:
                 eval_dataset, _ = tokenize_questions(eval_dataset, processing_class, data, teachers=teachers)
+        if config.consensus.affinity == "sentence":
+            train_dataset = _embedded(train_dataset, processing_class, config, args)
+            eval_dataset = _embedded(eval_dataset, processing_class, config, args)
         if teachers is None:
             raise UserError("a tokenized train_dataset needs `teachers`, the names that its teacher indices stand for")
         self.config = config
@@ -256,6 +260,20 @@ class _Progress(ProgressCallback):
         shown = {"loss": f"{logs['loss']:.3f}"}
         shown |= {f"α {k.removeprefix('alpha/')}": f"{v:.2f}" for k, v in logs.items() if k.startswith("alpha/")}
         self.training_bar.set_postfix(shown, refresh=False)
+
+
+def _embedded(
+    dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, config: CompactConfig, args: TrainingArguments
+) -> Dataset | None:
+    """With an embedding for every rationale, if it has none yet."""
+    if dataset is None or not len(dataset) or "embedding" in dataset[0]["rationales"][0]:
+        return dataset
+    if config.consensus.encoder is None or tokenizer is None:
+        raise UserError(
+            "consensus.affinity is sentence, and the dataset's rationales have no `embedding`: set consensus.encoder "
+            "to a sentence encoder (a folder or hub id) and pass processing_class, the student's tokenizer"
+        )
+    return embed_rationales(dataset, tokenizer, config.consensus.encoder, device=args.device)
 
 
 def context_length(model: nn.Module) -> int | None:
