@@ -1,6 +1,7 @@
 """A run's report: report.md, report.json and pictures, from what its folder holds.
 
-python -m compact.analyze RUN
+python -m compact.analyze RUN                       writes the report anew
+python -m compact.analyze RUN --against RUN …       prints runs side by side, with paired differences from the first
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 
+from compact.comparison import comparison
 from compact.errors import UserError
 from compact.metrics import METRICS, read_metrics
 from compact.report import markdown
@@ -222,8 +224,12 @@ def _json(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compact.analyze", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--against", type=Path, nargs="+", help="other runs, to be compared with it")
     options = parser.parse_args(arguments)
     try:
+        if options.against:
+            print(comparison([options.run, *options.against]))
+            return 0
         write_report(options.run)
     except UserError as error:
         print(error, file=sys.stderr)
