@@ -50,6 +50,7 @@ class DataConfig:
         None, ".jsonl, .parquet, a folder of a saved dataset, or a hub id; null: the embedded questions"
     )
     holdout: float = option(0.2, "share of the questions held out for evaluation, split by question text", gt=0, lt=1)
+    held_out: str | None = option(None, "a file of held-out questions, in the form of train; then holdout is not used")
     answer_kind: Literal["number", "choice", "yesno", "math", "text"] = option(
         "number", "how answers are compared on rows that have no task of their own"
     )

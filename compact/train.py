@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -28,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from compact.analyze import versions, write_report
 from compact.collate import Collator
 from compact.config import Recipe, load_recipe, read_recipe, save_recipe, to_dict
-from compact.data import load_questions, split, tokenize_questions
+from compact.data import load_questions, question_text, split, tokenize_questions
 from compact.data_report import DataReport
 from compact.embed import embed_rationales
 from compact.errors import UserError
@@ -54,6 +55,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "ddp_find_unused_parameters": False,  # every parameter that trains is used in every step
     "use_cpu": not torch.accelerator.is_available(),
 }
 # Fields that transformers does not check before training begins.
@@ -78,13 +80,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: the recipe, the data or the folder cannot be used; says what, where and the way out.
     """
-    state = PartialState()
     folder = Path(recipe.run)
     recipe.validate()
-    arguments = training_arguments(recipe)
-    if state.is_main_process:
-        claim(folder, recipe)
-    state.wait_for_everyone()
+    arguments = training_arguments(recipe)  # before PartialState: it knows backend, timeout and engine
+    state = PartialState()
+    with _main_process_first():
+        if state.is_main_process:
+            claim(folder, recipe)
     if (folder / "report.json").exists():
         print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
         return json.loads((folder / "report.json").read_text())
@@ -92,7 +94,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     projections = recipe.consensus.affinity == "attention"
 
     set_seed(recipe.seed)
-    with phases("prepare"), state.main_process_first():
+    with phases("prepare"), _main_process_first():
         model, tokenizer = load_student(recipe.student, seed=recipe.seed, projections=projections)
         check_length(model, recipe.data, recipe.student.model)
         train_set, held_out, report = _data(recipe, tokenizer, folder)
@@ -101,7 +103,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
-        print(report.summary())
+        print(report.summary(), flush=True)
 
     collator = Collator(tokenizer=tokenizer, ifd=recipe.difficulty.kind == "ifd")
     try:
@@ -160,6 +162,28 @@ def run(recipe: Recipe) -> dict[str, Any]:
         write_report(folder)
     state.wait_for_everyone()
     return json.loads((folder / "report.json").read_text())
+
+
+@contextmanager
+def _main_process_first() -> Iterator[None]:
+    """The block runs in the main process, then in the others; where it fails in the first, the others end quietly.
+
+    (accelerate's own leaves them waiting, for a traceback about a lost connection.)
+    """
+    state, failed = PartialState(), [False]
+    if not state.is_main_process:
+        broadcast_object_list(failed)
+        if failed[0]:
+            raise SystemExit(2)
+    try:
+        yield
+    except BaseException:
+        failed = [True]
+        raise
+    finally:
+        if state.is_main_process:
+            broadcast_object_list(failed)
+    state.wait_for_everyone()
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
@@ -252,12 +276,22 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> t
         raise UserError("data.train: which questions? A .jsonl or .parquet file, a saved dataset, or a hub id")
     cache = folder / "cache"
     questions, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=cache)
-    train_questions, held_out = split(questions, recipe.data.holdout, recipe.seed)
-    if not len(held_out):
-        raise UserError(
-            f"{recipe.data.train}: one question alone, and none to hold out for evaluation: at least two different "
-            "ones are needed"
-        )
+    if recipe.data.held_out is None:
+        train_questions, held_out = split(questions, recipe.data.holdout, recipe.seed)
+        if not len(held_out):
+            raise UserError(
+                f"{recipe.data.train}: one question alone, and none to hold out for evaluation: at least two "
+                "different ones are needed"
+            )
+    else:
+        train_questions = questions
+        held_out, _ = load_questions(recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+        trained_on = {question_text(row) for row in held_out} & {question_text(row) for row in train_questions}
+        if trained_on:
+            raise UserError(
+                f"{recipe.data.held_out}: {len(trained_on)} of its questions are in {recipe.data.train} too, such as "
+                f"{min(trained_on)!r}: what is held out must not be trained on"
+            )
     train_set, tokenized = tokenize_questions(
         train_questions, tokenizer, recipe.data, teachers=read.teachers, cache_dir=cache
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging as transformers_logging
 
 from compact import student
 from compact.collate import Collator
@@ -219,7 +220,13 @@ class CompactTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # a bar of its own for every checkpoint would cut through ours
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
         folder = output_dir or self.args.output_dir
         if self.args.should_save and folder is not None:  # a pickle that nobody here reads
             (Path(folder) / "training_args.bin").unlink(missing_ok=True)
@@ -253,6 +260,11 @@ class _StepCallback(TrainerCallback):
 
 class _Progress(ProgressCallback):
     """The progress bar, with the few numbers that a person follows, instead of a line of numbers a log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
