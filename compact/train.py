@@ -88,7 +88,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if state.is_main_process:
             claim(folder, recipe)
     if (folder / "report.json").exists():
-        print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
+        if state.is_main_process:
+            print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
         return json.loads((folder / "report.json").read_text())
     phases = _Phases(folder)
     projections = recipe.consensus.affinity == "attention"
@@ -376,8 +377,9 @@ class _Phases:
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # peft asks transformers by the old name
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # The names that transformers 5.17 knows too: peft asks by the first, this project by the second.
+    old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
         run(recipe)
