@@ -1,0 +1,50 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import pytest
+
+from compact.analyze import main
+from compact.comparison import comparison
+from compact.errors import UserError
+from compact.results import TaskResult, store_results
+
+
+def finished(folder, right: str, logprob: float, when: str = "after", offset: int = 0):
+    """A run that answered question i rightly where right[i] is 1."""
+    rows = [
+        {
+            **{
+                "id": f"q{i + offset}",
+                "kind": "number",
+                "options": 0,
+                "correct": c == "1",
+                "strict_correct": c == "1",
+            },
+            **{"answer_logprob": logprob + 0.1 * i, "suffix_logprob": -1.0, "solution_logprob": None},
+            **{"tokens": 5, "finished": True},
+        }
+        for i, c in enumerate(right)
+    ]
+    store_results({"sums": TaskResult("sums", "id", "number", rows)}, {}, folder, when)
+    return folder
+
+
+def test_differences_are_paired_question_by_question(tmp_path, capsys):
+    one = finished(tmp_path / "one", "1100", -2.0)
+    finished(one, "0000", -3.0, when="before")
+    two = finished(tmp_path / "two", "1011", -1.5)
+    assert main([str(one), "--against", str(two)]) == 0
+    lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["| one"].startswith("| one | 50.000 ± 28.868 |  | -1.850 ± 0.065 |  |")
+    # differences 0, −1, +1, +1: mean 25, standard error √(275/4)/… of the four
+    assert "| 75.000 ± 25.000 | +25.000 ± 47.871 | -1.350 ± 0.065 | +0.500 ± 0.000 | – | – |" in lines["| two"]
+    assert "| 0.000 ± 0.000 | -50.000 ± 28.868 |" in lines["| before training"]
+
+
+def test_runs_on_other_questions_or_without_results_are_refused(tmp_path):
+    one = finished(tmp_path / "one", "11", -2.0)
+    with pytest.raises(UserError, match="no question in common"):
+        comparison([one, finished(tmp_path / "two", "11", -2.0, offset=9)])
+    with pytest.raises(UserError, match="three holds no results after training"):
+        comparison([one, tmp_path / "three"])
