@@ -102,14 +102,24 @@ def load_student(
 
 def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"trust_remote_code": config.trust_remote_code}
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise UserError(f"student.model={config.model}: no such folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
-        return model, AutoTokenizer.from_pretrained(config.model, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=dtype, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"student.model={config.model}: not a causal LM that transformers can load. {error}\n"
             "Give a folder with config.json, weights and tokenizer, a hub id, or a .gguf file."
         ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"student.model={config.model}: its weights lack {', '.join(missing[:5])}{' …' * (len(missing) > 5)}, which "
+            "would be random. A backbone saved without its head is no causal LM: save the whole model"
+        )
+    return model, tokenizer
 
 
 def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -193,7 +203,11 @@ def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     if tokenizer.eos_token_id not in stops:
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops] if stops else tokenizer.eos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    for kind in ("bos", "eos", "pad"):  # where the Trainer would change them itself, with a warning
+        if (token := getattr(tokenizer, f"{kind}_token_id")) is not None:
+            setattr(model.config, f"{kind}_token_id", token)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 # ------------------------------------------------------------------------------------------------------------ check
@@ -231,6 +245,8 @@ def check(model: nn.Module) -> None:
     finally:
         inner.set_attn_implementation(implementation)
         inner.train(training)
+    if not all(logit.isfinite().all() for logit in alone):
+        raise UserError(f"{type(inner).__name__}: its weights give logits that are not finite; the file is damaged")
     tolerance = 1e-3 if weight.dtype == torch.float32 else 0.1
     if _relative_error(logits[0], alone[0]) > tolerance:
         raise UserError(

@@ -390,10 +390,13 @@ def test_a_folder_loads_with_lora_ready_to_train(folder):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_full_fine_tuning_loads_a_plain_model_in_the_dtype_asked_for(folder):
-    model, _ = load_student(StudentConfig(model=folder, dtype="bfloat16", lora=None), seed=1)
-    assert type(model) is transformers.LlamaForCausalLM and model.dtype == torch.bfloat16
-    assert all(parameter.requires_grad for parameter in model.parameters())
+def test_weights_that_train_are_float32_and_frozen_ones_in_the_dtype_asked_for(folder):
+    full, _ = load_student(StudentConfig(model=folder, dtype="bfloat16", lora=None), seed=1)
+    assert type(full) is transformers.LlamaForCausalLM and full.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in full.parameters())
+    lora, _ = load_student(StudentConfig(model=folder, dtype="bfloat16"), seed=1)
+    assert {p.dtype for p in lora.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in lora.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_students_that_cannot_be_loaded_are_named_with_the_way_out(folder, tmp_path, monkeypatch):
@@ -524,3 +527,21 @@ def test_ddp_and_fsdp2_give_the_mean_of_the_ranks_gradients():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed:") == 7
+
+
+def test_weights_without_their_head_or_not_finite_are_refused(folder, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    toy_tokenizer().save_pretrained(tmp_path)
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"lack lm_head\.weight, which would be random"):
+        load_student(StudentConfig(model=str(tmp_path)), seed=0)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not finite"):
+        load_student(StudentConfig(model=str(tmp_path)), seed=0)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing():
+    with pytest.raises(UserError, match=r"\./nowhere: no such folder"):
+        load_student(StudentConfig(model="./nowhere"), seed=0)
