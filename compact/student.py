@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 from typing import cast
 
 import peft
@@ -105,9 +106,10 @@ def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedM
     if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
         raise UserError(f"student.model={config.model}: no such folder")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, output_loading_info=True, **options
         )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
@@ -116,8 +118,8 @@ def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedM
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"student.model={config.model}: its weights lack {', '.join(missing[:5])}{' …' * (len(missing) > 5)}, which "
-            "would be random. A backbone saved without its head is no causal LM: save the whole model"
+            f"student.model={config.model}: its weights lack {', '.join(missing[:5])}{' …' * (len(missing) > 5)}, "
+            "which would be random. A backbone saved without its head is no causal LM: save the whole model"
         )
     return model, tokenizer
 
