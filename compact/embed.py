@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from compact.config import ConsensusConfig
 from compact.errors import UserError
 from compact.generation import padded
 from compact.sources import cache_folder, dataset_digest, write_arrow
@@ -29,6 +30,29 @@ _FORMAT = 1  # raise it when the columns or their meaning change, so that no old
 _RATIONALE = TOKENS.field("rationales").type.value_type
 _EMBEDDED = pa.struct([*_RATIONALE, pa.field("embedding", pa.list_(pa.float32()))])
 EMBEDDINGS = TOKENS.set(TOKENS.get_field_index("rationales"), pa.field("rationales", pa.list_(_EMBEDDED)))
+
+
+def with_embeddings(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    consensus: ConsensusConfig,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> datasets.Dataset:
+    """The tokenized questions as the consensus graph needs them: embedded, if it is drawn from embeddings.
+
+    Raises:
+        UserError: there are no embeddings, and nothing to make them with.
+    """
+    if consensus.affinity != "sentence" or not len(dataset) or "embedding" in dataset[0]["rationales"][0]:
+        return dataset
+    if consensus.encoder is None or tokenizer is None:
+        raise UserError(
+            "consensus.affinity is sentence, and the dataset's rationales have no `embedding`: set consensus.encoder "
+            "to a sentence encoder (a folder or hub id) and pass processing_class, the student's tokenizer"
+        )
+    return embed_rationales(dataset, tokenizer, consensus.encoder, cache_dir=cache_dir, device=device)
 
 
 def embed_rationales(

@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 from compact import student
 from compact.collate import Collator
 from compact.config import CompactConfig, DataConfig
-from compact.data import tokenize_questions
-from compact.embed import embed_rationales
+from compact.data import load_questions, tokenize_questions
+from compact.embed import with_embeddings
 from compact.errors import UserError
 from compact.loss import Denominators, distillation_loss
 from compact.metrics import MetricsTable, batch_metrics
@@ -82,17 +82,19 @@ class CompactTrainer(Trainer):
                 data = DataConfig()
                 data.max_length = min(data.max_length, context_length(model) or data.max_length)
             check_length(model, data)
-            train_dataset, report = tokenize_questions(train_dataset, processing_class, data)
-            teachers = report.teachers
+            train_dataset, teachers = _tokenized(train_dataset, processing_class, data, None)
             if eval_dataset is not None:
-                eval_dataset, _ = tokenize_questions(eval_dataset, processing_class, data, teachers=teachers)
-        if config.consensus.affinity == "sentence":
-            train_dataset = _embedded(train_dataset, processing_class, config, args)
-            eval_dataset = _embedded(eval_dataset, processing_class, config, args)
+                eval_dataset, _ = _tokenized(eval_dataset, processing_class, data, teachers)
         if teachers is None:
             raise UserError("a tokenized train_dataset needs `teachers`, the names that its teacher indices stand for")
         self.config = config
         self.strategy = build_strategy(config, teachers)
+        if train_dataset is not None:
+            train_dataset = self.strategy.restrict(train_dataset)
+            train_dataset = with_embeddings(train_dataset, processing_class, config.consensus, device=args.device)
+        if eval_dataset is not None:
+            eval_dataset = self.strategy.restrict(eval_dataset)
+            eval_dataset = with_embeddings(eval_dataset, processing_class, config.consensus, device=args.device)
         self.teacher_names = list(teachers)
         kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
         self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)
@@ -275,18 +277,18 @@ class _Progress(ProgressCallback):
         self.training_bar.set_postfix(shown, refresh=False)
 
 
-def _embedded(
-    dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, config: CompactConfig, args: TrainingArguments
-) -> Dataset | None:
-    """With an embedding for every rationale, if it has none yet."""
-    if dataset is None or not len(dataset) or "embedding" in dataset[0]["rationales"][0]:
-        return dataset
-    if config.consensus.encoder is None or tokenizer is None:
-        raise UserError(
-            "consensus.affinity is sentence, and the dataset's rationales have no `embedding`: set consensus.encoder "
-            "to a sentence encoder (a folder or hub id) and pass processing_class, the student's tokenizer"
-        )
-    return embed_rationales(dataset, tokenizer, config.consensus.encoder, device=args.device)
+def _tokenized(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, teachers: list[str] | None
+) -> tuple[Dataset, list[str]]:
+    """Rows of the data format, or questions that :func:`compact.data.load_questions` has read, in tokens."""
+    if "is_messages" not in dataset.column_names:
+        dataset, read = load_questions(dataset, answer_kind=data.answer_kind)
+        if read.questions["refused"] or read.rationales["refused"]:
+            logger.warning(read.summary())
+    tokens, report = tokenize_questions(dataset, tokenizer, data, teachers=teachers)
+    if report.questions["refused"] or report.rationales["refused"]:
+        logger.warning(report.summary())
+    return tokens, report.teachers
 
 
 def context_length(model: nn.Module) -> int | None:

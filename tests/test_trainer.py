@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from compact.errors import UserError
 from compact.metrics import read_metrics
 from compact.strategies import STRATEGIES, Strategy
-from tests.toy_run import toy_model, toy_trainer
+from compact.trainer import CompactTrainer
+from tests.toy import toy_tokenizer
+from tests.toy_run import toy_config, toy_model, toy_rows, toy_trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,6 +221,19 @@ def test_a_named_option_changes_the_training(tmp_path, method):
     default, other = toy_trainer(tmp_path / "default"), toy_trainer(tmp_path / "other", method=method)
     default.train(), other.train()
     assert largest_difference(parameters(default), parameters(other)) > 1e-6
+
+
+def test_rows_of_the_data_format_are_taken_as_they_are_and_a_single_teacher_is_alone(tmp_path):
+    trainer = CompactTrainer(
+        toy_model(),
+        TrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        config=toy_config({"strategy": "single", "weights": {"teacher": "wrong"}}),
+        train_dataset=datasets.Dataset.from_list(toy_rows(9)),
+        processing_class=toy_tokenizer(),
+    )
+    assert len(trainer.train_dataset) == 6  # every third question lacks that teacher
+    wrong = trainer.teacher_names.index("wrong")
+    assert all([r["teacher"] for r in item["rationales"]] == [wrong] for item in trainer.train_dataset)
 
 
 def test_held_out_loss_is_the_loss_without_training(tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from datasets import Dataset
 from torch import Tensor
 
 from compact.config import CompactConfig
+from compact.errors import UserError
 from compact_kernels import Statistics
 
 
@@ -41,8 +43,26 @@ class Strategy:
         return lambda statistics: self.weights(statistics, context)
 
     def uses_teacher(self, index: int) -> bool:
-        """Whether this teacher's rationales are trained on; a question left without any is dropped and counted."""
+        """Whether this teacher's rationales are trained on; see :meth:`restrict`."""
         return True
+
+    def restrict(self, dataset: Dataset) -> Dataset:
+        """The tokenized questions with the rationales that are trained on; those left without any are dropped.
+
+        Raises:
+            UserError: no question is left.
+        """
+        used = [self.uses_teacher(index) for index in range(len(self.teachers))]
+        if all(used):
+            return dataset
+
+        def keep(item: dict[str, Any]) -> dict[str, Any]:
+            return {"rationales": [rationale for rationale in item["rationales"] if used[rationale["teacher"]]]}
+
+        kept = dataset.map(keep).filter(lambda item: len(item["rationales"]) > 0)
+        if not len(kept):
+            raise UserError("no question has a rationale of a teacher that the strategy trains on")
+        return kept
 
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
         """Called after every training batch's loss: where a learned strategy computes and accumulates its own."""

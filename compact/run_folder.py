@@ -1,0 +1,100 @@
+"""A run's folder: whose it is, how long its phases took, and the student it ends with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compact.analyze import versions
+from compact.config import Recipe, read_recipe, save_recipe, to_dict
+from compact.errors import UserError
+from compact.options import plain
+from compact.results import write_atomically
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Make `folder` this recipe's run, or find that it is already.
+
+    A run that stopped before its first evaluation has nothing to lose: it takes the recipe as it is now.
+
+    Raises:
+        UserError: the folder holds another run, or something that is no run, or cannot be written.
+    """
+    stored = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with --run")
+    begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
+    if stored.exists() and begun:
+        theirs, ours = _leaves(plain(read_recipe(str(stored)))), _leaves(to_dict(recipe))
+        differing = [key for key in ours | theirs if key != "run" and theirs.get(key) != ours.get(key)]
+        if differing:
+            shown = "; ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
+            raise UserError(
+                f"{folder} holds another run: {shown}. Choose another folder with --run, or remove that one "
+                "(the same recipe would go on with it)"
+            )
+        return
+    if not stored.exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run: choose another folder with --run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, stored)
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error}") from error
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class Phases:
+    """Seconds of each phase of a run, kept in RUN/timing.json; a phase that is resumed adds up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "timing.json"
+        self.seconds = json.loads(self.path.read_text())["seconds"] if self.path.exists() else {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            with suppress(UserError):  # what stopped the phase is what matters
+                self._add(name, started)
+            raise
+        self._add(name, started)
+
+    def _add(self, name: str, started: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        if PartialState().is_main_process:
+            write_atomically(self.path, json.dumps({"seconds": self.seconds, "versions": versions()}))
+
+
+def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """RUN/student: plain weights, tokenizer and generation config; written aside, then renamed."""
+    aside, final = folder / ".student.writing", folder / "student"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        student.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"the student could not be written to {final}: {error}. Make room and run the same command again: "
+            "training is done and its last checkpoint is whole."
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    aside.replace(final)

@@ -1,0 +1,91 @@
+"""What a recipe trains on: questions in tokens, the held-out ones, and the one that the pictures show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from compact.config import Recipe
+from compact.data import load_questions, prompt_of, question_text, split, tokenize_questions
+from compact.data_report import DataReport
+from compact.embed import with_embeddings
+from compact.errors import UserError
+from compact.strategies import build_strategy
+from compact.tokenization import prompt_ids
+
+
+def training_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[Dataset, Dataset, DataReport]:
+    """Training questions in tokens, held-out questions in text, and what became of every row."""
+    assert recipe.data.train is not None  # compact.demo.build sees to it
+    cache = folder / "cache"
+    questions, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+    if recipe.data.held_out is None:
+        train_questions, held_out = split(questions, recipe.data.holdout, recipe.seed)
+        if not len(held_out):
+            raise UserError(
+                f"{recipe.data.train}: one question alone, and none to hold out for evaluation: at least two "
+                "different ones are needed"
+            )
+    else:
+        train_questions = questions
+        held_out, _ = load_questions(recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+        trained_on = {question_text(row) for row in held_out} & {question_text(row) for row in train_questions}
+        if trained_on:
+            raise UserError(
+                f"{recipe.data.held_out}: {len(trained_on)} of its questions are in {recipe.data.train} too, such as "
+                f"{min(trained_on)!r}: what is held out must not be trained on"
+            )
+    train_set, tokenized = tokenize_questions(
+        train_questions, tokenizer, recipe.data, teachers=read.teachers, cache_dir=cache
+    )
+    report = read.then(tokenized)
+    reference = recipe.evaluation.reference
+    if reference is not None and reference not in report.teachers:
+        raise UserError(f"evaluation.reference: {reference!r} is none of the teachers: {', '.join(report.teachers)}")
+    room = [
+        len(prompt_ids(tokenizer, prompt_of(row), recipe.data.prompt_template)) < recipe.data.max_length
+        for row in held_out
+    ]
+    for row, fits in zip(held_out, room):
+        if not fits:
+            report.refuse_question(
+                f"held-out question {row['id']!r}", "its prompt alone is longer than data.max_length"
+            )
+    held_out = held_out.select([index for index, fits in enumerate(room) if fits])
+    report.questions["held_out"] = len(held_out)
+    kept = build_strategy(recipe, report.teachers).restrict(train_set)
+    for _ in range(len(train_set) - len(kept)):
+        report.questions["used"] -= 1
+        report.refuse_question("strategy", "no rationale of a teacher that the strategy trains on")
+    if kept is not train_set:
+        report.rationales["used"] = sum(len(item["rationales"]) for item in kept)
+    train_set = with_embeddings(kept, tokenizer, recipe.consensus, cache_dir=cache, device=PartialState().device)
+    return train_set, held_out, report
+
+
+def example_question(
+    train_set: Dataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    report: DataReport,
+    folder: Path,
+) -> dict[str, Any]:
+    """The question that the report's pictures show: a held-out one with every teacher, where there is one."""
+    few = held_out.select(range(min(len(held_out), 50)))
+    try:
+        candidates, _ = tokenize_questions(
+            few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache"
+        )
+    except UserError:  # not one of the few is usable
+        return train_set[0]
+    candidates = with_embeddings(
+        candidates, tokenizer, recipe.consensus, cache_dir=folder / "cache", device=PartialState().device
+    )
+    return max(candidates, key=lambda item: len(item["rationales"]))
