@@ -168,6 +168,17 @@ class CompactConfig:
 
 
 @dataclass
+class DemoConfig:
+    """The embedded default: what stands in for ``data.train: null`` and ``student.model: demo``."""
+
+    questions: int = option(1600, "questions to train on", ge=8)
+    pretraining_steps: int = option(400, "steps in which the tiny student learns its skills", ge=1)
+    arms: list[Literal["uniform", "lowest_loss", "terse", "verbose", "regrouping", "misleading"]] = option(
+        list, "what to train beside the run and to compare it with: strategies, or teachers who teach alone"
+    )
+
+
+@dataclass
 class Recipe(CompactConfig):
     """A whole run."""
 
@@ -177,12 +188,18 @@ class Recipe(CompactConfig):
     data: DataConfig = option(DataConfig, "")
     training: dict[str, object] = option(dict, "any field of transformers.TrainingArguments")
     evaluation: EvaluationConfig = option(EvaluationConfig, "")
+    demo: DemoConfig = option(DemoConfig, "")
 
     def validate(self) -> None:
         super().validate()
         check_training(as_given(self.training))
         if not self.run:
             raise UserError("run: needs the name of a folder")
+        if self.demo.arms and self.data.train is not None:
+            raise UserError(
+                "demo.arms: only the embedded questions have them, and data.train names others: "
+                "add --demo.arms [] or name another recipe"
+            )
         if self.consensus.affinity == "sentence" and self.consensus.encoder is None:
             raise UserError("consensus.encoder: affinity sentence needs it: a folder or hub id of a sentence encoder")
         for key, text, slot in (

@@ -10,8 +10,7 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
