@@ -49,8 +49,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
         # With theta 10,000 most of the 32 dimensions hardly turn in 100 tokens, and what stands where is learnt late.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
