@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         write_report(options.run)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"compact.analyze: {error}", file=sys.stderr)
         return 2
     print(options.run / "report.md")
     return 0

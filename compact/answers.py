@@ -57,6 +57,12 @@ _WRAPPERS = (
     ("`", "`"),
     ('"', '"'),
 )
+# What models like to say after their answer.
+_PLEASANTRY = re.compile(
+    r"(?<=[.!?\n])\s*(?:I hope (?:it|this|that) (?:is correct|helps)|Let me know if [^.!?\n]*|Hope this helps)"
+    r"[.!]*\s*\Z",
+    re.I,
+)
 _TAIL = 600  # characters: no closing statement is longer, and patterns need not search a whole rationale
 
 
@@ -71,7 +77,7 @@ def strip_closing(completion: str) -> tuple[str, str | None, bool]:
     Returns:
         body (right-stripped), the stated answer or None, whether a closing statement was recognised.
     """
-    body, stated = completion.rstrip(), None
+    body, stated = _PLEASANTRY.sub("", completion.rstrip()), None
     while True:
         shorter, found = _strip_one(body)
         if found is None:

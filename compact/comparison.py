@@ -43,16 +43,17 @@ def comparison(folders: Sequence[str | Path]) -> str:
         contenders = {"before training": base.get(task)} | {name: found.get(task) for name, found in results.items()}
         for name, result in contenders.items():
             if result is not None:
-                lines.append(f"| {Path(name).name} | {' | '.join(_cells(result, reference, name == first))} |")
+                lines.append(f"| {Path(name).name} | {' | '.join(_cells(name, result, reference, name == first))} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def _cells(result: TaskResult, reference: TaskResult, is_reference: bool) -> list[str]:
+def _cells(name: str, result: TaskResult, reference: TaskResult, is_reference: bool) -> list[str]:
     theirs = {row["id"]: row for row in reference.predictions}
     if not any(row["id"] in theirs for row in result.predictions):
         raise UserError(
-            f"task {result.name}: no question in common; compare runs with the same seed and the same data"
+            f"task {result.name}: {name} and the first run have no question in common; compare runs with the same "
+            "seed and the same data"
         )
     cells = []
     for measure in MEASURES.values():

@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _repeat(options)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"compact.evaluate: {error}", file=sys.stderr)
         return 2
     finally:
         if own_group:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,11 +61,19 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Phases:
-    """Seconds of each phase of a run, kept in RUN/timing.json; a phase that is resumed adds up."""
+    """Seconds of each phase of a run, kept in RUN/timing.json; a phase that is resumed adds up.
+
+    The first, `start`, is what the process took until now: imports, above all.
+    """
+
+    _started = False
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
         self.seconds = json.loads(self.path.read_text())["seconds"] if self.path.exists() else {}
+        if not Phases._started:  # the arms of one process share their start
+            Phases._started = True
+            self.seconds["start"] = self.seconds.get("start", 0.0) + time.time() - psutil.Process().create_time()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -111,7 +111,7 @@ def load_task(
 
 def task_from_questions(
     name: str,
-    questions: Iterable[Mapping[str, Any]],
+    questions: Any,
     *,
     split: str = "id",
     limit: int | None = None,
@@ -125,7 +125,10 @@ def task_from_questions(
     rationale is the reference solution.
     """
     rows = []
-    for number, question in enumerate(questions, 1):
+    chosen: Iterable[int] = range(len(questions))
+    if limit is not None and limit < len(questions):  # before the rows are made: there may be many
+        chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
+    for number, question in enumerate((questions[index] for index in chosen), 1):
         record = {**question, "prompt": prompt_of(dict(question))}
         answer, solution = _answer(record, f"{name}:{number}")
         rows.append(_row(name, record, answer, solution, record["kind"], f"{name}:{number}", number, reference))

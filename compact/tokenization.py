@@ -278,6 +278,9 @@ class _Tokenizing:
         rationales = []
         for rationale, (body, offsets, text) in zip(row["rationales"], bodies):
             place = f"{name}, teacher {rationale['teacher']!r}"
+            if rationale["teacher"] not in self.teacher_index:
+                report.refuse_rationale(place, "a teacher that the training questions do not have")
+                continue
             if rationale["wrong"] and config.wrong_answers == "drop":
                 report.refuse_rationale(place, "wrong answer (data.wrong_answers: drop)", f"{rationale['answer']!r}")
                 continue

@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(recipe)
     except UserError as error:
-        print(f"compact.train: {error}", file=sys.stderr)
+        print(f"\ncompact.train: {error}", file=sys.stderr)  # a line of its own, below a progress bar
         return 2
     except OSError as error:
         if error.errno not in FULL:

@@ -43,7 +43,7 @@ class CompactTrainer(Trainer):
         config: the method.
         train_dataset: questions with their rationales (design's data format), or what
             :func:`compact.data.tokenize_questions` made of them.
-        teachers: names of the teachers, where the dataset is tokenized already.
+        teachers: names of the teachers, in the order of their indices: needed where the dataset is tokenized already.
         data: how questions become tokens, where it is not; default: as long as the student's context allows.
         metrics_path: the table of the run, one JSON object an optimizer step; default: in `args.output_dir`.
 
@@ -70,6 +70,11 @@ class CompactTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model is {model!r}: pass a loaded model (compact.student.load_student loads by name)")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None and not isinstance(dataset, Dataset):
+                raise UserError(f"{name} is a {type(dataset).__name__}: pass a datasets.Dataset of questions")
         args = TrainingArguments("compact-run") if args is None else args
         config = CompactConfig() if config is None else config
         config.validate()
@@ -82,7 +87,7 @@ class CompactTrainer(Trainer):
                 data = DataConfig()
                 data.max_length = min(data.max_length, context_length(model) or data.max_length)
             check_length(model, data)
-            train_dataset, teachers = _tokenized(train_dataset, processing_class, data, None)
+            train_dataset, teachers = _tokenized(train_dataset, processing_class, data, teachers)
             if eval_dataset is not None:
                 eval_dataset, _ = _tokenized(eval_dataset, processing_class, data, teachers)
         if teachers is None:
@@ -278,14 +283,16 @@ class _Progress(ProgressCallback):
 
 
 def _tokenized(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, teachers: list[str] | None
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, teachers: Sequence[str] | None
 ) -> tuple[Dataset, list[str]]:
     """Rows of the data format, or questions that :func:`compact.data.load_questions` has read, in tokens."""
     if "is_messages" not in dataset.column_names:
         dataset, read = load_questions(dataset, answer_kind=data.answer_kind)
         if read.questions["refused"] or read.rationales["refused"]:
             logger.warning(read.summary())
-    tokens, report = tokenize_questions(dataset, tokenizer, data, teachers=teachers)
+    tokens, report = tokenize_questions(
+        dataset, tokenizer, data, teachers=None if teachers is None else list(teachers)
+    )
     if report.questions["refused"] or report.rationales["refused"]:
         logger.warning(report.summary())
     return tokens, report.teachers

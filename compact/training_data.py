@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from compact.data import load_questions, prompt_of, question_text, split, tokeni
 from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
+from compact.results import write_atomically
 from compact.strategies import build_strategy
 from compact.tokenization import prompt_ids
 
@@ -34,7 +36,12 @@ def training_data(
             )
     else:
         train_questions = questions
-        held_out, _ = load_questions(recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+        held_out, theirs = load_questions(recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+        read.questions["refused"] += theirs.questions["refused"]
+        read.rationales["refused"] += theirs.rationales["refused"]
+        for reason, count in theirs.reason_counts.items():
+            read.reason_counts[reason] = read.reason_counts.get(reason, 0) + count
+        read.reasons += theirs.reasons
         trained_on = {question_text(row) for row in held_out} & {question_text(row) for row in train_questions}
         if trained_on:
             raise UserError(
@@ -47,7 +54,10 @@ def training_data(
     report = read.then(tokenized)
     reference = recipe.evaluation.reference
     if reference is not None and reference not in report.teachers:
-        raise UserError(f"evaluation.reference: {reference!r} is none of the teachers: {', '.join(report.teachers)}")
+        raise UserError(
+            f"evaluation.reference: {reference!r} is none of the teachers: {', '.join(report.teachers)}; "
+            "--evaluation.reference null goes without"
+        )
     room = [
         len(prompt_ids(tokenizer, prompt_of(row), recipe.data.prompt_template)) < recipe.data.max_length
         for row in held_out
@@ -59,14 +69,41 @@ def training_data(
             )
     held_out = held_out.select([index for index, fits in enumerate(room) if fits])
     report.questions["held_out"] = len(held_out)
+    _check_unchanged(folder, questions, held_out)
     kept = build_strategy(recipe, report.teachers).restrict(train_set)
-    for _ in range(len(train_set) - len(kept)):
-        report.questions["used"] -= 1
-        report.refuse_question("strategy", "no rationale of a teacher that the strategy trains on")
     if kept is not train_set:
-        report.rationales["used"] = sum(len(item["rationales"]) for item in kept)
+        _recount(report, train_set, kept)
     train_set = with_embeddings(kept, tokenizer, recipe.consensus, cache_dir=cache, device=PartialState().device)
     return train_set, held_out, report
+
+
+def _check_unchanged(folder: Path, *datasets: Dataset) -> None:
+    """The questions are those that the run began with. Their Arrow files are named by their content.
+
+    Raises:
+        UserError: the data has changed since.
+    """
+    names = [Path(file["filename"]).name for dataset in datasets for file in dataset.cache_files]
+    stored = folder / "cache" / "questions.json"
+    if stored.exists() and json.loads(stored.read_text()) != names:
+        raise UserError(
+            f"the questions have changed since the run in {folder} began, and it cannot go on with others: "
+            "bring the old file back, or choose another folder with --run"
+        )
+    if PartialState().is_main_process:
+        write_atomically(stored, json.dumps(names))
+
+
+def _recount(report: DataReport, before: Dataset, after: Dataset) -> None:
+    """What the strategy leaves out of the questions, in the report."""
+    left = set(before["id"]) - set(after["id"])
+    for name in sorted(left):
+        report.questions["used"] -= 1
+        report.refuse_question(f"question {name!r}", "no rationale of a teacher that the strategy trains on")
+    flags = [(rationale["wrong"], rationale["cut"]) for item in after for rationale in item["rationales"]]
+    report.rationales["left_out"] = report.rationales["used"] - len(flags)  # by the strategy
+    report.rationales["used"] = len(flags)
+    report.rationales["wrong"], report.rationales["cut"] = (sum(column) for column in zip(*flags))
 
 
 def example_question(
@@ -83,6 +120,7 @@ def example_question(
         candidates, _ = tokenize_questions(
             few, tokenizer, recipe.data, teachers=report.teachers, cache_dir=folder / "cache"
         )
+        candidates = build_strategy(recipe, report.teachers).restrict(candidates)
     except UserError:  # not one of the few is usable
         return train_set[0]
     candidates = with_embeddings(

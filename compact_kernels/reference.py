@@ -179,6 +179,7 @@ def compatibility_loss(
             logit_scale=logit_scale,
             softcap=softcap,
             temperature=temperature,
+            workspace_mib=workspace_mib,
         )
         mixed = per_question.sum() * divergence_normalizer
         total = sft + divergence_weight * mixed
@@ -260,6 +261,7 @@ def answer_divergence(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    workspace_mib: int = 256,
 ) -> Tensor:
     """How much the rationales of a question disagree about the answer, on the rows that predict it.
 
@@ -293,9 +295,11 @@ def answer_divergence(
                 continue
             positions = torch.stack([packed[cu_span[s] : cu_span[s + 1]] for s in members])  # (k, m)
             weight = torch.stack([alpha[s] for s in members])  # (k,)
-            total = total + checkpoint(
-                _pairwise_divergence, logits, hidden[positions], weight, kind, use_reentrant=False
-            )
+            states = hidden[positions]  # (k, m, D)
+            size = max(1, (workspace_mib << 20) // (4 * head_weight.shape[0] * len(members)))  # rows at once
+            for rows in states.split(size, dim=1):
+                part = checkpoint(_pairwise_divergence, logits, rows, weight, kind, use_reentrant=False)
+                total = total + part * (rows.shape[1] / length)
         totals.append(total)
     return torch.stack(totals) if totals else alpha.new_zeros(0)
 
