@@ -212,6 +212,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
+def tell(report: dict[str, Any]) -> None:
+    """The few numbers of a report that a person wants at the end of a run."""
+    if not PartialState().is_main_process:
+        return
+    for name, task in report["accuracy"].items():
+        if task["before"] is not None and task["after"] is not None:
+            print(f"{name}: {100 * task['before']:.1f}% → {100 * task['after']:.1f}% right (n = {task['n']})")
+    alpha = [f"{name} {value:.2f}" for name, value in report["alpha_mean"].items() if value is not None]
+    print(f"weights in the last quarter: {', '.join(alpha)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # The names that transformers 5.17 knows too: peft asks by the first, this project by the second.
@@ -219,10 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-        if recipe.demo.arms:
+        if recipe.data.train is None and recipe.student.model == "demo":
             run_arms(recipe, run)
         else:
-            run(recipe)
+            tell(run(recipe))
     except UserError as error:
         print(f"\ncompact.train: {error}", file=sys.stderr)  # a line of its own, below a progress bar
         return 2
