@@ -83,24 +83,22 @@ def equations(rng: random.Random) -> str:
 def document(rng: random.Random, render: Callable[[str, str], Pair]) -> Pair:
     """One piece of pre-training text: a prompt, which may be empty, and what the student should say to it.
 
-    A fifth are calculations. Somewhat less than a half are word problems, none of them of a held-out content: those
-    of one step solved in an equation, those of two steps answered out of hand. The rest are skills.
+    A tenth are calculations. Two fifths are word problems, none of them of a held-out content: those of one step
+    solved in an equation, those of two steps answered out of hand. The rest are skills.
 
     Args:
         render: puts a question and an answer into the form in which the student will be asked and should answer.
     """
     kind = rng.random()
-    if kind < EQ:
+    if kind < 0.1:
         return "", " " + equations(rng)
-    if kind < EQ + PROB:
+    if kind < 0.5:
         problem = draw_problem(rng, rng.choice((1, 1, 2)))
         while held_out(problem.content):
             problem = draw_problem(rng, rng.choice((1, 1, 2)))
-        prompt, closing = render(problem.prompt, str(problem.answer))
-        return prompt, f" First {problem.places[0]} {problem.steps[0]}.{closing}" if len(
-            problem.steps
-        ) == 1 else closing
-    return render(*SKILLS[rng.choice(["sums", "facts", "compare", "read", "read"])][1](rng))
-
-
-EQ, PROB = 0.1, 0.4
+        prompt, answer = render(problem.prompt, str(problem.answer))
+        if len(problem.steps) == 1:
+            answer = f" First {problem.places[0]} {problem.steps[0]}.{answer}"
+        return prompt, answer
+    skill = rng.choice(("sums", "facts", "compare", "read", "read"))  # reading is learnt last
+    return render(*SKILLS[skill][1](rng))

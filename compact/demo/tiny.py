@@ -52,7 +52,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
-        # With theta 10,000 most of the 32 dimensions hardly turn in 100 tokens, and what stands where is learnt late.
+        # With theta 10,000 most of a head's 24 dimensions hardly turn in 100 tokens: order is learnt late.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.08,  # about 1/sqrt(width); transformers' 0.02 suits models a hundred times wider
         tie_word_embeddings=True,
