@@ -35,7 +35,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
     begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
     if stored.exists() and begun:
         theirs, ours = _leaves(plain(read_recipe(str(stored)))), _leaves(to_dict(recipe))
-        differing = [key for key in ours | theirs if key != "run" and theirs.get(key) != ours.get(key)]
+        apart = ("run", "demo.arms")  # the folder may have moved; arms are runs of their own
+        differing = [key for key in ours | theirs if key not in apart and theirs.get(key) != ours.get(key)]
         if differing:
             shown = "; ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
             raise UserError(

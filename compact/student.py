@@ -247,7 +247,9 @@ def check(model: nn.Module) -> None:
         inner.set_attn_implementation(implementation)
         inner.train(training)
     if not all(logit.isfinite().all() for logit in alone):
-        raise UserError(f"{type(inner).__name__}: its weights give logits that are not finite; the file is damaged")
+        raise UserError(
+            f"{type(inner).__name__}: the student's weights give logits that are not finite; the file is damaged"
+        )
     tolerance = 1e-3 if weight.dtype == torch.float32 else 0.1
     if _relative_error(logits[0], alone[0]) > tolerance:
         raise UserError(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
+from transformers import AutoTokenizer
 
 from compact.config import from_dict, load_recipe
 from compact.demo import build
 from compact.demo.arms import arms_table, compare_arms, run_arms
 from compact.demo.questions import draw_problems
+from compact.demo.skills import document
 from compact.demo.teachers import LARGEST_SLIP, SLIP, TEACHERS, rationales, slip
 from compact.errors import UserError
 from compact.train import run
@@ -69,6 +72,32 @@ def test_the_default_ends_in_a_table_of_base_arms_and_itself(small, capsys):
     assert (folder / "arms" / "uniform" / "report.md").exists()
     student = build(recipe).student.model
     assert student.startswith(str(folder)) and build(recipe).evaluation.forgetting.keys() >= {"sums", "facts"}
+
+
+def test_arms_can_be_added_to_a_finished_run_and_nothing_is_trained_twice(small):
+    folder, recipe, content = small
+    metrics = {file: file.stat().st_mtime_ns for file in folder.rglob("metrics.jsonl")}
+    fewer = replace(recipe, demo=replace(recipe.demo, arms=["misleading"]))
+    assert run_arms(fewer, run)["after"].items() <= content["after"].items()
+    assert metrics == {file: file.stat().st_mtime_ns for file in folder.rglob("metrics.jsonl")}
+
+
+def test_every_word_of_the_embedded_text_is_one_token_and_any_text_comes_back(small):
+    _, recipe, _ = small
+    tokenizer = AutoTokenizer.from_pretrained(build(recipe).student.model)
+    rng = random.Random(3)
+    for problem in problems(100, held=True):
+        for text in (problem.prompt, *(entry["completion"] for entry in rationales(problem, rng))):
+            assert len(tokenizer(text)["input_ids"]) == len(re.findall(r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]", text))
+    strange = "Xylophones: 12345 (50%)\n  indented"
+    assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
+
+
+def test_pretraining_asks_no_held_out_question():
+    rng = random.Random(4)
+    asked = {document(rng, lambda prompt, answer: (prompt, answer))[0] for _ in range(4000)}
+    assert any("How many" in prompt for prompt in asked)
+    assert not asked & {problem.prompt for problem in problems(4000, held=True)}
 
 
 def test_the_table_says_what_was_not_reached():

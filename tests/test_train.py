@@ -359,7 +359,7 @@ def test_gsm8k_questions_train_under_every_strategy(toy, tmp_path, strategy, opt
         words += ["--student.lora", "null"]
     assert main(["gsm8k", *words[1:]]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["strategy"] == strategy and "test split" in report["note"]
+    assert report["strategy"] == strategy
     assert {name: task["split"] for name, task in report["accuracy"].items()} == {
         **{"held_out": "id", "strategyqa": "forgetting", "csqa": "forgetting"}
     }
@@ -387,6 +387,32 @@ def test_a_question_without_the_single_teacher_is_dropped_and_counted(toy, tmp_p
     assert report["questions"]["refused"] == len(without) > 0
     assert report["questions"]["used"] == report["rationales"]["used"] == len(rest) - len(without)
     assert f"{len(without)} × no rationale of a teacher that the strategy trains on" in capsys.readouterr().out
+
+
+def test_a_held_out_file_is_counted_too_and_may_know_teachers_that_training_lacks(toy, tmp_path):
+    held = toy_rows(8, seed=5)
+    held[0]["rationales"].append({"teacher": "stranger", "completion": "I say so. The answer is 1."})
+    held[1]["answer"] = ""
+    file = write_rows(tmp_path / "held.jsonl", [{**row, "id": f"held-{row['id']}"} for row in held])
+    run = tmp_path / "run"
+    assert main(flags(toy, run, data__held_out=file, training__max_steps=2)) == 0
+    report = json.loads((run / "report.json").read_text())
+    assert report["questions"]["held_out"] == 7 and report["questions"]["refused"] == 1
+    assert report["accuracy"]["held_out"]["n"] == 7
+    assert any("held.jsonl:2" in example for example in report["refusal_examples"])
+
+
+def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkeypatch):
+    file = write_rows(tmp_path / "mine.jsonl", toy_rows(11))
+    words = flags(toy, tmp_path / "run", data__train=file)
+    with monkeypatch.context() as patch:
+        patch.setattr("compact.train.save_student", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
+    write_rows(file, toy_rows(10))
+    assert main(words) == 2
+    assert "the questions have changed since the run" in capsys.readouterr().err
+    write_rows(file, toy_rows(11))
+    assert main(words) == 0
 
 
 def test_consensus_of_sentence_embeddings_in_a_whole_run(toy, tmp_path):
@@ -496,7 +522,7 @@ def test_a_student_that_cannot_be_used_is_refused(refused, tmp_path):
     T5Model(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=384)).save_pretrained(
         tmp_path / "t5"
     )
-    for name, needle in (("bert", "BertLMHeadModel"), ("t5", "not a causal LM")):
+    for name, needle in (("bert", "which would be random"), ("t5", "not a causal LM")):
         toy_tokenizer().save_pretrained(tmp_path / name)
         refused(needle, student__model=tmp_path / name)
     refused("output head carries an adapter", "student.lora.targets", student__lora__targets="[lm_head]")
@@ -513,7 +539,10 @@ def test_a_student_that_cannot_be_used_is_refused(refused, tmp_path):
         ({"training__per_device_train_batch_size": 0}, ["training.per_device_train_batch_size: 0 is out of range"]),
         ({"training__num_train_epochs": 0}, ["training.num_train_epochs: 0 trains nothing", "max_steps"]),
         ({"training__logging_steps": 0}, ["training: ", "logging_steps"]),
-        ({"training__load_best_model_at_end": True}, ["training: ", "load_best_model_at_end requires"]),
+        (
+            {"training__load_best_model_at_end": True},
+            ["training.load_best_model_at_end", "nothing is evaluated in between"],
+        ),
         ({"strategy": "single", "weights__teacher": "word"}, ["weights.teacher", "'word'", "terse, wordy, wrong"]),
         ({"strategy": "single"}, ["weights.teacher: strategy single needs it"]),
         ({"evaluation__tasks__svamp": "/nowhere.jsonl"}, ["task svamp: there is no file /nowhere.jsonl"]),
@@ -587,7 +616,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 
 
 def test_a_disk_that_is_full_from_the_start_is_said(refused, monkeypatch):
-    full_disk(monkeypatch, compact.train, "_data", 100)
+    full_disk(monkeypatch, compact.train, "training_data", 100)
     assert "too large" in refused("make room", "same command")
 
 
@@ -622,7 +651,7 @@ def test_a_student_that_is_not_finite_itself_is_said_to_be(refused, tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "rotten")
     toy_tokenizer().save_pretrained(tmp_path / "rotten")
-    refused("not finite", "step 1", "student's weights", student__model=tmp_path / "rotten", trained=True)
+    refused("not finite", "student's weights", student__model=tmp_path / "rotten")
     assert not (tmp_path / "run" / "student").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
 
