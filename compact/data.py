@@ -26,7 +26,6 @@ import os
 import unicodedata
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -37,6 +36,7 @@ from tqdm.auto import tqdm
 from compact.answers import KINDS, canonical, nearest, same_answer, strip_closing
 from compact.data_report import DataReport
 from compact.errors import UserError
+from compact.results import write_atomically
 from compact.rows import (
     answer_text,
     clean_messages,
@@ -109,7 +109,7 @@ def load_questions(
         reader = _Reader(rows, answer_kind, report)
         write_arrow(target, QUESTIONS, _batches(reader.questions()))
         rows.close()
-        _write_json(report_file, report.to_dict())
+        write_atomically(report_file, json.dumps(report.to_dict()))
     report = DataReport(**json.loads(report_file.read_text()))
     if not report.questions["used"]:
         what = report.summary() if report.questions["read"] else "it has no rows"
@@ -118,12 +118,6 @@ def load_questions(
             '{"id": "1", "prompt": "…", "answer": "72", "rationales": [{"teacher": "a", "completion": "…"}]}'
         )
     return datasets.Dataset.from_file(str(target)), report
-
-
-def _write_json(path: Path, value: object) -> None:
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    aside.write_text(json.dumps(value))
-    os.replace(aside, path)
 
 
 def _batches(questions: Iterator[dict[str, Any]], size: int = 500) -> Iterator[pa.RecordBatch]:

@@ -42,6 +42,13 @@ class DataReport:
         self.rationales["refused"] += 1
         self.because(place, reason, detail)
 
+    def add_refusals(self, other: DataReport) -> None:
+        """What another file's reading refused, and why; what it used is not this report's."""
+        self.questions["refused"] += other.questions["refused"]
+        self.rationales["refused"] += other.rationales["refused"]
+        self.reason_counts = _added(self.reason_counts, other.reason_counts)
+        self.reasons = (self.reasons + other.reasons)[:EXAMPLES]
+
     def then(self, later: DataReport) -> DataReport:
         """This stage and a later one on what it let through, as one: read here, used there, refused in both.
 

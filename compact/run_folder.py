@@ -49,6 +49,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, stored)
+        (folder / "cache" / "questions.json").unlink(missing_ok=True)  # nothing was trained on them
     except OSError as error:
         raise UserError(f"the run's folder {folder} cannot be written: {error}") from error
 

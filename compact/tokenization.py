@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from compact.config import DataConfig
 from compact.data_report import DataReport
 from compact.errors import UserError
+from compact.results import write_atomically
 from compact.sources import cache_folder, dataset_digest, write_arrow
 
 _FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read
@@ -84,9 +85,7 @@ def tokenize_questions(
     if not (target.exists() and report_file.exists()):
         report = DataReport(teachers=teachers)
         write_arrow(target, TOKENS, _Tokenizing(tokenizer, config, report).batches(dataset))
-        aside = report_file.with_suffix(f".{os.getpid()}.part")
-        aside.write_text(json.dumps(report.to_dict()))
-        os.replace(aside, report_file)
+        write_atomically(report_file, json.dumps(report.to_dict()))
     report = DataReport(**json.loads(report_file.read_text()))
     if not report.questions["used"]:
         raise UserError(

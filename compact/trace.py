@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
 from compact.collate import Collator
@@ -31,11 +32,7 @@ def trace_question(
     `evidence[t]` is I_t of eq. 2 after t body tokens, `thinking[t]` whether body token t was a thinking token;
     `affinity` is A of eq. 4.
     """
-    batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in collator([item]).items()}
-    if "unconditional" in batch:
-        batch["unconditional"] = {
-            k: v.to(device) if hasattr(v, "to") else v for k, v in batch["unconditional"].items()
-        }
+    batch = send_to_device(collator([item]), device)
     was_training = model.training
     model.eval()
     try:

@@ -94,12 +94,14 @@ class CompactTrainer(Trainer):
             raise UserError("a tokenized train_dataset needs `teachers`, the names that its teacher indices stand for")
         self.config = config
         self.strategy = build_strategy(config, teachers)
-        if train_dataset is not None:
-            train_dataset = self.strategy.restrict(train_dataset)
-            train_dataset = with_embeddings(train_dataset, processing_class, config.consensus, device=args.device)
-        if eval_dataset is not None:
-            eval_dataset = self.strategy.restrict(eval_dataset)
-            eval_dataset = with_embeddings(eval_dataset, processing_class, config.consensus, device=args.device)
+
+        def as_used(dataset: Dataset | None) -> Dataset | None:
+            if dataset is None:
+                return None
+            kept = self.strategy.restrict(dataset)
+            return with_embeddings(kept, processing_class, config.consensus, device=args.device)
+
+        train_dataset, eval_dataset = as_used(train_dataset), as_used(eval_dataset)
         self.teacher_names = list(teachers)
         kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
         self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)

@@ -37,11 +37,7 @@ def training_data(
     else:
         train_questions = questions
         held_out, theirs = load_questions(recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=cache)
-        read.questions["refused"] += theirs.questions["refused"]
-        read.rationales["refused"] += theirs.rationales["refused"]
-        for reason, count in theirs.reason_counts.items():
-            read.reason_counts[reason] = read.reason_counts.get(reason, 0) + count
-        read.reasons += theirs.reasons
+        read.add_refusals(theirs)
         trained_on = {question_text(row) for row in held_out} & {question_text(row) for row in train_questions}
         if trained_on:
             raise UserError(

@@ -570,6 +570,7 @@ def test_an_output_folder_that_is_not_this_run_is_left_alone(refused, finished, 
 
 def test_a_command_that_failed_before_its_run_began_may_be_mended(refused, toy, tmp_path):
     refused("no such file", data__train=tmp_path / "none.jsonl")
+    refused("there is no file", rows=toy_rows(9), evaluation__tasks__svamp="/nowhere.jsonl")  # after reading its data
     assert main(flags(toy, tmp_path / "run", training__max_steps=1)) == 0
 
 
