@@ -1,0 +1,20 @@
+"""Whether an op's Triton kernels can run on a tensor: one predicate for the ops, their warnings and their tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_applies(tensor: Tensor) -> bool:
+    """True for float32, bfloat16 and float16 on a GPU, or on a CPU under Triton's interpreter."""
+    if tensor.dtype not in DTYPES:
+        return False
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return tensor.device.type in ("cpu", "cuda") and importlib.util.find_spec("triton") is not None
