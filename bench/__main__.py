@@ -1,0 +1,89 @@
+"""Measure, write `<device>.json`, and draw the page: `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # students are random: nothing is to be fetched
+
+from bench import measure, page, records, steps  # noqa: E402  after the environment
+from bench.shapes import TINY, device, scale  # noqa: E402
+from bench.timing import free_memory, one_line  # noqa: E402
+from bench.works import WORKS  # noqa: E402
+
+ALL = (*WORKS, *steps.STEPS)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument("--works", nargs="+", choices=ALL, default=list(ALL), metavar="WORK", help=", ".join(ALL))
+    parser.add_argument("--heads", nargs="+", default=[], metavar="VxD", help="default: all; steps have their own")
+    parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help="default: all of each work")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds; fewer where one takes over 200 ms")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, metavar="FOLDER")
+    parser.add_argument("--merge", action="store_true", help="add to the folder's results, replacing the same cases")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that would end after this")
+    parser.add_argument("--page", nargs="?", const="", metavar="JSON", help="measure nothing, draw the page again")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(argv)
+    unknown = set(parsed.heads) - {shape.label for shape in scale().heads}
+    if unknown and not parsed.tiny:
+        parser.error(f"--heads {' '.join(sorted(unknown))}: choose from {' '.join(s.label for s in scale().heads)}")
+    return parsed
+
+
+def main(argv: list[str]) -> None:
+    asked = arguments(argv)
+    path = Path(asked.page) if asked.page else asked.out / f"{records.file_stem()}.json"
+    if asked.page is not None:
+        page.write(records.load(path), path)
+        return
+    began = time.monotonic()
+    sizes = TINY if asked.tiny else scale()
+    everything = records.load(path) if asked.merge else []
+    common = {
+        "device": records.device_name(),
+        "versions": records.versions(),
+        "commit": records.commit(),
+        "run": datetime.datetime.now().isoformat(timespec="seconds"),
+    }
+    say(f"{common['device']}, {common['versions']}, commit {common['commit']}")
+    fresh: list[records.Record] = []
+    skipped, longest = [], 0.0
+    for work, shape in measure.cases(asked.works, asked.heads, sizes):
+        elapsed = time.monotonic() - began
+        if asked.budget is not None and elapsed + longest > asked.budget:
+            skipped.append(f"{work} {shape.label}")
+            continue
+        say(f"[{elapsed:6.0f} s] {work} {shape.label}")
+        try:
+            found = measure.measure(
+                work, shape, sizes, device(), contenders=asked.contenders, rounds=asked.rounds, say=say
+            )
+        except Exception as error:  # the other cases are still worth having
+            found = [{"work": work, "head": shape.label, "contender": "compact", "error": one_line(error)}]
+            say(f"    the case failed: {found[0]['error']}")
+        free_memory()
+        longest = max(longest, time.monotonic() - began - elapsed)
+        fresh += [{**record, **common} for record in found]
+        everything = records.merged(everything, fresh)
+        records.save(everything, path)
+    page.write(everything, path)
+    say(page.plain_table(fresh))
+    say(page.plain_targets(fresh))
+    if skipped:
+        say(f"skipped, out of budget: {'; '.join(skipped)}")
+    say(f"{time.monotonic() - began:.0f} s; {path} and {path.with_suffix('.md')}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,186 @@
+"""The readable page: what was promised and what came, then every work's table and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import pictures
+from bench.records import Record
+from bench.targets import Verdict, fastest_peer, is_ours, verdicts
+from bench.works import WORKS
+
+STEP_QUESTION = (
+    "A whole training step without optimizer on one packed batch of which 30% are prompt tokens: COMPACT with eq. 2 "
+    "to 11 against plain fine-tuning with each peer's loss on the same backbone, attention and packing. Names that "
+    "end in `_compiled` have their decoder layers compiled and are compared with each other. Memory is the step's "
+    "whole peak, weights and activations included."
+)
+READING = """\
+Every round of a case runs each contender once, in turn; times are medians with the 20% and 80% quantiles, gradients
+of hidden states and head included. *Peak* is the most memory allocated in a round beyond inputs and returned
+gradients; the float32 buffer in which a head's gradient is summed over chunks stands apart as *dW* and is not in it.
+The *floor* is the head's matrix products through cuBLAS plus four bytes a logit at the measured copy bandwidth
+(statistics: one product alone), timed in the same rounds. Batches are 8 questions of 4 rationales of 256 rows unless a
+work says otherwise; hidden states are drawn so that the target's mean probability is {mean_p}.
+"""
+
+
+def write(records: Sequence[Record], path: Path) -> None:
+    """`<path>.md` and its pictures, beside the results file `path`."""
+    if not records:
+        return
+    parts = [f"# Losses side by side on {records[-1]['device']}", _provenance(records)]
+    mean_p = sorted({record["mean_p"] for record in records if "mean_p" in record})
+    parts.append(
+        READING.format(mean_p=" to ".join(f"{p:.2f}" for p in {mean_p[0]: 0, mean_p[-1]: 0}) if mean_p else "-")
+    )
+    promised = verdicts(records)
+    if promised:
+        parts += ["## Targets", _target_table(promised)]
+    for work in dict.fromkeys(record["work"] for record in records if record["work"] in WORKS):
+        here = [record for record in records if record["work"] == work]
+        parts += [f"## {work}", WORKS[work].question]
+        image = path.with_name(f"{path.stem}-{work}.png")
+        if pictures.draw(here, f"{work}, {here[-1]['device']}", image, memory="peak beyond inputs and gradients"):
+            parts.append(f"![{work}: time against memory]({image.name})")
+        parts.append(_work_table(here))
+    if whole := [record for record in records if record["work"] not in WORKS]:
+        parts += ["## Whole steps", STEP_QUESTION]
+        image = path.with_name(f"{path.stem}-steps.png")
+        if pictures.draw(whole, f"whole steps, {whole[-1]['device']}", image, memory="whole peak", panel="work"):
+            parts.append(f"![whole steps: time against memory]({image.name})")
+        parts.append(_step_table(whole))
+    path.with_suffix(".md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def _provenance(records: Sequence[Record]) -> str:
+    commits = dict.fromkeys(record["commit"] for record in records)
+    versions: dict[str, dict[str, None]] = {}
+    for record in records:
+        for package, version in record["versions"].items():
+            versions.setdefault(package, {})[version] = None
+    listed = ", ".join(f"{package} {' and '.join(found)}" for package, found in versions.items())
+    runs = len({record.get("run") for record in records})
+    return f"Written by `python -m bench`, commit {', '.join(commits)}; {listed}." + (
+        f" The cases come from {runs} runs." if runs > 1 else ""
+    )
+
+
+def _target_table(promised: Sequence[Verdict]) -> str:
+    counted = [verdict.hit for verdict in promised if verdict.hit is not None]
+    lines = [
+        f"{sum(counted)} of {len(counted)} hit"
+        + f", {len(promised) - len(counted)} not measured." * (None in [v.hit for v in promised]),
+        "",
+        "| work | head | target | measured | against | |",
+        "|---|---|---:|---:|---|---|",
+    ]
+    for verdict in promised:
+        lines.append(
+            f"| {verdict.promise} | {verdict.head} | ≤ {_figure(verdict.limit, verdict.unit)} "
+            f"| {'–' if verdict.measured is None else _figure(verdict.measured, verdict.unit)} "
+            f"| {verdict.against} | {_word(verdict)} |"
+        )
+    return "\n".join(lines)
+
+
+def _work_table(records: Sequence[Record]) -> str:
+    lines = [
+        "| head | contender | ms (p20–p80) | × fastest peer | × floor | peak MiB | dW MiB |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for head in dict.fromkeys(record["head"] for record in records):
+        here = _by_time(records, "head", head)
+        floor = next((record["floor_ms"] for record in here if record.get("floor_ms")), None)
+        first = head.replace("x", " × ") + (f"<br>floor {floor:.2f} ms" if floor else "")
+        for record in here:
+            ratios = [_against_peers(records, record), _ratio(record["median_ms"], record.get("floor_ms"))]
+            memory = [_number(record["peak_mib"]), _number(record["dw_accum_mib"] or None)]
+            lines.append(f"| {' | '.join([first, _name(record), _time(record), *ratios, *memory])} |")
+            first = ""
+    return "\n".join(lines + _remarks(records, "head"))
+
+
+def _step_table(records: Sequence[Record]) -> str:
+    lines = ["| step | contender | ms (p20–p80) | × fastest peer | peak GiB |", "|---|---|---:|---:|---:|"]
+    for work in dict.fromkeys(record["work"] for record in records):
+        first = work
+        for record in _by_time(records, "work", work):
+            memory = "–" if record["peak_mib"] is None else f"{record['peak_mib'] / 1024:.2f}"
+            cells = [first, _name(record), _time(record), _against_peers(records, record), memory]
+            lines.append(f"| {' | '.join(cells)} |")
+            first = ""
+    return "\n".join(lines + _remarks(records, "work"))
+
+
+def _by_time(records: Sequence[Record], field: str, value: str) -> list[Record]:
+    return sorted((r for r in records if r[field] == value and "error" not in r), key=lambda r: r["median_ms"])
+
+
+def _name(record: Record) -> str:
+    return f"**{record['contender']}**" if is_ours(record) else record["contender"]
+
+
+def _remarks(records: Sequence[Record], where: str) -> list[str]:
+    """What contenders do not do, and those that could not run and on which `where`, each said once."""
+    notes = {f"`{record['contender']}`: {record['note']}": None for record in records if record.get("note")}
+    failures: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if "error" in record:
+            failures.setdefault((record[where], record["error"]), []).append(f"`{record['contender']}`")
+    together: dict[tuple[str, str], list[str]] = {}
+    for (place, error), names in failures.items():
+        together.setdefault((", ".join(names), error), []).append(place)
+    lines = [f"- {note}" for note in notes]
+    lines += [f"- {names} did not run on {', '.join(places)}: {error}" for (names, error), places in together.items()]
+    return ["", *lines] if lines else []
+
+
+def plain_table(records: Sequence[Record]) -> str:
+    """For a terminal."""
+    lines = []
+    for record in records:
+        where = f"{record['work']:22}{record['head']:13}{record['contender']:28}"
+        if "error" in record:
+            lines.append(f"{where}{record['error'][:60]}")
+            continue
+        peak = "" if record["peak_mib"] is None else f"{record['peak_mib']:9.0f} MiB + {record['dw_accum_mib']:.0f}"
+        lines.append(
+            f"{where}{record['median_ms']:9.2f} ms  peer {_against_peers(records, record):>5}  "
+            f"floor {_ratio(record['median_ms'], record.get('floor_ms')):>5} {peak}"
+        )
+    return "\n".join(lines)
+
+
+def plain_targets(records: Sequence[Record]) -> str:
+    return "\n".join(
+        f"{_word(v):13}{v.work:22}{v.head:13}"
+        f"{'–' if v.measured is None else _figure(v.measured, v.unit)} (≤ {_figure(v.limit, v.unit)}) {v.against}"
+        for v in verdicts(records)
+    )
+
+
+def _against_peers(records: Sequence[Record], record: Record) -> str:
+    peer = fastest_peer(records, record)
+    return "–" if peer is None else _ratio(record["median_ms"], peer["median_ms"])
+
+
+def _ratio(value: float, other: float | None) -> str:
+    return f"{value / other:.2f}" if other else "–"
+
+
+def _time(record: Record) -> str:
+    return f"{record['median_ms']:.2f} ({record['p20_ms']:.2f}–{record['p80_ms']:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value:.2f} ×" if unit == "×" else f"{value:,.0f} MiB" if unit == "MiB" else f"{value:.2f} GiB"
+
+
+def _word(verdict: Verdict) -> str:
+    return {True: "hit", False: "missed", None: "not measured"}[verdict.hit]

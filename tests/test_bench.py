@@ -1,0 +1,162 @@
+"""The results file, its verdicts and its page, on made-up records; the benchmarked cases themselves run in bench."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench import page, records
+from bench.batches import make_problem
+from bench.shapes import TINY, Shape
+from bench.targets import fastest_peer, verdicts
+from bench.works import WORKS, Contender, accumulator_mib
+
+HEAD = "151936x896"
+
+
+def record(work: str, contender: str, ms: float, mib: float | None = 100.0, head: str = HEAD, **more) -> dict:
+    times = {"median_ms": ms, "p20_ms": 0.98 * ms, "p80_ms": 1.02 * ms, "peak_mib": mib, "dw_accum_mib": 0.0}
+    common = {"device": "a GPU", "versions": {"torch": "2.11"}, "commit": "abc", "run": "1", "floor_ms": 10.0}
+    return {"work": work, "head": head, "contender": contender, **times, **common, **more}
+
+
+def failed(work: str, contender: str, error: str = "OutOfMemoryError: tried to allocate") -> dict:
+    kept = ("work", "head", "contender", "device", "versions", "commit", "run")
+    return {name: value for name, value in record(work, contender, 1.0).items() if name in kept} | {"error": error}
+
+
+def verdict(found: list[dict], work: str, unit: str = "×", against: str = ""):
+    return next(v for v in verdicts(found) if v.work == work and v.unit == unit and against in v.against)
+
+
+def test_ratio_is_taken_to_the_fastest_peer_that_ran():
+    found = [
+        record("loss", "compact", 11.0),
+        record("loss", "compact_no_divergence", 1.0),
+        record("loss", "cce", 15.0),
+        record("loss", "torch_compile", 12.0),
+        failed("loss", "liger"),
+    ]
+    fastest = verdict(found, "loss", against="peer")
+    assert fastest.measured == pytest.approx(11 / 12) and fastest.hit and "torch_compile" in fastest.against
+    assert verdict(found, "loss", against="floor").measured == pytest.approx(1.1)
+    assert verdict(found, "loss", against="floor").hit is False
+
+
+def test_a_small_workspace_is_held_against_small_peers_only():
+    found = [
+        record("loss_small_workspace", "compact", 12.0),
+        record("loss_small_workspace", "torch_compile", 9.0, mib=2300.0),
+        record("loss_small_workspace", "cce", 13.0, mib=20.0),
+    ]
+    assert verdict(found, "loss_small_workspace").measured == pytest.approx(12 / 13)
+    assert "cce" in verdict(found, "loss_small_workspace").against
+
+
+def test_frozen_and_compiled_contenders_are_compared_with_their_own_kind():
+    found = [
+        record("long_rationales", "compact", 50.0),
+        record("long_rationales", "compact_frozen", 30.0),
+        record("long_rationales", "cce", 45.0),
+        record("long_rationales", "cce_frozen", 40.0),
+    ]
+    assert fastest_peer(found, found[0])["contender"] == "cce"
+    assert fastest_peer(found, found[1])["contender"] == "cce_frozen"
+    steps = [record("step_0.5b_lora", name, ms) for name, ms in (("compact", 93.0), ("compact_compiled", 60.0))]
+    steps += [record("step_0.5b_lora", name, ms) for name, ms in (("cce", 100.0), ("cce_compiled", 50.0))]
+    measured = [v.measured for v in verdicts(steps) if v.unit == "×"]
+    assert measured == [pytest.approx(0.93), pytest.approx(1.2)]
+
+
+def test_memory_of_a_step_is_counted_over_the_leanest_peer():
+    found = [
+        record("step_1.5b_full", "compact", 190.0, mib=27648.0),
+        record("step_1.5b_full", "torch_compile", 195.0, mib=29000.0),
+        record("step_1.5b_full", "cce", 205.0, mib=26624.0),
+    ]
+    over = verdict(found, "step_1.5b_full", "GiB", against="leanest")
+    assert over.measured == pytest.approx(1.0) and over.hit is False and "cce" in over.against
+
+
+def test_what_failed_or_is_missing_is_not_measured_and_says_why():
+    found = [failed("loss", "compact", "RuntimeError: boom"), record("loss", "cce", 10.0)]
+    assert verdict(found, "loss").hit is None and "boom" in verdict(found, "loss").against
+    assert not [v for v in verdicts(found) if v.work == "frozen_head"]
+
+
+def test_merging_replaces_the_same_case_only(tmp_path):
+    old = [record("loss", "compact", 11.0), record("loss", "cce", 15.0)]
+    new = [record("loss", "compact", 10.0), record("frozen_head", "compact", 7.0)]
+    path = tmp_path / "deep" / "gpu.json"
+    records.save(records.merged(old, new), path)
+    assert [r["median_ms"] for r in records.load(path)] == [10.0, 15.0, 7.0]
+
+
+def test_the_page_names_every_contender_and_draws_every_work(tmp_path):
+    found = [record(work, "compact", 11.0) for work in (*WORKS, "step_0.5b_lora")]
+    found += [record(work, "cce", 15.0, mib=9.0, note="drops gradients") for work in (*WORKS, "step_0.5b_lora")]
+    found += [failed("loss", "quack")]
+    page.write(found, tmp_path / "gpu.json")
+    text = (tmp_path / "gpu.md").read_text()
+    for name in ("**compact**", "cce", "quack", "drops gradients", "tried to allocate", "| 0.73 |"):
+        assert name in text, name
+    for work in (*WORKS, "steps"):
+        assert (tmp_path / f"gpu-{work}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.4])
+def test_every_layout_of_a_problem_has_the_same_scored_rows(masked):
+    problem = make_problem(
+        Shape(1000, 48),
+        questions=4,
+        rationales=3,
+        tokens=50,
+        masked=masked,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    scored = problem.dense_targets != -100
+    assert scored.float().mean().item() == pytest.approx(1 - masked, abs=0.01)
+    assert torch.equal(problem.dense[scored], problem.rows)
+    assert torch.equal(problem.packed[problem.ragged.rows], problem.rows)
+    assert torch.equal(problem.packed_targets[problem.ragged.rows], problem.row_targets)
+    assert torch.equal(problem.packed_targets[problem.packed_targets != -100], problem.row_targets)
+    logits = problem.rows @ problem.head.T
+    p = torch.nn.functional.cross_entropy(logits, problem.row_targets, reduction="none").neg().exp()
+    assert 0.5 < p.mean() < 0.7 and (p > 0.99).any() and (p < 0.05).any()
+    assert math.isclose(problem.row_weights.sum().item(), 1.0, rel_tol=1e-5)
+
+
+def test_contenders_of_a_work_give_the_same_gradient_per_row():
+    problem = WORKS["given_weights"].problem(Shape(512, 64), TINY, torch.device("cpu"))
+    gradients = {}
+    for contender in WORKS["given_weights"].contenders:
+        if contender.name not in ("compact_given", "torch_eager", "torch_linear_cross_entropy"):
+            continue
+        runner = contender.runner(problem, TINY)
+        if runner.error is not None:  # this torch may not have the op
+            continue
+        problem.clear()
+        runner.run()
+        packed = problem.packed.grad
+        gradients[contender.name] = problem.rows.grad if packed is None else packed[problem.ragged.rows]
+    reference = gradients.pop("torch_eager")
+    assert "compact_given" in gradients
+    for name, gradient in gradients.items():
+        assert (gradient - reference).norm() < 1e-4 * reference.norm(), name
+
+
+def test_the_accumulator_is_counted_where_a_low_precision_head_trains_in_several_chunks():
+    problem = make_problem(
+        Shape(512, 64), questions=2, rationales=2, tokens=1100, dtype=torch.bfloat16, device=torch.device("cpu")
+    )  # 4400 rows of 1 KiB
+
+    def counted(**options) -> float:
+        return accumulator_mib(Contender("x", lambda *_: None, **options), problem)
+
+    assert counted(workspace_mib=4) == 512 * 64 * 4 / 2**20
+    assert counted(workspace_mib=5) == 0
+    assert counted(workspace_mib=4, trains_head=False) == 0
+    assert counted(accumulates_fp32=True) > 0 and counted() == 0
