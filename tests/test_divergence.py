@@ -103,11 +103,18 @@ class Rows:
             padded.scatter_(1, self.pivots[:, None], -3.0)
         return padded.to(DEVICE)[:, :VOCABULARY]
 
-    def arguments(self, first: int = 0, last: int | None = None, first_row: int = 0) -> Any:
-        last = self.ragged.num_questions if last is None else last
-        buffer = self.buffer()[first_row:]
-        sums, pivots = self.sums.float()[first_row:].to(DEVICE), self.pivots[first_row:].to(DEVICE)
-        return buffer, sums, pivots, self.ragged, self.alpha.to(DEVICE), first, last, first_row, self.kind
+    def arguments(self, first: int = 0, last: int | None = None, first_row: int = 0) -> dict[str, Any]:
+        return {
+            "buffer": self.buffer()[first_row:],
+            "sums": self.sums.float()[first_row:].to(DEVICE),
+            "pivots": self.pivots[first_row:].to(DEVICE),
+            "ragged": self.ragged,
+            "alpha": self.alpha.to(DEVICE),
+            "first_question": first,
+            "last_question": self.ragged.num_questions if last is None else last,
+            "first_row": first_row,
+            "kind": self.kind,
+        }
 
     def span(self) -> Tensor:
         """Which rows predict an answer, (N,) bool."""
@@ -130,7 +137,7 @@ def test_the_value_of_a_buffer_is_that_of_its_probabilities(kind, forbidden, dty
     from compact_kernels.divergence_triton import span_divergence
 
     rows = Rows(kind, dtype=dtype, forbidden=forbidden)
-    value, scores = span_divergence(*rows.arguments())
+    value, scores = span_divergence(**rows.arguments())
     close(value, rows.value)
     assert scores.isfinite().all()
     assert value.tolist()[1] == 0 and value.tolist()[3] == 0
@@ -143,11 +150,11 @@ def test_the_gradient_is_added_to_the_answer_rows_and_to_no_others(kind, forbidd
 
     rows = Rows(kind, forbidden=forbidden, seed=1)
     arguments = rows.arguments()
-    scores = span_divergence(*arguments)[1]
+    scores = span_divergence(**arguments)[1]
     gain = rows.alpha * rows.upstream
-    add_span_gradient_(*arguments, scores, gain.to(DEVICE))
-    before, padding = rows.buffer().cpu(), arguments[0].cpu()
-    close(arguments[0], before.double() + rows.gradient, rtol=1e-5, atol=1e-6)
+    add_span_gradient_(**arguments, scores=scores, gain=gain.to(DEVICE))
+    before, padding = rows.buffer().cpu(), arguments["buffer"].cpu()
+    close(arguments["buffer"], before.double() + rows.gradient, rtol=1e-5, atol=1e-6)
     assert torch.equal(padding[~rows.span()], before[~rows.span()])
 
 
@@ -163,10 +170,10 @@ def test_the_gradient_over_alpha_is_finite_where_alpha_is_zero(kind):
     total = divergence(logp.log_softmax(-1)[host.span_rows], host, near.alpha.double(), kind).sum()
     wanted = torch.autograd.grad(total, logp)[0] / near.alpha.double()[rows.owner][:, None]
     arguments = rows.arguments()
-    scores = span_divergence(*arguments)[1]
+    scores = span_divergence(**arguments)[1]
     ones = torch.ones_like(rows.alpha)
-    add_span_gradient_(*arguments, scores, ones.to(DEVICE), replace=True)
-    close(arguments[0].cpu()[rows.span()], wanted[rows.span()])
+    add_span_gradient_(**arguments, scores=scores, gain=ones.to(DEVICE), replace=True)
+    close(arguments["buffer"].cpu()[rows.span()], wanted[rows.span()])
 
 
 @KINDS
@@ -176,13 +183,13 @@ def test_rows_may_be_replaced_scaled_and_led_through_a_softcap(kind):
     rows = Rows(kind, seed=3)
     gain, shift = rows.alpha * rows.upstream, torch.linspace(-2, 2, len(rows.e))
     arguments = rows.arguments()
-    scores = span_divergence(*arguments)[1]
+    scores = span_divergence(**arguments)[1]
     options: dict[str, Any] = {"softcap": 30.0, "temperature": 1.5, "shift": shift.to(DEVICE), "times_sum": True}
-    add_span_gradient_(*arguments, scores, gain.to(DEVICE), replace=True, **options)
+    add_span_gradient_(**arguments, scores=scores, gain=gain.to(DEVICE), replace=True, **options)
     z = rows.e.double().log() + shift.double()[:, None]
     wanted = rows.gradient * rows.sums[:, None] * (1 - (z * 1.5 / 30).square())
     span = rows.span()
-    close(arguments[0].cpu()[span], wanted[span], atol=1e-6 * float(wanted.abs().max()) + 1e-6)
+    close(arguments["buffer"].cpu()[span], wanted[span], atol=1e-6 * float(wanted.abs().max()) + 1e-6)
 
 
 @KINDS
@@ -201,12 +208,12 @@ def test_questions_may_come_in_chunks_and_buffers_start_anywhere(kind):
         first_row = cu_rows[cu_questions[first]]
         arguments = rows.arguments(first, last, first_row)
         assert out[0][first:last].isnan().all()
-        span_divergence(*arguments, out=out)
-        add_span_gradient_(*arguments, out[1], gain)
+        span_divergence(**arguments, out=out)
+        add_span_gradient_(**arguments, scores=out[1], gain=gain)
         end = cu_rows[cu_questions[last]] - first_row
         before = rows.buffer().cpu()[first_row:].double()
-        close(arguments[0][:end], before[:end] + rows.gradient[first_row : first_row + end])
-        assert torch.equal(arguments[0][end:].cpu().double(), before[end:])
+        close(arguments["buffer"][:end], before[:end] + rows.gradient[first_row : first_row + end])
+        assert torch.equal(arguments["buffer"][end:].cpu().double(), before[end:])
     close(out[0], rows.value)
     assert out[1].isfinite().all()
 
@@ -221,11 +228,11 @@ def test_a_buffer_may_hold_the_answer_rows_alone(kind):
     chosen = host.span_rows[first:]
     buffer = rows.buffer(poison=False)[chosen.to(DEVICE)].contiguous()
     sums = rows.sums.float()[chosen].to(DEVICE)
-    arguments: Any = (buffer, sums, None, rows.ragged, rows.alpha.to(DEVICE), 2, 5, first, kind)
-    value, scores = span_divergence(*arguments, gathered=True)
+    arguments = rows.arguments(2, 5) | {"buffer": buffer, "sums": sums, "pivots": None, "first_row": first}
+    value, scores = span_divergence(**arguments, gathered=True)
     close(value[2:], rows.value[2:])
     gain = (rows.alpha * rows.upstream).to(DEVICE)
-    add_span_gradient_(*arguments, scores, gain, gathered=True, replace=True)
+    add_span_gradient_(**arguments, scores=scores, gain=gain, gathered=True, replace=True)
     close(buffer, rows.gradient[chosen])
 
 
@@ -234,5 +241,5 @@ def test_two_runs_agree_to_the_last_bit(kind):
     from compact_kernels.divergence_triton import span_divergence
 
     rows = Rows(kind, seed=6)
-    for one, other in zip(span_divergence(*rows.arguments()), span_divergence(*rows.arguments())):
+    for one, other in zip(span_divergence(**rows.arguments()), span_divergence(**rows.arguments())):
         assert torch.equal(one, other)
