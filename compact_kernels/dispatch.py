@@ -11,9 +11,12 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def triton_applies(tensor: Tensor) -> bool:
-    """True for float32, bfloat16 and float16 on a GPU, or on a CPU under Triton's interpreter."""
-    if tensor.dtype not in DTYPES:
+def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """True for float32, bfloat16 and float16 on a GPU, or on a CPU under Triton's interpreter.
+
+    `dtype`: what is computed in, where that is not the tensor's (autocast).
+    """
+    if (dtype or tensor.dtype) not in DTYPES:
         return False
     if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return False

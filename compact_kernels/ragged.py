@@ -180,6 +180,33 @@ class Ragged:
     def num_rows(self) -> int:
         return self.rows.numel()
 
+    def questions(self, first: int, last: int) -> Ragged:
+        """The questions `first` … `last − 1` as a batch of their own, over the same packed tokens."""
+        sequences = slice(*self.host.cu_questions[[first, last]].tolist())
+
+        def part(offsets: str) -> tuple[Tensor, slice]:
+            cut = getattr(self, offsets)[sequences.start : sequences.stop + 1]
+            inside = slice(*getattr(self.host, offsets)[[sequences.start, sequences.stop]].tolist())
+            return cut - inside.start, inside
+
+        cu_rows, rows = part("cu_rows")
+        cu_evidence, ids = part("cu_evidence")
+        cu_span, span = part("cu_span")
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens[sequences.start : sequences.stop + 1],
+            cu_questions=self.cu_questions[first : last + 1] - sequences.start,
+            rows=self.rows[rows],
+            cu_rows=cu_rows,
+            body_lengths=self.body_lengths[sequences],
+            thinking=self.thinking[rows],
+            evidence_ids=self.evidence_ids[ids],
+            cu_evidence=cu_evidence,
+            span_rows=self.span_rows[span] - rows.start,
+            cu_span=cu_span,
+            _host=None if self._host is None else self._host.questions(first, last),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
         """A copy on `device` that keeps its host copy."""
         device = torch.device(device)

@@ -8,246 +8,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from compact_kernels import arguments
+from compact_kernels.head.linear import LinearHead
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import (
-    AdaptabilityOptions,
-    CompatibilityRule,
-    Statistics,
-    TokenStatistics,
-    segment_sum,
-    sequence_adaptability,
-    sequence_of_row,
-)
+from compact_kernels.rule import TokenStatistics, sequence_of_row
 
 
-class CompatibilityOutput(NamedTuple):
-    """What one weighted pass of the head gives. Everything but `loss` is detached."""
-
-    loss: Tensor  # () the normalised, weighted loss: differentiable
-    alpha: Tensor  # (S,) the weights that were applied
-    sft: Tensor  # () the share of `loss` that is Σ α L_SFT
-    divergence: Tensor  # () Σ_q Σ_k α_k L_MCon,k, normalised like `loss`, without λ
-    statistics: Statistics
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """z = softcap·tanh(scale·(h Wᵀ + b) / softcap) / temperature, in at least float32."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.temperature
-
-
-def compatibility_loss(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    ragged: Ragged,
-    *,
-    rule: Callable[[Statistics], Tensor] | None = None,
-    weights: Tensor | None = None,
-    consensus: Tensor | None = None,
-    difficulty_reference: Tensor | None = None,
-    adaptability: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
-    divergence: Literal["kl", "jsd"] = "kl",
-    divergence_weight: float = 0.0,
-    sft_reduction: Literal["mean", "sum", "token"] = "mean",
-    normalizer: float | Tensor | None = None,
-    divergence_normalizer: float | Tensor | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    workspace_mib: int = 256,
-) -> CompatibilityOutput:
-    """The weighted loss of a batch, its weights decided by its own statistics (method eq. 2–11).
+def token_pass(
+    head: LinearHead, hidden: Tensor, targets: Tensor, ragged: Ragged, ignore_index: int, workspace_mib: int
+) -> tuple[Tensor, TokenStatistics]:
+    """Differentiable log-probs (N,) and detached statistics of the scored rows.
 
     Args:
-        hidden: final hidden states of the packed batch. (T, D)
-        head_weight: the lm head. (V, D)
-        targets: the id that each position is to predict (labels shifted by one), `ignore_index` where none. (T,)
-        ragged: the batch's shape; only its scored rows are looked at.
-        rule: statistics → α (S,), non-negative; default :class:`CompatibilityRule`. Called without gradient.
-        weights: α given beforehand, in place of a rule. (S,)
-        consensus: S_cons from :func:`question_consensus`. (S,) Needed where the rule weighs it.
-        difficulty_reference: the loss of each rationale without its question; difficulty becomes the IFD ratio. (S,)
-        divergence, divergence_weight: L_MCon's kind and λ (eq. 9–10); 0 leaves it out.
-        sft_reduction: what one scored row of rationale k weighs: "mean" α/T_k, "sum" α (both times `normalizer`,
-            R/Q), "token" α (times R/N, N = Σ_q (1/K_q) Σ_k T_k).
-        normalizer: R/Q (mean, sum) or R/N (token) over the whole accumulation window and all ranks (method §3);
-            default: this batch alone.
-        divergence_normalizer: R/Q for the divergence; default: `normalizer`, or this batch's 1/Q under "token".
-        bias, logit_scale, softcap, temperature: logits are softcap·tanh(scale·(h Wᵀ + b)/softcap)/temperature.
-        workspace_mib: size of the logits that may exist at once.
-
-    Returns:
-        :class:`CompatibilityOutput`. A batch without a scored row has loss 0 and zero gradients.
-
-    Raises:
-        ValueError: naming the argument and the sizes that do not fit.
+        hidden: (T, D). targets: of the scored rows, `ignore_index` where none. (N,)
     """
-    if rule is not None and weights is not None:
-        raise ValueError("give either `rule` or `weights`: both would decide α")
-    for name, vector in (
-        ("weights", weights),
-        ("consensus", consensus),
-        ("difficulty_reference", difficulty_reference),
-    ):
-        if vector is not None:
-            _check_per_rationale(name, vector, ragged)
-    rule = CompatibilityRule() if rule is None else rule
-    if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and consensus is None:
-        raise ValueError(
-            "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
-            "or CompatibilityRule(consensus=0)"
-        )
-    if sft_reduction not in ("mean", "sum", "token"):
-        raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
-    if divergence not in ("kl", "jsd"):
-        raise ValueError(f"divergence is {divergence!r}; it is kl or jsd")
-    _check_packed(hidden, ragged)
-    _check_head(hidden, head_weight, bias)
-    _check_targets(targets, ragged)
-    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
+    counts = ragged.host.cu_evidence.diff()
+    widest = max(int(counts.max()) if counts.numel() else 0, 1)
+    slot = torch.arange(widest, device=hidden.device)
+    starts = ragged.cu_evidence[:-1].long()
+    asked = slot < ragged.cu_evidence.diff()[:, None]  # (S, m)
+    last = max(ragged.evidence_ids.numel() - 1, 0)
+    ids = ragged.evidence_ids.new_zeros(1) if ragged.evidence_ids.numel() == 0 else ragged.evidence_ids
+    answer_ids = ids[(starts[:, None] + slot).clamp_max(last)]  # (S, m)
+    sequence = sequence_of_row(ragged)
+
+    def chunk(rows: Tensor, target: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
+        logp = head(rows).log_softmax(-1)  # (c, V); z − logsumexp would round at the size of the logits
+        counted = target != ignore_index
+        target = target.where(counted, 0)[:, None]
+        logprob = logp.gather(1, target).squeeze(1).where(counted, 0.0)
+        with torch.no_grad():
+            wanted = asked[owner]
+            evidence = logp.gather(1, answer_ids[owner]).where(wanted, 0.0).sum(-1) / wanted.sum(-1).clamp_min(1)
+            p = logp.exp()
+            entropy = torch.special.entr(p).sum(-1)
+            # p_target − 1 = −Σ of the others: no cancellation for confident tokens.
+            others = p.scatter(1, target, 0.0)
+            grad_norm = (others.sum(-1).square() + others.square().sum(-1)).sqrt().where(counted, 0.0)
+        return logprob, entropy, evidence, grad_norm
+
     rows = hidden[ragged.rows]
-    row_targets = targets.reshape(-1)[ragged.rows]
-    logprob, tokens = _token_pass(logits, rows, row_targets, ragged, ignore_index, workspace_mib)
-
-    with torch.no_grad():
-        counted = row_targets != ignore_index
-        targets_per_rationale = segment_sum(counted.to(logprob.dtype), ragged.cu_rows)
-        mean_loss = -segment_sum(tokens.logprob, ragged.cu_rows) / targets_per_rationale.clamp_min(1)
-        statistics = Statistics(
-            ragged=ragged,
-            tokens=tokens,
-            adaptability=sequence_adaptability(tokens.evidence, ragged, adaptability),
-            consensus=torch.zeros_like(mean_loss) if consensus is None else consensus.detach().to(mean_loss.dtype),
-            difficulty=mean_loss if difficulty_reference is None else mean_loss / difficulty_reference,
-            targets_per_rationale=targets_per_rationale,
-        )
-        alpha = (rule(statistics) if weights is None else weights).detach().to(mean_loss.dtype)
-        if alpha.shape != mean_loss.shape:
-            raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
-        if normalizer is None:
-            targets_per_question = segment_sum(targets_per_rationale, ragged.cu_questions)
-            per_question = 1 / (targets_per_question > 0).sum().clamp_min(1).to(mean_loss.dtype)
-            if divergence_normalizer is None:
-                divergence_normalizer = per_question
-            if sft_reduction == "token":
-                total_tokens = (targets_per_question / ragged.cu_questions.diff()).sum()  # N; may be less than 1
-                normalizer = 1 / total_tokens.where(total_tokens > 0, 1.0)
-            else:
-                normalizer = per_question
-        if divergence_normalizer is None:
-            if sft_reduction == "token" and divergence_weight:
-                raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
-            divergence_normalizer = normalizer
-        row_weight = alpha * normalizer
-        if sft_reduction == "mean":
-            row_weight = row_weight / targets_per_rationale.clamp_min(1)
-        row_weight = row_weight[sequence_of_row(ragged)]
-
-    sft = -(row_weight * logprob).sum()
-    total, mixed = sft, sft.new_zeros(())
-    if divergence_weight:
-        per_question = answer_divergence(
-            hidden,
-            head_weight,
-            ragged,
-            alpha,
-            kind=divergence,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperature=temperature,
-            workspace_mib=workspace_mib,
-        )
-        mixed = per_question.sum() * divergence_normalizer
-        total = sft + divergence_weight * mixed
-    return CompatibilityOutput(total, alpha, sft.detach(), mixed.detach(), statistics)
+    logprob, entropy, evidence, grad_norm = _over_rows(chunk, rows, head.vocabulary, workspace_mib, targets, sequence)
+    return logprob, TokenStatistics(logprob.detach(), entropy, evidence, grad_norm)
 
 
-@torch.no_grad()
-def linear_token_stats(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    ragged: Ragged,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    workspace_mib: int = 256,
-) -> TokenStatistics:
-    """Log-prob, entropy, answer evidence (eq. 2) and logit-gradient norm of every scored row, without gradients.
-
-    Arguments as in :func:`compatibility_loss`; each statistic is (N,).
-    """
-    _check_packed(hidden, ragged)
-    _check_head(hidden, head_weight, bias)
-    _check_targets(targets, ragged)
-    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
-    row_targets = targets.reshape(-1)[ragged.rows]
-    return _token_pass(logits, hidden[ragged.rows], row_targets, ragged, ignore_index, workspace_mib)[1]
-
-
-def linear_logprob(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    workspace_mib: int = 256,
+def logprob(
+    head: LinearHead, hidden: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int
 ) -> tuple[Tensor, Tensor]:
-    """Per-token log-probability and entropy of a linear head, both differentiable.
-
-    Args:
-        hidden: (…, D). head_weight: (V, D). targets: (…) ids, `ignore_index` where none.
-
-    Returns:
-        log p(target) and entropy, each (…) in nats; both 0 where the target is ignored.
-    """
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
-    _check_head(hidden, head_weight, bias)
-    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
-    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    """Log-probs and entropies of the rows hidden (n, D), both differentiable; 0 where the target is ignored."""
 
     def chunk(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logp = logits(rows).log_softmax(-1)
+        logp = head(rows).log_softmax(-1)
         counted = ids != ignore_index
         chosen = logp.gather(1, ids.where(counted, 0)[:, None]).squeeze(1)
         p = logp.exp()
         entropy = -(p * logp.where(p > 0, 0.0)).sum(-1)
         return chosen.where(counted, 0.0), entropy.where(counted, 0.0)
 
-    logprob, entropy = _over_rows(chunk, flat, head_weight.shape[0], workspace_mib, flat_targets)
-    return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
+    return _over_rows(chunk, hidden, head.vocabulary, workspace_mib, targets)
 
 
 def answer_divergence(
@@ -277,10 +101,10 @@ def answer_divergence(
     """
     if kind not in ("kl", "jsd"):
         raise ValueError(f"kind is {kind!r}; it is kl or jsd")
-    _check_packed(hidden, ragged)
-    _check_head(hidden, head_weight, bias)
-    _check_per_rationale("alpha", alpha, ragged)
-    logits = _Logits(head_weight, bias, logit_scale, softcap, temperature)
+    arguments.check_packed(hidden, ragged)
+    arguments.check_head(hidden, head_weight, bias)
+    arguments.check_per_rationale("alpha", alpha, ragged)
+    head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     alpha = alpha.detach()
     packed = ragged.rows[ragged.span_rows]
     cu_questions, cu_span = ragged.host.cu_questions.tolist(), ragged.host.cu_span.tolist()
@@ -298,7 +122,7 @@ def answer_divergence(
             states = hidden[positions]  # (k, m, D)
             size = max(1, (workspace_mib << 20) // (4 * head_weight.shape[0] * len(members)))  # rows at once
             for rows in states.split(size, dim=1):
-                part = checkpoint(_pairwise_divergence, logits, rows, weight, kind, use_reentrant=False)
+                part = checkpoint(_pairwise_divergence, head, rows, weight, kind, use_reentrant=False)
                 total = total + part * (rows.shape[1] / length)
         totals.append(total)
     return torch.stack(totals) if totals else alpha.new_zeros(0)
@@ -368,65 +192,6 @@ def question_affinity(
     return affinity.where(present[:, :, None] & present[:, None, :], 0.0), present
 
 
-def _check_packed(hidden: Tensor, ragged: Ragged) -> None:
-    total = int(ragged.host.cu_seqlens[-1])
-    if hidden.dim() != 2 or hidden.shape[0] != total:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, the batch has {total} packed tokens: ({total}, D)")
-
-
-def _check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None:
-    width = hidden.shape[-1]
-    if head_weight.dim() != 2 or head_weight.shape[1] != width:
-        raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {width}")
-    if bias is not None and bias.shape != head_weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, head_weight has V = {head_weight.shape[0]} rows")
-
-
-def _check_targets(targets: Tensor, ragged: Ragged) -> None:
-    total = int(ragged.host.cu_seqlens[-1])
-    if targets.numel() != total:
-        raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
-
-
-def _check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
-    if values.shape != (ragged.num_sequences,):
-        raise ValueError(f"{name} has shape {tuple(values.shape)}, the batch has {ragged.num_sequences} rationales")
-
-
-def _token_pass(
-    logits: _Logits, rows: Tensor, targets: Tensor, ragged: Ragged, ignore_index: int, workspace_mib: int
-) -> tuple[Tensor, TokenStatistics]:
-    """Differentiable log-probs (N,) and detached statistics of the scored rows."""
-    counts = ragged.host.cu_evidence.diff()
-    widest = max(int(counts.max()) if counts.numel() else 0, 1)
-    slot = torch.arange(widest, device=rows.device)
-    starts = ragged.cu_evidence[:-1].long()
-    asked = slot < ragged.cu_evidence.diff()[:, None]  # (S, m)
-    last = max(ragged.evidence_ids.numel() - 1, 0)
-    ids = ragged.evidence_ids.new_zeros(1) if ragged.evidence_ids.numel() == 0 else ragged.evidence_ids
-    answer_ids = ids[(starts[:, None] + slot).clamp_max(last)]  # (S, m)
-    sequence = sequence_of_row(ragged)
-
-    def chunk(hidden: Tensor, target: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
-        logp = logits(hidden).log_softmax(-1)  # (c, V); z − logsumexp would round at the size of the logits
-        counted = target != ignore_index
-        target = target.where(counted, 0)[:, None]
-        logprob = logp.gather(1, target).squeeze(1).where(counted, 0.0)
-        with torch.no_grad():
-            wanted = asked[owner]
-            evidence = logp.gather(1, answer_ids[owner]).where(wanted, 0.0).sum(-1) / wanted.sum(-1).clamp_min(1)
-            p = logp.exp()
-            entropy = torch.special.entr(p).sum(-1)
-            # p_target − 1 = −Σ of the others: no cancellation for confident tokens.
-            others = p.scatter(1, target, 0.0)
-            grad_norm = (others.sum(-1).square() + others.square().sum(-1)).sqrt().where(counted, 0.0)
-        return logprob, entropy, evidence, grad_norm
-
-    vocabulary = logits.weight.shape[0]
-    logprob, entropy, evidence, grad_norm = _over_rows(chunk, rows, vocabulary, workspace_mib, targets, sequence)
-    return logprob, TokenStatistics(logprob.detach(), entropy, evidence, grad_norm)
-
-
 def _over_rows(
     function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, vocabulary: int, workspace_mib: int, *rest: Tensor
 ) -> tuple[Tensor, ...]:
@@ -442,9 +207,9 @@ def _over_rows(
     return tuple(torch.cat(pieces) for pieces in zip(*parts))
 
 
-def _pairwise_divergence(logits: _Logits, hidden: Tensor, weight: Tensor, kind: str) -> Tensor:
+def _pairwise_divergence(head: LinearHead, hidden: Tensor, weight: Tensor, kind: str) -> Tensor:
     """Σ over pairs of k rationales whose m answer rows align: hidden (k, m, D), weight (k,)."""
-    logp = logits(hidden).log_softmax(-1)  # (k, m, V)
+    logp = head(hidden).log_softmax(-1)  # (k, m, V)
     logp = logp.clamp_min(torch.finfo(logp.dtype).min / 4)  # a forbidden token has p = 0 in each, and −∞ − (−∞) is NaN
     p = logp.exp()
     total = logp.new_zeros(())

@@ -5,8 +5,6 @@ Nothing is read back and nothing is copied to the device, so a launch can be par
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,25 +12,9 @@ from torch import Tensor
 
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule
+from compact_kernels.weighting import Decision
 
 TILE = 2048  # rationales × rows that a program holds at once
-
-
-class Decision(NamedTuple):
-    """Outputs of :func:`decide`, for a whole batch; float32, contiguous."""
-
-    alpha: Tensor  # (S,)
-    adaptability: Tensor  # (S,) S_MI, eq. 3
-    difficulty: Tensor  # (S,) S_PPL, eq. 6 (nats a token, or the IFD ratio)
-    targets_per_rationale: Tensor  # (S,) T_k
-    row_weight: Tensor  # (N,) what ∂(−logprob)/∂z of the row is multiplied with; 0 where the target is ignored
-
-    @classmethod
-    def empty(cls, ragged: Ragged) -> Decision:
-        """Room for the decisions of a batch, on its device."""
-        count = ragged.num_sequences
-        sizes = (count, count, count, count, ragged.num_rows)
-        return cls(*(torch.empty(size, dtype=torch.float32, device=ragged.device) for size in sizes))
 
 
 def decide(
@@ -217,5 +199,4 @@ def _decide_kernel(
         step = o_step + tl.arange(0, BLOCK)
         row = start[:, None] + step[None, :]
         m_row = step[None, :] < length[:, None]
-        target = tl.load(targets_ptr + row, mask=m_row, other=0)
-        tl.store(row_weight_ptr + row, tl.where(target != ignore_index, weight[:, None], 0.0), mask=m_row)
+        tl.store(row_weight_ptr + row, tl.broadcast_to(weight[:, None], (K, BLOCK)), mask=m_row)

@@ -1,0 +1,87 @@
+"""What the ops ask of their arguments: sizes and names, all known on the host, so that checking costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import CompatibilityRule, Statistics
+
+
+def check_loss(
+    rule: Callable[[Statistics], Tensor] | None,
+    weights: Tensor | None,
+    consensus: Tensor | None,
+    difficulty_reference: Tensor | None,
+    sft_reduction: str,
+    divergence: str,
+    ragged: Ragged,
+) -> Callable[[Statistics], Tensor]:
+    """The arguments of compatibility_loss that decide α; returns the rule."""
+    if rule is not None and weights is not None:
+        raise ValueError("give either `rule` or `weights`: both would decide α")
+    for name, vector in (
+        ("weights", weights),
+        ("consensus", consensus),
+        ("difficulty_reference", difficulty_reference),
+    ):
+        if vector is not None:
+            check_per_rationale(name, vector, ragged)
+    rule = CompatibilityRule() if rule is None else rule
+    if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and consensus is None:
+        raise ValueError(
+            "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
+            "or CompatibilityRule(consensus=0)"
+        )
+    if sft_reduction not in ("mean", "sum", "token"):
+        raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
+    if divergence not in ("kl", "jsd"):
+        raise ValueError(f"divergence is {divergence!r}; it is kl or jsd")
+    return rule
+
+
+def check_packed(hidden: Tensor, ragged: Ragged) -> None:
+    total = int(ragged.host.cu_seqlens[-1])
+    if hidden.dim() != 2 or hidden.shape[0] != total:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, the batch has {total} packed tokens: ({total}, D)")
+    if ragged.device != hidden.device:
+        raise ValueError(f"ragged is on {ragged.device}, hidden on {hidden.device}: ragged.to(hidden.device)")
+
+
+def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("hidden", hidden), ("head_weight", head_weight), ("bias", bias)):
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{name} is a DTensor (FSDP2, tensor parallelism), of which this rank has a part: pass the whole one, "
+                "for a head that trains as weight.full_tensor(grad_placements=[Partial()]), its gradient being a sum"
+            )
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it needs a floating-point one")
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+    width = hidden.shape[-1]
+    if head_weight.dim() != 2 or head_weight.shape[1] != width:
+        raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {width}")
+    if bias is not None and bias.shape != head_weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, head_weight has V = {head_weight.shape[0]} rows")
+    if hidden.dtype != head_weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(
+            f"hidden is {hidden.dtype}, head_weight {head_weight.dtype}: convert one, or use torch.autocast"
+        )
+
+
+def check_targets(targets: Tensor, ragged: Ragged) -> None:
+    total = int(ragged.host.cu_seqlens[-1])
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets has dtype {targets.dtype}; token ids are int64")
+    if targets.numel() != total:
+        raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
+
+
+def check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
+    if values.shape != (ragged.num_sequences,):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, the batch has {ragged.num_sequences} rationales")

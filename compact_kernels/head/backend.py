@@ -1,0 +1,20 @@
+"""Who does the row passes: Triton where it runs, plain torch elsewhere; one surface for both."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from compact_kernels.dispatch import triton_applies
+from compact_kernels.head import torch_rows
+
+
+def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module with statistics, gradient_block, decide, add_divergence, scale_rows and rescale for a device."""
+    if triton_applies(tensor, dtype):
+        from compact_kernels.head import triton_rows
+
+        return triton_rows
+    return torch_rows

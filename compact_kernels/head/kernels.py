@@ -1,0 +1,428 @@
+"""Triton kernels of the linear head: a matrix product whose epilogue is the softmax.
+
+Logits never reach memory. For a row with hidden state x, z = the head's logits and a *pivot* column (the target), the
+product's epilogue turns a tile of accumulators into E = exp(z − z_pivot) at once, because the pivot's logit is one dot
+product and known beforehand. bfloat16 has float32's exponents, so E needs no maximum: it is stored as it is, and
+whatever depends on the whole row, 1/ΣE and the rationale's weight, becomes one factor a row that the following products
+carry (dX = v ⊙ (E W), dW = Eᵀ (v ⊙ X)). Rows whose ΣE leaves the safe range (a target less probable than e⁻⁴⁰) are
+done again with their true maximum as pivot; nothing waits for the host to find that out.
+
+Statistics are sums over v ≠ target, so a confident token (p → 1) loses nothing to cancellation:
+S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), the entropy and ‖p − e_y‖ follow.
+
+Units inside: z₂ = z·log₂e. Offsets are int64 where rows and columns multiply.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+STATISTICS = tl.constexpr(0)  # sums of every (row, tile); nothing is stored
+EXPONENTIALS = tl.constexpr(1)  # the same, and E is stored
+GRADIENT = tl.constexpr(2)  # p·(a + b·z₂) is stored, given each row's log-sum-exp
+MAXIMUM = tl.constexpr(3)  # the largest z₂ of every (row, tile)
+
+SAFE_SUM = tl.constexpr(1e19)  # ΣE above it: E² could overflow
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _logit(raw, inner, outer, SOFTCAP: tl.constexpr):
+    """z₂ and the slope dz/draw without its constant factor."""
+    if SOFTCAP:
+        t = 2.0 * tl.sigmoid(2.0 * raw * inner) - 1.0  # tanh; libdevice's is missing on some backends
+        return t * outer, 1.0 - t * t
+    else:
+        return raw * inner, 1.0
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_column"])
+def logits_kernel(
+    x_desc,  # (num_rows, D)
+    w_desc,  # (V, D)
+    out_desc,  # (num_rows, width)
+    bias_ptr,  # (V,)
+    column_ptr,  # (num_rows,) int64  the target's column, left out of the sums
+    pivot_ptr,  # (num_rows,) float32  z₂ of the pivot; of log-sum-exp in mode GRADIENT
+    slope_ptr,  # (num_rows,) float32  a    (GRADIENT)
+    curve_ptr,  # (num_rows,) float32  b    (GRADIENT)
+    sums_ptr,  # (3, tiles, num_rows) float32
+    unsafe_ptr,  # () int32  1 if any row needs another pivot
+    num_rows,
+    dim,
+    vocabulary,
+    first_column,  # of the head: the stored columns are first_column … first_column + width − 1
+    width,
+    inner,
+    outer,
+    MODE: tl.constexpr,
+    ONLY_IF_UNSAFE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CURVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    if ONLY_IF_UNSAFE:
+        if tl.load(unsafe_ptr) == 0:
+            return
+    tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    group_size = GROUP_M * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+        # Row tiles of a group are neighbours, so that they share a tile of the weight in the L2 cache.
+        group = tile // group_size
+        rows_in_group = min(tiles_m - group * GROUP_M, GROUP_M)
+        tile_m = group * GROUP_M + (tile % group_size) % rows_in_group
+        tile_n = (tile % group_size) // rows_in_group
+        row0 = tile_m * BLOCK_M
+        column0 = tile_n * BLOCK_N
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in tl.range(0, tl.cdiv(dim, BLOCK_K)):
+            x = x_desc.load([row0, k * BLOCK_K])
+            w = w_desc.load([first_column + column0, k * BLOCK_K])
+            if UPCAST:
+                acc = tl.dot(x.to(tl.float32), w.to(tl.float32).T, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x, w.T, acc)
+
+        rows = row0 + tl.arange(0, BLOCK_M)
+        in_rows = rows < num_rows
+        pivot = tl.load(pivot_ptr + rows, mask=in_rows, other=0.0)
+        if SUBTILES == 1:
+            _epilogue(
+                acc, rows, in_rows, pivot, row0, column0, tile_n,
+                out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
+                num_rows, vocabulary, first_column, width, inner, outer,
+                MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            _epilogue(
+                left, rows, in_rows, pivot, row0, column0, 2 * tile_n,
+                out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
+                num_rows, vocabulary, first_column, width, inner, outer,
+                MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            _epilogue(
+                right, rows, in_rows, pivot, row0, column0 + BLOCK_N // 2, 2 * tile_n + 1,
+                out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
+                num_rows, vocabulary, first_column, width, inner, outer,
+                MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+
+
+@triton.jit
+def _epilogue(
+    acc, rows, in_rows, pivot, row0, column0, part,
+    out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
+    num_rows, vocabulary, first_column, width, inner, outer,
+    MODE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CURVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = column0 + tl.arange(0, COLUMNS)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first_column + columns, mask=columns < width, other=0.0).to(tl.float32)
+        acc += bias[None, :]
+    z, slope = _logit(acc, inner, outer, SOFTCAP)
+    inside = in_rows & (tl.zeros_like(rows) + column0 < width)  # the right half of the last tile may hold nothing
+    if MODE == MAXIMUM:
+        z = tl.where((columns < width)[None, :], z, -float("inf"))
+        tl.store(sums_ptr + part.to(tl.int64) * num_rows + rows, tl.max(z, 1), mask=inside)
+    elif MODE == GRADIENT:
+        factor = tl.load(slope_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        p = tl.exp2(z - pivot[:, None])
+        if HAS_CURVE:
+            # p·z is 0 for a forbidden token, whose logit is −∞.
+            factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(z, -3.0e38)
+        out_desc.store([row0, column0], (p * factor * slope).to(out_desc.dtype))
+    else:
+        u = z - pivot[:, None]
+        target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - first_column - column0).to(tl.int32)
+        special = tl.max(((target >= 0) & (target < COLUMNS)).to(tl.int32), 0) > 0
+        if HAS_BIAS:
+            u = tl.maximum(u, -1.0e4)  # a forbidden token: E = 0, and 0·(−∞) is NaN
+        if special | (column0 + COLUMNS > width):
+            kept = (tl.arange(0, COLUMNS)[None, :] != target[:, None]) & (columns < width)[None, :]
+            u = tl.where(kept, u, -1.0e4)
+        e = tl.exp2(u)
+        plane = tl.cdiv(width, COLUMNS).to(tl.int64) * num_rows
+        place = sums_ptr + part.to(tl.int64) * num_rows + rows
+        tl.store(place, tl.sum(e, 1), mask=inside)
+        tl.store(place + plane, tl.sum(e * e, 1), mask=inside)
+        tl.store(place + 2 * plane, tl.sum(e * u, 1), mask=inside)
+        if MODE == EXPONENTIALS:
+            out_desc.store([row0, column0], (e * slope).to(out_desc.dtype))
+
+
+@triton.jit
+def probe_kernel(
+    x_ptr,  # (num_rows, D), unit stride along D
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    target_ptr,  # (num_rows,) int64
+    owner_ptr,  # (num_rows,) int64  the rationale of a row
+    answer_ptr,  # (A,) int64  ids of the gold answers
+    cu_answer_ptr,  # (S+1,) int32
+    column_ptr,  # (num_rows,) int64  out: the target, or 0 where there is none
+    z_ptr,  # (num_rows,) float32  out: z₂ of that column
+    pivot_ptr,  # (num_rows,) float32  out: the same
+    slope_ptr,  # (num_rows,) float32  out: dz/draw there, without its constant
+    evidence_ptr,  # (num_rows,) float32  out: mean z₂ of the answer's ids, 0 where there is none
+    vocabulary,
+    dim,
+    ignore_index,
+    x_stride,
+    weight_stride,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ANSWERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The few logits of a row that are asked for by name: its target's (column 0 where there is none) and its answer's."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    # An id out of range must not read foreign memory; what it gives is NaN, as the host cannot be asked to raise.
+    known = (target >= 0) & (target < vocabulary)
+    column = tl.where(known, target, 0)
+    z, slope = _one_logit(
+        x_ptr + row * x_stride, weight_ptr, bias_ptr, column,
+        dim, weight_stride, inner, outer, SOFTCAP, HAS_BIAS, BLOCK_D,
+    )  # fmt: skip
+    z = tl.where(known | (target == ignore_index), z, float("nan"))
+    tl.store(column_ptr + row, column)
+    tl.store(z_ptr + row, z)
+    tl.store(pivot_ptr + row, z)
+    if SOFTCAP:
+        tl.store(slope_ptr + row, slope)
+    if HAS_ANSWERS:
+        owner = tl.load(owner_ptr + row)
+        first = tl.load(cu_answer_ptr + owner)
+        last = tl.load(cu_answer_ptr + owner + 1)
+        total = 0.0
+        for place in range(first, last):
+            answer = tl.load(answer_ptr + place)
+            known = (answer >= 0) & (answer < vocabulary)
+            z, slope = _one_logit(
+                x_ptr + row * x_stride, weight_ptr, bias_ptr, tl.where(known, answer, 0),
+                dim, weight_stride, inner, outer, SOFTCAP, HAS_BIAS, BLOCK_D,
+            )  # fmt: skip
+            total += tl.where(known, z, float("nan"))
+        tl.store(evidence_ptr + row, total / tl.maximum(last - first, 1))
+
+
+@triton.jit
+def _one_logit(
+    x_ptr, weight_ptr, bias_ptr, column, dim, weight_stride, inner, outer,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + d, mask=d < dim, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + column * weight_stride + d, mask=d < dim, other=0.0).to(tl.float32)
+        total += x * w
+    raw = tl.sum(total, 0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + column).to(tl.float32)
+    return _logit(raw, inner, outer, SOFTCAP)
+
+
+@triton.jit(do_not_specialize=["num_rows", "parts"])
+def pivot_kernel(
+    sums_ptr,  # (parts, num_rows) float32  the largest z₂ of every (row, tile)
+    pivot_ptr,  # (num_rows,) float32
+    inverse_ptr,  # (num_rows,) float32  NaN marks a row to do again
+    unsafe_ptr,
+    num_rows,
+    parts,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Give the marked rows their largest logit as pivot."""
+    if tl.load(unsafe_ptr) == 0:
+        return
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    top = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = part.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        z = tl.load(sums_ptr + place, mask=(part < parts)[:, None] & inside[None, :], other=-float("inf"))
+        top = tl.maximum(top, tl.max(z, 0))
+    marked = tl.load(inverse_ptr + rows, mask=inside, other=0.0) == -1.0
+    tl.store(pivot_ptr + rows, top, mask=inside & marked)
+
+
+@triton.jit(do_not_specialize=["num_rows", "parts"])
+def finish_kernel(
+    sums_ptr,  # (3, parts, num_rows) float32
+    target_ptr,  # (num_rows,) int64
+    column_ptr,  # (num_rows,) int64
+    z_ptr,  # (num_rows,) float32  z₂ of the target
+    slope_ptr,  # (num_rows,) float32  softcap's slope at the target
+    pivot_ptr,  # (num_rows,) float32  z₂ of the pivot
+    probe_ptr,  # (num_rows,) float32  mean z₂ of the answer's ids
+    owner_ptr,  # (num_rows,) int64
+    cu_answer_ptr,  # (S+1,) int32
+    logprob_ptr,  # (num_rows,) float32, this and all below
+    entropy_ptr,
+    evidence_ptr,
+    norm_ptr,  # ‖p − e_target‖
+    lse_ptr,  # log Σ exp z, nats
+    others_ptr,  # Σ_{v≠target} p
+    inverse_ptr,  # 1/ΣE, which makes a stored row p − e_target; 0 for an ignored target; −1 marks a row to do again
+    total_ptr,  # ΣE
+    mass_ptr,  # what the target's column of E would hold
+    rows_ptr,  # the stored rows of E, row stride `stride`
+    unsafe_ptr,
+    num_rows,
+    parts,
+    stride,
+    ignore_index,
+    ONLY_IF_UNSAFE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STORED: tl.constexpr,
+    HAS_ANSWERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """From the sums over tiles to the statistics of a row; sets the target's entry of the stored row."""
+    if ONLY_IF_UNSAFE:
+        if tl.load(unsafe_ptr) == 0:
+            return
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    s = tl.zeros((ROWS,), dtype=tl.float32)
+    q = tl.zeros((ROWS,), dtype=tl.float32)
+    t = tl.zeros((ROWS,), dtype=tl.float32)
+    plane = parts.to(tl.int64) * num_rows
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = sums_ptr + part.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        mask = (part < parts)[:, None] & inside[None, :]
+        s += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
+        q += tl.sum(tl.load(place + plane, mask=mask, other=0.0), 0)
+        t += tl.sum(tl.load(place + 2 * plane, mask=mask, other=0.0), 0)
+    target = tl.load(target_ptr + rows, mask=inside, other=0)
+    counted = target != ignore_index
+    pivot = tl.load(pivot_ptr + rows, mask=inside, other=0.0)
+    own = tl.load(z_ptr + rows, mask=inside, other=0.0) - pivot  # 0 unless the pivot is the row's maximum
+    mass = tl.exp2(own)
+    own = tl.maximum(own, -3.0e38)  # a forbidden target: 0·(−∞) is NaN
+    total = s + mass
+    others = s / total
+    log_total = tl.where(own == 0.0, _log1p(s), tl.log(total))
+    logprob = tl.where(own == 0.0, -log_total, own * 0.6931471805599453 - log_total)
+    # Relative to the pivot, z is 0 at the pivot and `own` at the target.
+    entropy = log_total - (t + mass * own) * 0.6931471805599453 / total
+    norm = tl.sqrt(others * others + q / total / total)
+    lse = pivot * 0.6931471805599453 + log_total
+    tl.store(logprob_ptr + rows, tl.where(counted, logprob, 0.0), mask=inside)
+    tl.store(entropy_ptr + rows, entropy, mask=inside)
+    tl.store(norm_ptr + rows, tl.where(counted, norm, 0.0), mask=inside)
+    tl.store(lse_ptr + rows, lse, mask=inside)
+    tl.store(others_ptr + rows, others, mask=inside)
+    tl.store(total_ptr + rows, total, mask=inside)
+    tl.store(mass_ptr + rows, mass, mask=inside)
+    evidence = tl.zeros((ROWS,), dtype=tl.float32)
+    if HAS_ANSWERS:
+        owner = tl.load(owner_ptr + rows, mask=inside, other=0)
+        asked = tl.load(cu_answer_ptr + owner + 1, mask=inside) > tl.load(cu_answer_ptr + owner, mask=inside)
+        probe = tl.load(probe_ptr + rows, mask=inside, other=0.0)
+        # Relative to the pivot: both are large where logits are, their difference is not.
+        evidence = tl.where(asked, (probe - pivot) * 0.6931471805599453 - log_total, 0.0)
+    tl.store(evidence_ptr + rows, evidence, mask=inside)
+    if ONLY_IF_UNSAFE:
+        unsafe = rows < 0
+    else:
+        unsafe = s > SAFE_SUM
+        if tl.max(unsafe.to(tl.int32), 0) > 0:
+            tl.store(unsafe_ptr, 1)
+    tl.store(inverse_ptr + rows, tl.where(unsafe, -1.0, tl.where(counted, 1.0 / total, 0.0)), mask=inside)
+    if STORED:
+        slope = 1.0
+        if SOFTCAP:
+            slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
+        place = rows_ptr + rows.to(tl.int64) * stride + tl.load(column_ptr + rows, mask=inside, other=0)
+        tl.store(place, (-s * slope).to(rows_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) with a small relative error for small x too, where the hardware's logarithm has an absolute one."""
+    r = x / (2.0 + x)
+    r2 = r * r
+    series = 2.0 * r * (1.0 + r2 * (1 / 3 + r2 * (1 / 5 + r2 * (1 / 7 + r2 * (1 / 9)))))
+    return tl.where(x < 0.5, series, tl.log(1.0 + x))
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_column", "width"])
+def target_kernel(
+    rows_ptr,  # (num_rows, width), row stride `stride`
+    target_ptr,  # (num_rows,) int64
+    value_ptr,  # (num_rows,) float32
+    num_rows,
+    first_column,
+    width,
+    stride,
+    ROWS: tl.constexpr,
+):
+    """Write one value a row, into its target's column where this block holds it."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.load(target_ptr + rows, mask=rows < num_rows, other=-1) - first_column
+    here = (rows < num_rows) & (column >= 0) & (column < width)
+    value = tl.load(value_ptr + rows, mask=here, other=0.0)
+    tl.store(rows_ptr + rows.to(tl.int64) * stride + column, value.to(rows_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def scale_rows_kernel(
+    source_ptr,  # (n, D) row stride `source_stride`
+    first_ptr,  # (n,) float32
+    second_ptr,  # (n,) float32
+    place_ptr,  # (n,) int64  the row of `out` that each row goes to
+    out_ptr,  # (m, D) row stride `out_stride`
+    dim,
+    source_stride,
+    out_stride,
+    constant,
+    HAS_SECOND: tl.constexpr,
+    SCATTER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[place[i]] = source[i]·first[i]·second[i]·constant, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(first_ptr + row) * constant
+    if HAS_SECOND:
+        factor *= tl.load(second_ptr + row)
+    to = row
+    if SCATTER:
+        to = tl.load(place_ptr + row)
+    for start in range(0, dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(source_ptr + row * source_stride + d, mask=d < dim, other=0.0).to(tl.float32)
+        tl.store(out_ptr + to * out_stride + d, (x * factor).to(out_ptr.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
+def rescale_kernel(source_ptr, factor_ptr, out_ptr, count, SAME: tl.constexpr, BLOCK: tl.constexpr):
+    """out = source·factor over flat memory; nothing is read or written where out is source and the factor is 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if SAME:
+        if factor == 1.0:
+            return
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source_ptr + place, mask=place < count).to(tl.float32) * factor
+    tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=place < count)

@@ -1,0 +1,45 @@
+"""The output head of a language model, as the ops see it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits z = softcap·tanh(scale·(h Wᵀ + b) / softcap) / temperature."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(…, D) to logits (…, V) in at least float32."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def slope(self) -> float:
+        """dz/draw without the softcap's own factor, 1 − tanh²."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def base2(self) -> tuple[float, float]:
+        """(inner, outer): z·log₂e is raw·inner, or tanh(raw·inner)·outer with a softcap."""
+        if self.softcap is None:
+            return self.slope * math.log2(math.e), 1.0
+        return self.logit_scale / self.softcap, self.softcap / self.temperature * math.log2(math.e)

@@ -1,0 +1,68 @@
+"""What every backend of the head gives for a chunk of rows, and the products that follow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import sequence_of_row
+
+
+class Answers(NamedTuple):
+    """The gold answers whose evidence is asked for (eq. 2)."""
+
+    ids: Tensor  # (A,) int64
+    cu_ids: Tensor  # (S+1,) int32
+    owner: Tensor  # (n,) int64  the rationale that each row belongs to
+    most: int  # the longest answer
+
+    @classmethod
+    def of_batch(cls, ragged: Ragged) -> Answers | None:
+        """Those of every scored row of a batch; None if it has none."""
+        if ragged.evidence_ids.numel() == 0:
+            return None
+        most = int(ragged.host.cu_evidence.diff().max())
+        return cls(ragged.evidence_ids, ragged.cu_evidence, sequence_of_row(ragged), most)
+
+    def of(self, rows: slice) -> Answers:
+        return self._replace(owner=self.owner[rows])
+
+
+class RowStatistics(NamedTuple):
+    """A chunk's statistics, each (n,) and at least float32."""
+
+    logprob: Tensor  # nats; 0 where the target is ignored
+    entropy: Tensor  # nats
+    evidence: Tensor  # nats; 0 where the rationale has no answer
+    grad_norm: Tensor  # ‖p − e_target‖; 0 where the target is ignored
+    lse: Tensor  # log Σ exp z, nats
+    others: Tensor  # 1 − p(target), without cancellation
+    inverse_sum: Tensor  # the factor that makes a stored row (p − e_target) ∘ the softcap's slope; 0 where ignored
+    total: Tensor  # 1 / inverse_sum, for ignored targets too
+    target_mass: Tensor  # what the target's column would hold if the stored row were p·total
+
+
+def row_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """An uninitialised (rows, V) matrix whose rows start at multiples of 128 bytes."""
+    return like.new_empty(rows, -(-vocabulary // 64) * 64)[:, :vocabulary]
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+    """a @ b in float32 (float64 for float64 input), written to or added to `out` if given."""
+    if a.dtype in (torch.float32, torch.float64):
+        if out is None:
+            return a @ b
+        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    if a.device.type == "cuda":
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        if accumulate:
+            return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    result = (a @ b).float()  # CPUs have no such product; theirs accumulates in float32 and rounds once
+    if out is None:
+        return result
+    return out.add_(result) if accumulate else out.copy_(result)

@@ -1,0 +1,143 @@
+"""Per-token log-probs as a differentiable output: any upstream gradient, any rule, α from the whole batch.
+
+With a frozen head one pass is enough: a row's gradient is its upstream number times (e_y − p) W, which the forward pass
+leaves behind. Otherwise, and for the entropy's gradient, the logits are made again in the backward pass, block of
+vocabulary by block, so that every part of the weight's gradient is written once and rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from compact_kernels.head.backend import backend_for
+from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.planner import row_chunks, rows_that_fit, vocabulary_blocks
+from compact_kernels.head.rows import Answers, RowStatistics, product, row_buffer
+
+
+@dataclass(frozen=True)
+class TokenPass:
+    """One call of the pass, but for the tensors that may require gradients."""
+
+    head: LinearHead  # its weight and bias are those given to the methods, in the dtype that computes
+    targets: Tensor  # (n,)
+    answers: Answers | None
+    ignore_index: int
+    workspace_mib: int
+    dtype: torch.dtype  # of the products
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
+    ) -> tuple[RowStatistics, Tensor | None]:
+        """Statistics of the rows x (n, D), and if `keep` the gradient of each row's −log-prob, (n, D)."""
+        head, x_d = self._head(weight, bias), x.to(self.dtype)
+        backend = backend_for(x, self.dtype)
+        chunks = row_chunks(x.shape[0], rows_that_fit(self.workspace_mib, head.vocabulary, self.dtype))
+        kept = torch.empty_like(x) if keep else None
+        size = max((chunk.last - chunk.first for chunk in chunks), default=0)
+        buffer = row_buffer(size, head.vocabulary, x_d) if keep else None
+        stat_dtype = torch.promote_types(self.dtype, torch.float32)
+        result = RowStatistics(*x.new_empty((len(RowStatistics._fields), x.shape[0]), dtype=stat_dtype).unbind())
+        for chunk in chunks:
+            x_c, targets = x_d[chunk.rows], self.targets[chunk.rows]
+            rows_c = None if buffer is None else buffer[: chunk.last - chunk.first]
+            asked = None if self.answers is None else self.answers.of(chunk.rows)
+            part = backend.statistics(x_c, head, targets, asked, self.ignore_index, rows_c)
+            for whole, piece in zip(result, part):
+                whole[chunk.rows] = piece
+            if kept is not None and rows_c is not None:
+                unscaled = product(rows_c, head.weight)
+                backend.scale_rows(unscaled, part.inverse_sum, None, head.slope, kept[chunk.rows])
+        return result, kept
+
+    def backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: RowStatistics,
+        logprob_gradient: Tensor | None,
+        entropy_gradient: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of Σ logprob·logprob_gradient + entropy·entropy_gradient.
+
+        ∂/∂z_v = g·(1[v = y] − p_v) − h·p_v (log p_v + H) = p_v (a + b z_v) + g·1[v = y].
+        """
+        head, x_d = self._head(weight, bias), x.to(self.dtype)
+        backend = backend_for(x, self.dtype)
+        counted = self.targets != self.ignore_index
+        zeros = torch.zeros_like(rows.lse)
+        g = zeros if logprob_gradient is None else logprob_gradient.to(zeros.dtype).where(counted, 0.0)
+        h = None if entropy_gradient is None else entropy_gradient.to(zeros.dtype)
+        slope, target_gradient = -g, g * rows.others
+        if h is not None:
+            slope = slope - h * (rows.entropy - rows.lse)
+            target_gradient = target_gradient - h * (1 - rows.others) * (rows.logprob + rows.entropy)
+        if head.softcap is not None:
+            z = (rows.logprob + rows.lse) * head.temperature / head.softcap
+            target_gradient = target_gradient * (1 - z.square())
+        slope, target_gradient = slope * head.slope, target_gradient * head.slope
+        curve = None if h is None else -h * head.slope
+
+        wants_x, wants_weight, wants_bias = wanted
+        sum_dtype = torch.promote_types(self.dtype, torch.float32)
+        grad_x = torch.zeros(x.shape, dtype=sum_dtype, device=x.device) if wants_x else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
+        ones = x_d.new_ones(1, x.shape[0])
+        blocks = vocabulary_blocks(head.vocabulary, x.shape[0], self.workspace_mib, self.dtype)
+        buffer = row_buffer(x.shape[0], blocks[0][1] - blocks[0][0], x_d) if blocks else None
+        for first, last in blocks:
+            block = buffer[:, : last - first]
+            backend.gradient_block(x_d, head, self.targets, rows, slope, curve, target_gradient, first, block)
+            if grad_x is not None:
+                product(block, head.weight[first:last], out=grad_x, accumulate=True)
+            if grad_weight is not None:
+                if grad_weight.dtype == self.dtype:
+                    torch.mm(block.t(), x_d, out=grad_weight[first:last])
+                else:
+                    product(block.t(), x_d, out=grad_weight[first:last])
+            if grad_bias is not None:
+                grad_bias[first:last] = product(ones, block)[0]
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias
+
+    def _head(self, weight: Tensor, bias: Tensor | None) -> LinearHead:
+        return replace(self.head, weight=weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype))
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """(x, weight, bias) → (logprob, entropy, evidence, grad_norm); the first two have gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: TokenPass) -> tuple[Tensor, ...]:
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        keep = wants_x and not wants_weight and not wants_bias and call.dtype != torch.float16
+        with torch.autocast(x.device.type, enabled=False):
+            rows, kept = call.forward(x, weight, bias, keep)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, kept, *rows)
+        ctx.call, ctx.wanted = call, (wants_x, wants_weight, wants_bias)
+        ctx.mark_non_differentiable(rows.evidence, rows.grad_norm)
+        # Fresh tensors: an output that is also saved would keep its own graph alive.
+        return rows.logprob.clone(), rows.entropy.clone(), rows.evidence, rows.grad_norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logprob: Tensor | None, entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kept, *rows = ctx.saved_tensors
+        if logprob is None and entropy is None:
+            return None, None, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            if kept is not None and entropy is None:
+                backend = backend_for(x, ctx.call.dtype)
+                return backend.scale_rows(kept, logprob, None, -1.0, torch.empty_like(x)), None, None, None
+            return (
+                *ctx.call.backward(x, weight, bias, RowStatistics(*rows), logprob, entropy, ctx.wanted),
+                None,
+            )

@@ -1,0 +1,153 @@
+"""The head's row pass in plain torch, for CPUs, float64 and whatever has no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compact_kernels import weighting as weighting_module
+from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.planner import Chunk
+from compact_kernels.head.rows import Answers, RowStatistics
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import TokenStatistics
+from compact_kernels.weighting import Decision, Weighting
+
+
+def statistics(
+    x: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    answers: Answers | None,
+    ignore_index: int,
+    buffer: Tensor | None = None,
+) -> RowStatistics:
+    """Statistics of the rows x (n, D); with a `buffer` (n, V), also their gradient rows, (p − e_target)∘slope."""
+    z = head(x)  # (n, V)
+    counted = targets != ignore_index
+    column = targets.where(counted, 0)[:, None]
+    top = z.amax(-1, keepdim=True)
+    lse = (z - top).exp_().sum(-1, keepdim=True).log_().add_(top)
+    logp = z - lse
+    logprob = logp.gather(1, column).squeeze(1)
+    if answers is None:
+        evidence = torch.zeros_like(logprob)
+    else:
+        ids, asked = padded_answers(answers)
+        asked = asked[answers.owner]
+        evidence = logp.gather(1, ids[answers.owner]).where(asked, 0.0).sum(-1) / asked.sum(-1).clamp_min(1)
+    p = logp.exp()
+    entropy = torch.special.entr(p).sum(-1)
+    p.scatter_(1, column, 0.0)  # the others: p_target − 1 = −Σ of them, without cancellation for confident tokens
+    others = p.sum(-1)
+    grad_norm = (others.square() + p.square().sum(-1)).sqrt()
+    # log p of a confident token is −log1p of what the others weigh against it.
+    logprob = torch.where(others < 0.5, torch.log1p(-others.clamp_max(0.5)), logprob)
+    if buffer is not None:
+        p.scatter_(1, column, -others[:, None])
+        if head.softcap is not None:
+            p *= 1 - (z * head.temperature / head.softcap).square()
+        buffer.copy_(p)
+    return RowStatistics(
+        logprob=logprob.where(counted, 0.0),
+        entropy=entropy,
+        evidence=evidence,
+        grad_norm=grad_norm.where(counted, 0.0),
+        lse=lse.squeeze(1),
+        others=others,
+        inverse_sum=counted.to(others.dtype),
+        total=torch.ones_like(others),
+        target_mass=1 - others,
+    )
+
+
+def gradient_block(
+    x: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    rows: RowStatistics,
+    slope: Tensor,
+    curve: Tensor | None,
+    target_gradient: Tensor,
+    first_column: int,
+    block: Tensor,
+) -> None:
+    """Fill `block` (n, width): columns first_column … of p·(slope + curve·z), its target's entry being given."""
+    width = block.shape[1]
+    columns = slice(first_column, first_column + width)
+    bias = None if head.bias is None else head.bias[columns]
+    z = LinearHead(head.weight[columns], bias, head.logit_scale, head.softcap, head.temperature)(x)
+    gradient = (z - rows.lse[:, None]).exp_()
+    factor = slope[:, None]
+    if curve is not None:
+        factor = factor + curve[:, None] * z.clamp_min(torch.finfo(z.dtype).min)
+    gradient *= factor
+    if head.softcap is not None:
+        gradient *= 1 - (z * head.temperature / head.softcap).square()
+    block.copy_(gradient)
+    column = targets - first_column
+    here = (column >= 0) & (column < width)
+    column = column.where(here, 0)[:, None]
+    value = target_gradient[:, None].to(block.dtype).where(here[:, None], block.gather(1, column))
+    block.scatter_(1, column, value)
+
+
+def scale_rows(
+    source: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    constant: float,
+    out: Tensor,
+    place: Tensor | None = None,
+) -> Tensor:
+    """out[place[i]] = source[i]·first[i]·second[i]·constant, rounded once to out's dtype."""
+    factor = first * constant if second is None else first * second * constant
+    scaled = (source * factor[:, None]).to(out.dtype)
+    return out.copy_(scaled) if place is None else out.index_copy_(0, place, scaled)
+
+
+def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """source·factor in `dtype`; in place if source has it."""
+    return source.mul_(factor) if source.dtype == dtype else (source * factor).to(dtype)
+
+
+def padded_answers(answers: Answers) -> tuple[Tensor, Tensor]:
+    """Answer ids as a matrix (S, m), and which of its entries exist."""
+    counts = answers.cu_ids.diff()
+    slot = torch.arange(answers.most, device=counts.device)
+    asked = slot < counts[:, None]
+    place = (answers.cu_ids[:-1].long()[:, None] + slot).clamp_max(answers.ids.numel() - 1)
+    return answers.ids[place], asked
+
+
+def decide(
+    chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting, out: Decision
+) -> None:
+    """Write the decision about the chunk's questions into that of the batch."""
+    part = ragged.questions(chunk.first_question, chunk.last_question)
+    rationales = slice(*ragged.host.cu_questions[[chunk.first_question, chunk.last_question]].tolist())
+    rows = chunk.rows
+    own = replace(
+        weighting,
+        weights=None if weighting.weights is None else weighting.weights[rationales],
+        consensus=None if weighting.consensus is None else weighting.consensus[rationales],
+        difficulty_reference=None
+        if weighting.difficulty_reference is None
+        else weighting.difficulty_reference[rationales],
+    )
+    decision, _ = weighting_module.decide(TokenStatistics(*(t[rows] for t in tokens)), targets[rows], part, own)
+    for whole, piece in zip(out[:4], decision[:4]):
+        whole[rationales] = piece
+    out.row_weight[rows] = decision.row_weight
+
+
+def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting) -> Decision:
+    """The decision for the whole batch at once."""
+    return weighting_module.decide(tokens, targets, ragged, weighting)[0]
+
+
+def folds_divergence(head: LinearHead) -> bool:
+    """Whether the weighted pass can take the answers' divergence along: not here."""
+    return False

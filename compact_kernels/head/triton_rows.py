@@ -1,0 +1,253 @@
+"""The head's row pass on a GPU: launches :mod:`compact_kernels.head.kernels`."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from compact_kernels import rule_triton
+from compact_kernels import weighting as weighting_module
+from compact_kernels.head import kernels
+from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.planner import Chunk
+from compact_kernels.head.rows import Answers, RowStatistics
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import CompatibilityRule, TokenStatistics
+from compact_kernels.weighting import Decision, Weighting
+
+LN2 = math.log(2.0)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Tiles(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@lru_cache
+def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
+    """Tile shapes by measurement on an H100, by what fits the shared memory elsewhere."""
+    if _INTERPRETED:
+        return _Tiles(32, 64, 32, 4, 1)
+    if dtype == torch.float32:
+        return _Tiles(64, 64, 32, 4, 2)
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return _Tiles(128, 256, 64, 8, 3) if shared >= 200_000 else _Tiles(128, 128, 32, 8, 3)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return 4 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def statistics(
+    x: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    answers: Answers | None,
+    ignore_index: int,
+    buffer: Tensor | None = None,
+) -> RowStatistics:
+    """Statistics of the rows x (n, D); with a `buffer` (n, V), also their unscaled gradient rows.
+
+    Nothing waits for the device. A target out of range gives NaN.
+    """
+    n, vocabulary = x.shape[0], head.vocabulary
+    result = RowStatistics(*x.new_empty((9, n), dtype=torch.float32).unbind())
+    if n == 0:
+        return result
+    tiles = _tiles(x.dtype, x.device)
+    parts = triton.cdiv(vocabulary, tiles.n // 2)
+    sums = x.new_empty((3, parts, n), dtype=torch.float32)
+    unsafe = torch.zeros((), dtype=torch.int32, device=x.device)
+    z, pivot, slope, probed = x.new_empty((4, n), dtype=torch.float32).unbind()
+    columns = torch.empty_like(targets)
+    inner, outer = head.base2
+    softcap, has_bias = head.softcap is not None, head.bias is not None
+    has_answers = answers is not None and answers.ids.numel() > 0
+    owner, cu_answers = (answers.owner, answers.cu_ids) if answers is not None else (targets, targets)
+    kernels.probe_kernel[(n,)](
+        x, head.weight, head.bias, targets, owner, answers.ids if answers is not None else targets, cu_answers,
+        columns, z, pivot, slope, probed, vocabulary, x.shape[1], ignore_index, x.stride(0), head.weight.stride(0),
+        inner, outer, SOFTCAP=softcap, HAS_BIAS=has_bias, HAS_ANSWERS=has_answers,
+        BLOCK_D=min(1024, triton.next_power_of_2(x.shape[1])), num_warps=4,
+    )  # fmt: skip
+    operands = _operands(x, head.weight, buffer, tiles)
+    mode = kernels.STATISTICS if buffer is None else kernels.EXPONENTIALS
+
+    def product(mode: Any, only_if_unsafe: bool) -> None:
+        _product(operands, head, columns, pivot, None, None, sums, unsafe, n, 0, vocabulary, mode, only_if_unsafe)
+
+    def finish(only_if_unsafe: bool) -> None:
+        kernels.finish_kernel[(triton.cdiv(n, 32),)](
+            sums, targets, columns, z, slope, pivot, probed, owner, cu_answers, *result, buffer, unsafe, n, parts, buffer.stride(0) if buffer is not None else 0,
+            ignore_index, ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=softcap, STORED=buffer is not None,
+            HAS_ANSWERS=has_answers, ROWS=32, PARTS=32, num_warps=4,
+        )  # fmt: skip
+
+    product(mode, False)
+    finish(False)
+    # Rows out of float32's range are done again with their maximum as pivot; without any, these return at once.
+    product(kernels.MAXIMUM, True)
+    kernels.pivot_kernel[(triton.cdiv(n, 32),)](sums, pivot, result.inverse_sum, unsafe, n, parts, ROWS=32, PARTS=32)
+    product(mode, True)
+    finish(True)
+    return result
+
+
+def gradient_block(
+    x: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    rows: RowStatistics,
+    slope: Tensor,
+    curve: Tensor | None,
+    target_gradient: Tensor,
+    first_column: int,
+    block: Tensor,
+) -> None:
+    """Fill `block` (n, width): columns first_column … of p·(slope + curve·z), its target's entry being given.
+
+    slope, curve, target_gradient: (n,) float32; a row whose target is ignored has no entry of its own.
+    """
+    n, width = block.shape
+    if n == 0:
+        return
+    tiles = _tiles(x.dtype, x.device)
+    operands = _operands(x, head.weight, block, tiles)
+    curve = None if curve is None else curve * LN2
+    _product(
+        operands, head, targets, rows.lse / LN2, slope, curve, None, None, n, first_column, width,
+        kernels.GRADIENT, False,
+    )  # fmt: skip
+    kernels.target_kernel[(triton.cdiv(n, 128),)](
+        block, targets, target_gradient, n, first_column, width, block.stride(0), ROWS=128
+    )
+
+
+def scale_rows(
+    source: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    constant: float,
+    out: Tensor,
+    place: Tensor | None = None,
+) -> Tensor:
+    """out[place[i]] = source[i]·first[i]·second[i]·constant, rounded once to out's dtype."""
+    n, dim = source.shape
+    if n:
+        kernels.scale_rows_kernel[(n,)](
+            source, first, second, place, out, dim, source.stride(0), out.stride(0), constant,
+            HAS_SECOND=second is not None, SCATTER=place is not None, BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        )  # fmt: skip
+    return out
+
+
+def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """source·factor in `dtype`; in place, and for nothing where the factor is 1, if source has that dtype."""
+    out = source if source.dtype == dtype else torch.empty_like(source, dtype=dtype)
+    count = source.numel()
+    if count:
+        kernels.rescale_kernel[(triton.cdiv(count, 4096),)](
+            source, factor, out, count, SAME=out is source, BLOCK=4096, num_warps=8
+        )
+    return out
+
+
+def _operands(x: Tensor, weight: Tensor, out: Tensor | None, tiles: _Tiles) -> tuple[Any, Any, Any]:
+    x, weight = _aligned(x), _aligned(weight)
+    descriptors = [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [tiles.m, tiles.k]),
+        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [tiles.n, tiles.k]),
+    ]
+    if out is None:
+        return descriptors[0], descriptors[1], descriptors[0]
+    return (*descriptors, TensorDescriptor(out, list(out.shape), list(out.stride()), [tiles.m, tiles.n // 2]))
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix itself, or a copy that the GPU's tile loads can address: rows of contiguous, 16-byte aligned memory."""
+    size = matrix.element_size()
+    if matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    rows, dim = matrix.shape
+    copy = matrix.new_zeros(rows, -(-dim * size // 16) * 16 // size)[:, :dim]
+    return copy.copy_(matrix)
+
+
+def _product(
+    operands: tuple[Any, Any, Any],
+    head: LinearHead,
+    columns: Tensor,
+    pivot: Tensor,
+    slope: Tensor | None,
+    curve: Tensor | None,
+    sums: Tensor | None,
+    unsafe: Tensor | None,
+    n: int,
+    first_column: int,
+    width: int,
+    mode: Any,
+    only_if_unsafe: bool,
+) -> None:
+    x, weight, out = operands
+    tiles = _tiles(x.base.dtype, x.base.device)
+    programs = _multiprocessors(x.base.device)
+    count = triton.cdiv(n, tiles.m) * triton.cdiv(width, tiles.n)
+    inner, outer = head.base2
+    kernels.logits_kernel[(min(programs, count),)](
+        x, weight, out, head.bias, columns, pivot, slope, curve, sums, unsafe,
+        n, x.shape[1], head.vocabulary, first_column, width, inner, outer,
+        MODE=mode.value, ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=head.softcap is not None,
+        HAS_BIAS=head.bias is not None, HAS_CURVE=curve is not None,
+        BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16, PROGRAMS=programs, SUBTILES=2,
+        FLATTEN=not only_if_unsafe, SPECIALIZE=False, UPCAST=_INTERPRETED or x.base.dtype == torch.float32,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def decide(
+    chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting, out: Decision
+) -> None:
+    """Write the decision about the chunk's questions into that of the batch, in one launch."""
+    rule_triton.decide(
+        chunk.first_question,
+        chunk.last_question,
+        ragged,
+        tokens.logprob,
+        tokens.evidence,
+        targets,
+        rule=weighting.rule if isinstance(weighting.rule, CompatibilityRule) else None,
+        options=weighting.adaptability,
+        consensus=weighting.consensus,
+        difficulty_reference=weighting.difficulty_reference,
+        normalizer=weighting.normalizer,
+        divide_by_targets=weighting.divide_by_targets,
+        ignore_index=weighting.ignore_index,
+        weights=weighting.weights,
+        out=out,
+    )
+
+
+def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting) -> Decision:
+    """The decision for the whole batch at once; a rule of one's own runs in plain torch."""
+    if not weighting.by_question:
+        return weighting_module.decide(tokens, targets, ragged, weighting)[0]
+    out = Decision.empty(ragged)
+    decide(Chunk(0, ragged.num_rows, 0, ragged.num_questions), tokens, targets, ragged, weighting, out)
+    return out
+
+
+def folds_divergence(head: LinearHead) -> bool:
+    """Whether the weighted pass can take the answers' divergence along: stored rows must be probabilities."""
+    return False

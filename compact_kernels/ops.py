@@ -1,0 +1,214 @@
+"""The public ops of the head: one signature each, whatever computes them.
+
+The shapes: T packed tokens, N scored rows, S rationales, Q questions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compact_kernels import arguments, reference
+from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.passes import product_dtype, token_logprobs, weighted_loss
+from compact_kernels.ragged import Ragged
+from compact_kernels.reference import answer_divergence
+from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
+from compact_kernels.weighting import Decision, Weighting, decide, normalizers
+
+DEFAULT_WORKSPACE_MIB = 512
+Implementation = Literal["auto", "reference"]
+
+
+class CompatibilityOutput(NamedTuple):
+    """What one weighted pass of the head gives. Everything but `loss` is detached."""
+
+    loss: Tensor  # () the normalised, weighted loss: differentiable
+    alpha: Tensor  # (S,) the weights that were applied
+    sft: Tensor  # () the share of `loss` that is Σ α L_SFT
+    divergence: Tensor  # () Σ_q Σ_k α_k L_MCon,k, normalised like `loss`, without λ
+    statistics: Statistics
+
+
+def compatibility_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    ragged: Ragged,
+    *,
+    rule: Callable[[Statistics], Tensor] | None = None,
+    weights: Tensor | None = None,
+    consensus: Tensor | None = None,
+    difficulty_reference: Tensor | None = None,
+    adaptability: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
+    divergence: Literal["kl", "jsd"] = "kl",
+    divergence_weight: float = 0.0,
+    sft_reduction: Literal["mean", "sum", "token"] = "mean",
+    normalizer: float | Tensor | None = None,
+    divergence_normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    workspace_mib: int = DEFAULT_WORKSPACE_MIB,
+    implementation: Implementation = "auto",
+) -> CompatibilityOutput:
+    """The weighted loss of a batch, its weights decided by its own statistics (method eq. 2–11).
+
+    Args:
+        hidden: final hidden states of the packed batch. (T, D)
+        head_weight: the lm head. (V, D)
+        targets: the id that each position is to predict (labels shifted by one), `ignore_index` where none. (T,)
+        ragged: the batch's shape; only its scored rows are looked at.
+        rule: statistics → α (S,), non-negative; default :class:`CompatibilityRule`. Called without gradient.
+        weights: α given beforehand, in place of a rule. (S,)
+        consensus: S_cons from :func:`question_consensus`. (S,) Needed where the rule weighs it.
+        difficulty_reference: the loss of each rationale without its question; difficulty becomes the IFD ratio. (S,)
+        divergence, divergence_weight: L_MCon's kind and λ (eq. 9–10); 0 leaves it out.
+        sft_reduction: what one scored row of rationale k weighs: "mean" α/T_k, "sum" α (both times `normalizer`,
+            R/Q), "token" α (times R/N, N = Σ_q (1/K_q) Σ_k T_k).
+        normalizer: R/Q (mean, sum) or R/N (token) over the whole accumulation window and all ranks (method §3);
+            default: this batch alone.
+        divergence_normalizer: R/Q for the divergence; default: `normalizer`, or this batch's 1/Q under "token".
+        bias, logit_scale, softcap, temperature: logits are softcap·tanh(scale·(h Wᵀ + b)/softcap)/temperature.
+        workspace_mib: size of the logits that may exist at once. A head that trains also needs V·D float32 numbers
+            for its gradient unless all rows fit at once.
+        implementation: "auto" is Triton on GPUs and chunked torch on CPUs; "reference" is the definition, for tests.
+
+    Returns:
+        :class:`CompatibilityOutput`. A batch without a scored row has loss 0 and zero gradients.
+
+    Raises:
+        ValueError: naming the argument and the sizes that do not fit.
+    """
+    weighting_rule = arguments.check_loss(
+        rule, weights, consensus, difficulty_reference, sft_reduction, divergence, ragged
+    )
+    arguments.check_packed(hidden, ragged)
+    arguments.check_head(hidden, head_weight, bias)
+    arguments.check_targets(targets, ragged)
+    head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    row_targets = targets.reshape(-1).index_select(0, ragged.rows)
+    dtype = torch.promote_types(product_dtype(hidden, head_weight), torch.float32)
+    first, second = normalizers(
+        row_targets, ragged, sft_reduction, normalizer, divergence_normalizer, divergence_weight, ignore_index, dtype
+    )
+    weighting = Weighting(
+        rule=weighting_rule,
+        weights=weights,
+        consensus=consensus,
+        difficulty_reference=difficulty_reference,
+        adaptability=adaptability,
+        divergence=divergence,
+        divergence_weight=divergence_weight,
+        divide_by_targets=sft_reduction == "mean",
+        normalizer=first,
+        divergence_normalizer=second,
+        ignore_index=ignore_index,
+    )
+    if implementation == "reference":
+        logprob, tokens = reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)
+        decision, statistics = decide(tokens, row_targets, ragged, weighting)
+        loss = -(decision.row_weight * logprob).sum()
+        sft, mixed = loss.detach(), None
+    else:
+        loss, sft, mixed, decision, tokens = weighted_loss(hidden, head, row_targets, ragged, weighting, workspace_mib)
+        statistics = _statistics(ragged, tokens, decision, weighting)
+    if divergence_weight and mixed is None:  # not part of the pass
+        per_question = answer_divergence(
+            hidden,
+            head_weight,
+            ragged,
+            decision.alpha,
+            kind=divergence,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+        value = per_question.sum() * second
+        loss, mixed = loss + divergence_weight * value, value.detach()
+    mixed = torch.zeros_like(sft) if mixed is None else mixed
+    return CompatibilityOutput(loss, decision.alpha, sft, mixed, statistics)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    ragged: Ragged,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    workspace_mib: int = DEFAULT_WORKSPACE_MIB,
+    implementation: Implementation = "auto",
+) -> TokenStatistics:
+    """Log-prob, entropy, answer evidence (eq. 2) and logit-gradient norm of every scored row, without gradients.
+
+    Arguments as in :func:`compatibility_loss`; each statistic is (N,).
+    """
+    arguments.check_packed(hidden, ragged)
+    arguments.check_head(hidden, head_weight, bias)
+    arguments.check_targets(targets, ragged)
+    head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    row_targets = targets.reshape(-1).index_select(0, ragged.rows)
+    if implementation == "reference":
+        return reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)[1]
+    rows = hidden.index_select(0, ragged.rows)
+    return token_logprobs(rows, head, row_targets, ragged, ignore_index, workspace_mib)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    workspace_mib: int = DEFAULT_WORKSPACE_MIB,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Per-token log-probability and entropy of a linear head, both differentiable.
+
+    Args:
+        hidden: (…, D). head_weight: (V, D). targets: (…) ids, `ignore_index` where none.
+
+    Returns:
+        log p(target) and entropy, each (…) in nats; both 0 where the target is ignored.
+    """
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
+    arguments.check_head(hidden, head_weight, bias)
+    head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if implementation == "reference":
+        logprob, entropy = reference.logprob(head, flat, flat_targets, ignore_index, workspace_mib)
+    else:
+        tokens = token_logprobs(flat, head, flat_targets, None, ignore_index, workspace_mib)
+        logprob, entropy = tokens.logprob, tokens.entropy.where(flat_targets != ignore_index, 0.0)
+    return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
+
+
+def _statistics(ragged: Ragged, tokens: TokenStatistics, decision: Decision, weighting: Weighting) -> Statistics:
+    consensus = weighting.consensus
+    return Statistics(
+        ragged=ragged,
+        tokens=tokens,
+        adaptability=decision.adaptability,
+        consensus=torch.zeros_like(decision.alpha)
+        if consensus is None
+        else consensus.detach().to(decision.alpha.dtype),
+        difficulty=decision.difficulty,
+        targets_per_rationale=decision.targets_per_rationale,
+    )

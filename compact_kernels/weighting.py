@@ -1,0 +1,137 @@
+"""From a batch's token statistics to what every scored row weighs in the loss (method §3, eq. 3, 6, 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import (
+    AdaptabilityOptions,
+    CompatibilityRule,
+    Statistics,
+    TokenStatistics,
+    segment_sum,
+    sequence_adaptability,
+    sequence_of_row,
+)
+
+Reduction = Literal["mean", "sum", "token"]
+Kind = Literal["kl", "jsd"]
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Everything between the statistics of a batch and the gradient of its rows, but for the batch itself."""
+
+    rule: Callable[[Statistics], Tensor]
+    weights: Tensor | None  # (S,) α given beforehand, in place of the rule
+    consensus: Tensor | None  # (S,)
+    difficulty_reference: Tensor | None  # (S,)
+    adaptability: AdaptabilityOptions
+    divergence: Kind
+    divergence_weight: float  # λ
+    divide_by_targets: bool  # a row weighs α·normalizer/T_k, not α·normalizer
+    normalizer: Tensor  # () R/Q or R/N
+    divergence_normalizer: Tensor  # () R/Q
+    ignore_index: int
+
+    @property
+    def by_question(self) -> bool:
+        """Whether α is known to read nothing but its own question, in a form that a fused pass understands."""
+        return self.weights is not None or type(self.rule) is CompatibilityRule
+
+
+class Decision(NamedTuple):
+    """What was decided for a batch. float32 (float64 for float64 statistics)."""
+
+    alpha: Tensor  # (S,)
+    adaptability: Tensor  # (S,) S_MI, eq. 3
+    difficulty: Tensor  # (S,) S_PPL, eq. 6 (nats a token, or the IFD ratio)
+    targets_per_rationale: Tensor  # (S,) T_k
+    row_weight: Tensor  # (N,) what a row's −log p weighs in the loss
+
+    @classmethod
+    def empty(cls, ragged: Ragged, dtype: torch.dtype = torch.float32) -> Decision:
+        """Room for the decision about a batch, on its device."""
+        count = ragged.num_sequences
+        sizes = (count, count, count, count, ragged.num_rows)
+        return cls(*(torch.empty(size, dtype=dtype, device=ragged.device) for size in sizes))
+
+
+@torch.no_grad()
+def decide(
+    tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting
+) -> tuple[Decision, Statistics]:
+    """The decision for a whole batch, in plain torch.
+
+    Args:
+        targets: of the scored rows. (N,)
+    """
+    counted = segment_sum((targets != weighting.ignore_index).to(tokens.logprob.dtype), ragged.cu_rows)
+    difficulty = -segment_sum(tokens.logprob, ragged.cu_rows) / counted.clamp_min(1)
+    if weighting.difficulty_reference is not None:
+        difficulty = difficulty / weighting.difficulty_reference
+    consensus = weighting.consensus
+    statistics = Statistics(
+        ragged=ragged,
+        tokens=tokens,
+        adaptability=sequence_adaptability(tokens.evidence, ragged, weighting.adaptability),
+        consensus=torch.zeros_like(difficulty) if consensus is None else consensus.detach().to(difficulty.dtype),
+        difficulty=difficulty,
+        targets_per_rationale=counted,
+    )
+    alpha = weighting.rule(statistics) if weighting.weights is None else weighting.weights
+    if alpha.shape != difficulty.shape:
+        raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
+    alpha = alpha.detach().to(difficulty.dtype)
+    row_weight = given_row_weight(alpha, counted, ragged, weighting)
+    return Decision(alpha, statistics.adaptability, difficulty, counted, row_weight), statistics
+
+
+def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragged, weighting: Weighting) -> Tensor:
+    """What every scored row weighs, (N,), given α."""
+    weight = alpha * weighting.normalizer
+    if weighting.divide_by_targets:
+        weight = weight / targets_per_rationale.clamp_min(1)
+    return weight[sequence_of_row(ragged)]
+
+
+@torch.no_grad()
+def normalizers(
+    targets: Tensor,
+    ragged: Ragged,
+    sft_reduction: Reduction,
+    normalizer: float | Tensor | None,
+    divergence_normalizer: float | Tensor | None,
+    divergence_weight: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """R/Q or R/N, and R/Q for the divergence, () each on the device; what is not given comes from this batch."""
+    if normalizer is None:
+        per_rationale = segment_sum((targets != ignore_index).to(dtype), ragged.cu_rows)
+        per_question = segment_sum(per_rationale, ragged.cu_questions)
+        questions = 1 / (per_question > 0).sum().clamp_min(1).to(dtype)
+        if divergence_normalizer is None:
+            divergence_normalizer = questions
+        if sft_reduction == "token":
+            total = (per_question / ragged.cu_questions.diff()).sum()  # N; may be less than 1
+            normalizer = 1 / total.where(total > 0, 1.0)
+        else:
+            normalizer = questions
+    if divergence_normalizer is None:
+        if sft_reduction == "token" and divergence_weight:
+            raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
+        divergence_normalizer = normalizer
+    first, second = (
+        value.detach().to(device=targets.device, dtype=dtype)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=dtype, device=targets.device)
+        for value in (normalizer, divergence_normalizer)
+    )
+    return first, second
