@@ -137,6 +137,7 @@ def compatibility_loss(
     return CompatibilityOutput(loss, decision.alpha, sft, mixed, statistics)
 
 
+@torch.no_grad()
 def linear_token_stats(
     hidden: Tensor,
     head_weight: Tensor,

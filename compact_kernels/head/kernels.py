@@ -20,7 +20,7 @@ import triton.language as tl
 
 STATISTICS = tl.constexpr(0)  # sums of every (row, tile); nothing is stored
 EXPONENTIALS = tl.constexpr(1)  # the same, and E is stored
-GRADIENT = tl.constexpr(2)  # p·(a + b·z₂) is stored, given each row's log-sum-exp
+GRADIENT = tl.constexpr(2)  # E·(a + b·u₂) is stored, u₂ = z₂ − pivot
 MAXIMUM = tl.constexpr(3)  # the largest z₂ of every (row, tile)
 
 SAFE_SUM = tl.constexpr(1e19)  # ΣE above it: E² could overflow
@@ -44,7 +44,7 @@ def logits_kernel(
     out_desc,  # (num_rows, width)
     bias_ptr,  # (V,)
     column_ptr,  # (num_rows,) int64  the target's column, left out of the sums
-    pivot_ptr,  # (num_rows,) float32  z₂ of the pivot; of log-sum-exp in mode GRADIENT
+    pivot_ptr,  # (num_rows,) float32  z₂ of the pivot
     slope_ptr,  # (num_rows,) float32  a    (GRADIENT)
     curve_ptr,  # (num_rows,) float32  b    (GRADIENT)
     sums_ptr,  # (3, tiles, num_rows) float32
@@ -139,12 +139,11 @@ def _epilogue(
         z = tl.where((columns < width)[None, :], z, -float("inf"))
         tl.store(sums_ptr + part.to(tl.int64) * num_rows + rows, tl.max(z, 1), mask=inside)
     elif MODE == GRADIENT:
+        u = z - pivot[:, None]
         factor = tl.load(slope_ptr + rows, mask=in_rows, other=0.0)[:, None]
-        p = tl.exp2(z - pivot[:, None])
-        if HAS_CURVE:
-            # p·z is 0 for a forbidden token, whose logit is −∞.
-            factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(z, -3.0e38)
-        out_desc.store([row0, column0], (p * factor * slope).to(out_desc.dtype))
+        if HAS_CURVE:  # E·u is 0 for a forbidden token, whose logit is −∞
+            factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(u, -3.0e38)
+        out_desc.store([row0, column0], (tl.exp2(u) * factor * slope).to(out_desc.dtype))
     else:
         u = z - pivot[:, None]
         target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - first_column - column0).to(tl.int32)
@@ -280,11 +279,12 @@ def finish_kernel(
     entropy_ptr,
     evidence_ptr,
     norm_ptr,  # ‖p − e_target‖
-    lse_ptr,  # log Σ exp z, nats
     others_ptr,  # Σ_{v≠target} p
     inverse_ptr,  # 1/ΣE, which makes a stored row p − e_target; 0 for an ignored target; −1 marks a row to do again
+    final_pivot_ptr,
     total_ptr,  # ΣE
     mass_ptr,  # what the target's column of E would hold
+    target_slope_ptr,
     rows_ptr,  # the stored rows of E, row stride `stride`
     unsafe_ptr,
     num_rows,
@@ -328,14 +328,17 @@ def finish_kernel(
     # Relative to the pivot, z is 0 at the pivot and `own` at the target.
     entropy = log_total - (t + mass * own) * 0.6931471805599453 / total
     norm = tl.sqrt(others * others + q / total / total)
-    lse = pivot * 0.6931471805599453 + log_total
     tl.store(logprob_ptr + rows, tl.where(counted, logprob, 0.0), mask=inside)
     tl.store(entropy_ptr + rows, entropy, mask=inside)
     tl.store(norm_ptr + rows, tl.where(counted, norm, 0.0), mask=inside)
-    tl.store(lse_ptr + rows, lse, mask=inside)
     tl.store(others_ptr + rows, others, mask=inside)
     tl.store(total_ptr + rows, total, mask=inside)
     tl.store(mass_ptr + rows, mass, mask=inside)
+    tl.store(final_pivot_ptr + rows, pivot, mask=inside)
+    slope = tl.full((ROWS,), 1.0, dtype=tl.float32)
+    if SOFTCAP:
+        slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
+    tl.store(target_slope_ptr + rows, slope, mask=inside)
     evidence = tl.zeros((ROWS,), dtype=tl.float32)
     if HAS_ANSWERS:
         owner = tl.load(owner_ptr + rows, mask=inside, other=0)
@@ -352,9 +355,6 @@ def finish_kernel(
             tl.store(unsafe_ptr, 1)
     tl.store(inverse_ptr + rows, tl.where(unsafe, -1.0, tl.where(counted, 1.0 / total, 0.0)), mask=inside)
     if STORED:
-        slope = 1.0
-        if SOFTCAP:
-            slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
         place = rows_ptr + rows.to(tl.int64) * stride + tl.load(column_ptr + rows, mask=inside, other=0)
         tl.store(place, (-s * slope).to(rows_ptr.dtype.element_ty), mask=inside)
 

@@ -38,11 +38,12 @@ class RowStatistics(NamedTuple):
     entropy: Tensor  # nats
     evidence: Tensor  # nats; 0 where the rationale has no answer
     grad_norm: Tensor  # ‖p − e_target‖; 0 where the target is ignored
-    lse: Tensor  # log Σ exp z, nats
     others: Tensor  # 1 − p(target), without cancellation
     inverse_sum: Tensor  # the factor that makes a stored row (p − e_target) ∘ the softcap's slope; 0 where ignored
-    total: Tensor  # 1 / inverse_sum, for ignored targets too
-    target_mass: Tensor  # what the target's column would hold if the stored row were p·total
+    pivot: Tensor  # the logit that exponentials are relative to, in the backend's own unit
+    total: Tensor  # Σ exp(z − pivot)
+    target_mass: Tensor  # exp(z_target − pivot), which the target's column of a stored row does not hold
+    target_slope: Tensor  # the softcap's slope at the target; 1 without
 
 
 def row_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:

@@ -67,23 +67,22 @@ class TokenPass:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of Σ logprob·logprob_gradient + entropy·entropy_gradient.
 
-        ∂/∂z_v = g·(1[v = y] − p_v) − h·p_v (log p_v + H) = p_v (a + b z_v) + g·1[v = y].
+        ∂/∂z_v = g·(1[v = y] − p_v) − h·p_v (log p_v + H), and log p = u − log ΣE with u = z − pivot, p = exp(u)/ΣE:
+        exp(u)·(a + b·u) with two numbers a row, but for the target's entry, which g·(1 − p) would cancel in.
         """
         head, x_d = self._head(weight, bias), x.to(self.dtype)
         backend = backend_for(x, self.dtype)
         counted = self.targets != self.ignore_index
-        zeros = torch.zeros_like(rows.lse)
+        zeros = torch.zeros_like(rows.total)
         g = zeros if logprob_gradient is None else logprob_gradient.to(zeros.dtype).where(counted, 0.0)
-        h = None if entropy_gradient is None else entropy_gradient.to(zeros.dtype)
-        slope, target_gradient = -g, g * rows.others
-        if h is not None:
-            slope = slope - h * (rows.entropy - rows.lse)
-            target_gradient = target_gradient - h * (1 - rows.others) * (rows.logprob + rows.entropy)
-        if head.softcap is not None:
-            z = (rows.logprob + rows.lse) * head.temperature / head.softcap
-            target_gradient = target_gradient * (1 - z.square())
-        slope, target_gradient = slope * head.slope, target_gradient * head.slope
-        curve = None if h is None else -h * head.slope
+        slope, curve, at_target = -g, None, g * rows.others
+        if entropy_gradient is not None:
+            h = entropy_gradient.to(zeros.dtype)
+            slope = slope - h * (rows.entropy - rows.total.log())
+            curve = -h / rows.total * head.slope
+            at_target = at_target - h * (1 - rows.others) * (rows.logprob + rows.entropy)
+        slope = slope / rows.total * head.slope
+        at_target = at_target * rows.target_slope * head.slope
 
         wants_x, wants_weight, wants_bias = wanted
         sum_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -95,7 +94,7 @@ class TokenPass:
         buffer = row_buffer(x.shape[0], blocks[0][1] - blocks[0][0], x_d) if blocks else None
         for first, last in blocks:
             block = buffer[:, : last - first]
-            backend.gradient_block(x_d, head, self.targets, rows, slope, curve, target_gradient, first, block)
+            backend.gradient_block(x_d, head, self.targets, rows, slope, curve, at_target, first, block)
             if grad_x is not None:
                 product(block, head.weight[first:last], out=grad_x, accumulate=True)
             if grad_weight is not None:

@@ -28,9 +28,10 @@ def statistics(
     z = head(x)  # (n, V)
     counted = targets != ignore_index
     column = targets.where(counted, 0)[:, None]
-    top = z.amax(-1, keepdim=True)
-    lse = (z - top).exp_().sum(-1, keepdim=True).log_().add_(top)
-    logp = z - lse
+    pivot = z.amax(-1, keepdim=True)
+    u = z - pivot  # z − log-sum-exp would round at the size of the logits
+    total = u.exp().sum(-1, keepdim=True)
+    logp = u - total.log()
     logprob = logp.gather(1, column).squeeze(1)
     if answers is None:
         evidence = torch.zeros_like(logprob)
@@ -48,18 +49,19 @@ def statistics(
     if buffer is not None:
         p.scatter_(1, column, -others[:, None])
         if head.softcap is not None:
-            p *= 1 - (z * head.temperature / head.softcap).square()
+            p *= _capped_slope(z, head)
         buffer.copy_(p)
     return RowStatistics(
         logprob=logprob.where(counted, 0.0),
         entropy=entropy,
         evidence=evidence,
         grad_norm=grad_norm.where(counted, 0.0),
-        lse=lse.squeeze(1),
         others=others,
         inverse_sum=counted.to(others.dtype),
-        total=torch.ones_like(others),
-        target_mass=1 - others,
+        pivot=pivot.squeeze(1),
+        total=total.squeeze(1),
+        target_mass=(1 - others) * total.squeeze(1),
+        target_slope=_capped_slope(z.gather(1, column).squeeze(1), head),
     )
 
 
@@ -74,18 +76,19 @@ def gradient_block(
     first_column: int,
     block: Tensor,
 ) -> None:
-    """Fill `block` (n, width): columns first_column … of p·(slope + curve·z), its target's entry being given."""
+    """Fill `block` (n, width), columns first_column … : exp(u)·(slope + curve·u), u = z − pivot; the target's entry is given."""
     width = block.shape[1]
     columns = slice(first_column, first_column + width)
     bias = None if head.bias is None else head.bias[columns]
     z = LinearHead(head.weight[columns], bias, head.logit_scale, head.softcap, head.temperature)(x)
-    gradient = (z - rows.lse[:, None]).exp_()
+    u = z - rows.pivot[:, None]
+    gradient = u.exp()
     factor = slope[:, None]
     if curve is not None:
-        factor = factor + curve[:, None] * z.clamp_min(torch.finfo(z.dtype).min)
+        factor = factor + curve[:, None] * u.clamp_min(torch.finfo(z.dtype).min)
     gradient *= factor
     if head.softcap is not None:
-        gradient *= 1 - (z * head.temperature / head.softcap).square()
+        gradient *= _capped_slope(z, head)
     block.copy_(gradient)
     column = targets - first_column
     here = (column >= 0) & (column < width)
@@ -111,6 +114,13 @@ def scale_rows(
 def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """source·factor in `dtype`; in place if source has it."""
     return source.mul_(factor) if source.dtype == dtype else (source * factor).to(dtype)
+
+
+def _capped_slope(z: Tensor, head: LinearHead) -> Tensor:
+    """1 − tanh², the softcap's own part of dz/draw."""
+    if head.softcap is None:
+        return torch.ones_like(z)
+    return 1 - (z * head.temperature / head.softcap).square()
 
 
 def padded_answers(answers: Answers) -> tuple[Tensor, Tensor]:

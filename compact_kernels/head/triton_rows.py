@@ -63,7 +63,7 @@ def statistics(
     Nothing waits for the device. A target out of range gives NaN.
     """
     n, vocabulary = x.shape[0], head.vocabulary
-    result = RowStatistics(*x.new_empty((9, n), dtype=torch.float32).unbind())
+    result = RowStatistics(*x.new_empty((10, n), dtype=torch.float32).unbind())
     if n == 0:
         return result
     tiles = _tiles(x.dtype, x.device)
@@ -116,7 +116,7 @@ def gradient_block(
     first_column: int,
     block: Tensor,
 ) -> None:
-    """Fill `block` (n, width): columns first_column … of p·(slope + curve·z), its target's entry being given.
+    """Fill `block` (n, width), columns first_column … : exp(u)·(slope + curve·u), u = z − pivot; the target's entry is given.
 
     slope, curve, target_gradient: (n,) float32; a row whose target is ignored has no entry of its own.
     """
@@ -127,7 +127,7 @@ def gradient_block(
     operands = _operands(x, head.weight, block, tiles)
     curve = None if curve is None else curve * LN2
     _product(
-        operands, head, targets, rows.lse / LN2, slope, curve, None, None, n, first_column, width,
+        operands, head, targets, rows.pivot, slope, curve, None, None, n, first_column, width,
         kernels.GRADIENT, False,
     )  # fmt: skip
     kernels.target_kernel[(triton.cdiv(n, 128),)](

@@ -100,7 +100,7 @@ class WeightedPass:
         sft = -(decision.row_weight * tokens.logprob).sum()
         mixed = divergence.sum() * weighting.divergence_normalizer
         return Result(
-            loss=sft + weighting.divergence_weight * mixed if self.folded else sft,
+            loss=sft + weighting.divergence_weight * mixed if self.folded else sft.clone(),
             sft=sft,
             divergence=mixed,
             decision=decision,
