@@ -7,13 +7,14 @@ import datetime
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # students are random: nothing is to be fetched
 
 from bench import measure, page, records, steps  # noqa: E402  after the environment
 from bench.shapes import TINY, device, scale  # noqa: E402
-from bench.timing import free_memory, one_line  # noqa: E402
+from bench.timing import free_memory, one_line, synchronize  # noqa: E402
 from bench.works import WORKS  # noqa: E402
 
 ALL = (*WORKS, *steps.STEPS)
@@ -24,7 +25,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--works", nargs="+", choices=ALL, default=list(ALL), metavar="WORK", help=", ".join(ALL))
     parser.add_argument("--heads", nargs="+", default=[], metavar="VxD", help="default: all; steps have their own")
     parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help="default: all of each work")
-    parser.add_argument("--rounds", type=int, default=20, help="timed rounds; fewer where one takes over 200 ms")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds; fewer where a case would take long")
     parser.add_argument("--out", type=Path, default=records.RESULTS, metavar="FOLDER")
     parser.add_argument("--merge", action="store_true", help="add to the folder's results, replacing the same cases")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that would end after this")
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
     }
     say(f"{common['device']}, {common['versions']}, commit {common['commit']}")
     fresh: list[records.Record] = []
-    skipped, longest = [], 0.0
+    skipped, failed, longest = [], [], 0.0
     for work, shape in measure.cases(asked.works, asked.heads, sizes):
         elapsed = time.monotonic() - began
         if asked.budget is not None and elapsed + longest > asked.budget:
@@ -62,12 +64,12 @@ def main(argv: list[str]) -> None:
             continue
         say(f"[{elapsed:6.0f} s] {work} {shape.label}")
         try:
-            found = measure.measure(
-                work, shape, sizes, device(), contenders=asked.contenders, rounds=asked.rounds, say=say
-            )
-        except Exception as error:  # the other cases are still worth having
-            found = [{"work": work, "head": shape.label, "contender": "compact", "error": one_line(error)}]
-            say(f"    the case failed: {found[0]['error']}")
+            found = measure.measure(work, shape, sizes, device(), wanted=chosen(asked), rounds=asked.rounds, say=say)
+            synchronize()
+        except Exception as error:  # of the case, not of a contender; the other cases are still worth having
+            failed.append(f"{work} {shape.label}: {one_line(error)}")
+            say(f"    {failed[-1]}")
+            continue
         free_memory()
         longest = max(longest, time.monotonic() - began - elapsed)
         fresh += [{**record, **common} for record in found]
@@ -76,9 +78,15 @@ def main(argv: list[str]) -> None:
     page.write(everything, path)
     say(page.plain_table(fresh))
     say(page.plain_targets(fresh))
-    if skipped:
-        say(f"skipped, out of budget: {'; '.join(skipped)}")
+    for what, names in (("skipped, out of budget", skipped), ("failed", failed)):
+        if names:
+            say(f"{what}: {'; '.join(names)}")
     say(f"{time.monotonic() - began:.0f} s; {path} and {path.with_suffix('.md')}")
+
+
+def chosen(asked: argparse.Namespace) -> Callable[[str], bool]:
+    """Which contenders to run, by name."""
+    return lambda name: (not asked.contenders or name in asked.contenders) and name not in asked.without
 
 
 def say(line: str) -> None:

@@ -31,27 +31,27 @@ def measure(
     scale: Scale,
     device: torch.device,
     *,
-    contenders: Collection[str] = (),
+    wanted: Callable[[str], bool] = lambda name: True,
     rounds: int = 20,
     say: Say = print,
 ) -> list[Record]:
     """Records of one case, without what is the same in a whole run (device, versions, commit).
 
     Args:
-        contenders: names to run; empty: all.
+        wanted: whether to run the contender of this name.
     """
     if work in WORKS:
-        return _measure_head(work, shape, scale, device, contenders, rounds, say)
-    return _measure_step(work, shape, scale, device, contenders, rounds, say)
+        return _measure_head(work, shape, scale, device, wanted, rounds, say)
+    return _measure_step(work, shape, scale, device, wanted, rounds, say)
 
 
 def _measure_head(
-    work: str, shape: Shape, scale: Scale, device: torch.device, wanted: Collection[str], rounds: int, say: Say
+    work: str, shape: Shape, scale: Scale, device: torch.device, wanted: Callable[[str], bool], rounds: int, say: Say
 ) -> list[Record]:
     case = WORKS[work]
     problem = case.problem(shape, scale, device)
     say(f"    {problem.rows.shape[0]} of {problem.dense.shape[0]} rows scored, {problem.facts}")
-    chosen = [contender for contender in case.contenders if not wanted or contender.name in wanted]
+    chosen = [contender for contender in case.contenders if wanted(contender.name)]
     runners = [contender.runner(problem, scale) for contender in chosen]
     bound = floor(problem, scale, case.products)
     time_rounds([*bound.runners, bound.copy, *runners], rounds, say=say)
@@ -86,10 +86,10 @@ def _measure_head(
 
 
 def _measure_step(
-    work: str, shape: Shape, scale: Scale, device: torch.device, wanted: Collection[str], rounds: int, say: Say
+    work: str, shape: Shape, scale: Scale, device: torch.device, wanted: Callable[[str], bool], rounds: int, say: Say
 ) -> list[Record]:
     with steps.step(work, scale, device) as prepared:
-        runners = [runner for runner in steps.runners(prepared, scale) if not wanted or runner.name in wanted]
+        runners = [runner for runner in steps.runners(prepared, scale) if wanted(runner.name)]
         say(f"    {prepared.scored.numel()} of {prepared.targets.numel()} tokens scored")
         time_rounds(runners, rounds, say=say)
         records = []
@@ -105,6 +105,8 @@ def _measure_step(
             record: Record = {"work": work, "head": shape.label, "contender": runner.name}
             record |= _outcome(runner, memory) | {"floor_ms": None, "rows": prepared.scored.numel()}
             record["attention"] = steps.attention(prepared)
+            if runner.note:
+                record["note"] = runner.note
             records.append(record)
     return records
 

@@ -35,6 +35,8 @@ def write(records: Sequence[Record], path: Path) -> None:
     parts.append(
         READING.format(mean_p=" to ".join(f"{p:.2f}" for p in {mean_p[0]: 0, mean_p[-1]: 0}) if mean_p else "-")
     )
+    if not pictures.AVAILABLE:
+        parts.append("Without pictures: matplotlib is not installed.")
     promised = verdicts(records)
     if promised:
         parts += ["## Targets", _target_table(promised)]
@@ -69,19 +71,18 @@ def _provenance(records: Sequence[Record]) -> str:
 
 def _target_table(promised: Sequence[Verdict]) -> str:
     counted = [verdict.hit for verdict in promised if verdict.hit is not None]
+    left = len(promised) - len(counted)
     lines = [
-        f"{sum(counted)} of {len(counted)} hit"
-        + f", {len(promised) - len(counted)} not measured." * (None in [v.hit for v in promised]),
+        f"{sum(counted)} of {len(counted)} hit" + (f", {left} not measured." if left else "."),
         "",
-        "| work | head | target | measured | against | |",
-        "|---|---|---:|---:|---|---|",
+        "| work | head | target | measured | | against | our whole peak |",
+        "|---|---|---:|---:|---|---|---:|",
     ]
     for verdict in promised:
-        lines.append(
-            f"| {verdict.promise} | {verdict.head} | ≤ {_figure(verdict.limit, verdict.unit)} "
-            f"| {'–' if verdict.measured is None else _figure(verdict.measured, verdict.unit)} "
-            f"| {verdict.against} | {_word(verdict)} |"
-        )
+        measured = "–" if verdict.measured is None else _figure(verdict.measured, verdict.unit)
+        peak = "" if verdict.peak_mib is None else f"{verdict.peak_mib / 1024:.2f} GiB"
+        cells = [verdict.promise, verdict.head, f"≤ {_figure(verdict.limit, verdict.unit)}", measured]
+        lines.append(f"| {' | '.join([*cells, _word(verdict), verdict.against, peak])} |")
     return "\n".join(lines)
 
 

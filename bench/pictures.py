@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from bench.records import Record
 from bench.targets import MODES, is_ours
 
+AVAILABLE = importlib.util.find_spec("matplotlib") is not None
 # One look a contender, the same in every picture; ours are stars.
 COLORS = {
     "torch_eager": "#7f7f7f",
@@ -38,7 +41,7 @@ def draw(records: Sequence[Record], title: str, path: Path, *, memory: str, pane
         panel: the field of a record that says on which panel it stands.
     """
     points = [record for record in records if "error" not in record and record.get("peak_mib") is not None]
-    if not points:
+    if not points or not AVAILABLE:
         return False
     import matplotlib
 
@@ -48,7 +51,8 @@ def draw(records: Sequence[Record], title: str, path: Path, *, memory: str, pane
     panels = list(dict.fromkeys(record[panel] for record in points))
     columns = min(3 if panel == "head" else 2, len(panels))
     lines = -(-len(panels) // columns)
-    size = (4.1 * columns + 2.6, max(3.5 * lines, 0.24 * len({r["contender"] for r in points}) + 1))
+    spare = len(panels) < columns * lines  # the legend goes there, else to the right of all
+    size = (4.1 * columns + (0 if spare else 2.6), max(3.5 * lines, 0.24 * len({r["contender"] for r in points}) + 1))
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for at, axis in enumerate(axes.flat):
@@ -61,14 +65,13 @@ def draw(records: Sequence[Record], title: str, path: Path, *, memory: str, pane
         if at % columns == 0:
             axis.set_ylabel("time of a round (ms)", fontsize=9)
     order = sorted(handles, key=lambda name: (name == "floor", not name.startswith("compact"), name))
-    figure.legend(
-        [handles[name] for name in order],
-        order,
-        loc="outside right upper",
-        fontsize=8.5,
-        frameon=False,
-        labelspacing=0.9,
-    )
+    look = {"fontsize": 8.5, "frameon": False, "labelspacing": 0.8}
+    if spare:
+        axes.flat[-1].legend(
+            [handles[name] for name in order], order, loc="center", ncols=1 + len(order) // 14, **look
+        )
+    else:
+        figure.legend([handles[name] for name in order], order, loc="outside right upper", **look)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -103,20 +106,27 @@ def _panel(axis: Any, records: Sequence[Record], handles: dict[str, Any]) -> Non
 
 
 def _scale(axes: Any, which: str, values: Sequence[float], label: Callable[[float], str]) -> None:
-    """Axis x or y: logarithmic where the largest is over four times the smallest, else linear around them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    """Axis x (MiB) or y (ms): logarithmic where the largest is over four times the smallest, else linear."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     low, high = min(values), max(values)
     axis = axes.xaxis if which == "x" else axes.yaxis
     if high > 4 * low:
         axes.set(**{f"{which}scale": "log", f"{which}lim": (low / 1.5, high * 1.5)})
-        few = high < 60 * low  # decades alone would leave one label or two
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=12))
-        axis.set_minor_formatter(NullFormatter())
+        if which == "x":
+            axis.set_major_locator(FixedLocator([4.0**k for k in range(10)]))
+            axis.set_minor_locator(NullLocator())
+        else:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axis.set_minor_formatter(NullFormatter())
     else:
         margin = 0.12 * (high - low) + 0.02 * high
         axes.set(**{f"{which}lim": (low - margin, high + margin)})
-        axis.set_major_locator(MaxNLocator(5))
+        if which == "x":  # at round numbers of MiB or GiB: a power of two, of which at most five fit
+            step = 2.0 ** max(0, math.ceil(math.log2((high - low + 2 * margin) / 5)))
+            axis.set_major_locator(FixedLocator([k * step for k in range(int((high + margin) / step) + 1)]))
+        else:
+            axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
 
 
@@ -125,4 +135,4 @@ def _base(name: str) -> str:
 
 
 def _mib(value: float) -> str:
-    return f"{value / 1024:.3g} GiB" if value >= 1000 else f"{value:g} MiB"
+    return f"{value / 1024:g} GiB" if value >= 1024 else f"{value:g} MiB"

@@ -39,6 +39,8 @@ ARMS = {
     "cce": ("cce", False),
 }
 
+NOTES = {"cce": "drops nearly all of a random student's gradient, whose softmax is flat"}
+
 
 def student_of(work: str, scale: Scale) -> Student:
     return scale.students[work.split("_")[1]]
@@ -103,7 +105,8 @@ def runners(prepared: Step, scale: Scale) -> list[Runner]:
             except Exception as problem:
                 error = one_line(problem)
         for name, build in _arms(prepared, scale).items():
-            runner = Runner(name + suffix, lambda: None, before=_before(prepared, compiled), error=error)
+            note = NOTES.get(name, "")
+            runner = Runner(name + suffix, lambda: None, before=_before(prepared, compiled), note=note, error=error)
             try:
                 runner.run = build()
             except Exception as problem:  # a peer that is not installed, or not for this device

@@ -14,6 +14,7 @@ from bench.batches import Problem
 from bench.shapes import Scale
 
 Round = Callable[[], object]
+CASE_SECONDS = 25.0
 
 
 @dataclass
@@ -68,22 +69,18 @@ def attempt(runner: Runner, work: Round) -> None:
 def time_rounds(runners: list[Runner], rounds: int, warmup: int = 3, say: Callable[[str], None] = print) -> None:
     """Warm up each, then take turns: in every round each contender runs once, so that clocks drift for all alike.
 
-    Rounds are fewer where one takes long: about 20 · 200 ms a contender are enough for a median.
+    Rounds are fewer, 5 at least, where all of them would take more than `CASE_SECONDS`.
     """
     for runner in runners:
         began = time.perf_counter()
         for _ in range(warmup):
-            attempt(runner, lambda runner=runner: _timed(runner))  # type: ignore[misc]
+            attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
         say(f"    {runner.name}: warm after {time.perf_counter() - began:.1f} s{_tail(runner)}")
     alive = [runner for runner in runners if runner.error is None]
-    if not alive:
-        return
+    one_round = sum(runner.seconds[-1] for runner in alive)
     for runner in alive:
         runner.seconds.clear()
-        attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
-    each = statistics.mean([s for runner in alive for s in runner.seconds] or [0.0])
-    wanted = min(rounds, max(5, int(rounds * 0.2 / max(each, 1e-9))))
-    for _ in range(wanted - 1):
+    for _ in range(min(rounds, max(5, int(CASE_SECONDS / max(one_round, 1e-9))))):
         for runner in alive:
             attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
 
@@ -109,6 +106,7 @@ def peak_bytes(runner: Runner, *, total: bool = False) -> int | None:
     if not torch.cuda.is_available():
         return None
     runner.before()
+    gc.collect()  # what earlier contenders left in cycles is not to be freed while this one runs
     synchronize()
     before = 0 if total else torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
