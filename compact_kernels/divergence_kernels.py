@@ -59,13 +59,13 @@ def _locate(
 
 
 @triton.jit
-def _read(buffer_ptr, row, stride, pivot, column, m_k, V, HAS_PIVOT: tl.constexpr):
+def _read(buffer_ptr, row, stride, pivot, mass, column, m_k, V, HAS_PIVOT: tl.constexpr):
     """What is stored, and E: a tile (K, BLOCK) of each, in float32; 0 outside the class and the vocabulary."""
     mask = m_k[:, None] & (column < V)[None, :]
     stored = tl.load(buffer_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     e = stored
     if HAS_PIVOT:
-        e = tl.where(column[None, :] == pivot[:, None], 1.0, e)
+        e = tl.where(column[None, :] == pivot[:, None], mass[:, None], e)
     return stored, e, mask
 
 
@@ -93,6 +93,7 @@ def value_kernel(
     buffer_ptr,
     sums_ptr,
     pivots_ptr,
+    masses_ptr,
     cu_questions_ptr,
     cu_span_ptr,
     span_rows_ptr,
@@ -120,15 +121,17 @@ def value_kernel(
     alpha = tl.load(alpha_ptr + first + tl.arange(0, K), mask=m_k, other=0.0)
     sums = tl.load(sums_ptr + row, mask=m_k, other=1.0)
     total = tl.sum(alpha, 0)
-    pivot = row
+    pivot, mass = row, tl.full((K,), 1.0, dtype=tl.float32)
     if pivots_ptr is not None:
         pivot = tl.load(pivots_ptr + row, mask=m_k, other=0)
+        if masses_ptr is not None:
+            mass = tl.load(masses_ptr + row, mask=m_k, other=0.0)
     score = tl.zeros((K, BLOCK), dtype=tl.float32)
     if tl.sum(m_k.to(tl.int32), 0) > 1:  # alone, C is exactly 0
         start = tl.program_id(1) * columns
         for o_column in range(start, tl.minimum(start + columns, V), BLOCK):
             column = o_column + tl.arange(0, BLOCK)
-            stored, e, mask = _read(buffer_ptr, row, stride, pivot, column, m_k, V, pivots_ptr is not None)
+            stored, e, mask = _read(buffer_ptr, row, stride, pivot, mass, column, m_k, V, pivots_ptr is not None)
             p, t = _score(e, sums, alpha, total, JSD, K)
             score += p * t
     out = partial_ptr + tl.program_id(1).to(tl.int64) * num_spans + entry - first_span
@@ -178,6 +181,7 @@ def gradient_kernel(
     buffer_ptr,
     sums_ptr,
     pivots_ptr,
+    masses_ptr,
     cu_questions_ptr,
     cu_span_ptr,
     span_rows_ptr,
@@ -220,13 +224,15 @@ def gradient_kernel(
     if TIMES_SUM:
         gain = gain * sums
     total = tl.sum(alpha, 0)
-    pivot = row
+    pivot, mass = row, tl.full((K,), 1.0, dtype=tl.float32)
     if pivots_ptr is not None:
         pivot = tl.load(pivots_ptr + row, mask=m_k, other=0)
+        if masses_ptr is not None:
+            mass = tl.load(masses_ptr + row, mask=m_k, other=0.0)
     start = tl.program_id(1) * columns
     for o_column in range(start, tl.minimum(start + columns, V), BLOCK):
         column = o_column + tl.arange(0, BLOCK)
-        stored, e, mask = _read(buffer_ptr, row, stride, pivot, column, m_k, V, pivots_ptr is not None)
+        stored, e, mask = _read(buffer_ptr, row, stride, pivot, mass, column, m_k, V, pivots_ptr is not None)
         p, t = _score(e, sums, alpha, total, JSD, K)
         dz = p * (t - score[:, None])
         if not JSD:

@@ -30,6 +30,7 @@ def span_divergence(
     first_row: int,
     kind: Literal["kl", "jsd"],
     *,
+    masses: Tensor | None = None,
     gathered: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,8 @@ def span_divergence(
     Args:
         buffer: E, float32, bfloat16 or float16; its rows may be strided. (c, V)
         sums: S. (c,) float32
-        pivots: a column of each row where E is exactly 1 whatever is stored there; None: E is as stored. (c,) int64
+        pivots: a column of each row where what is stored is not E; None: E is as stored. (c,) int64
+        masses: E at the pivots; None: 1. (c,) float32
         alpha: (S,) float32
         first_row: the scored row (an index into `ragged.rows`) that is row 0 of `buffer`.
         gathered: the buffer holds answer rows alone, in the order of `ragged.span_rows`; `first_row` indexes those.
@@ -60,7 +62,7 @@ def span_divergence(
     partial = torch.empty((splits, last_span - first_span), dtype=torch.float32, device=buffer.device)
     if longest:
         value_kernel[(questions * longest * largest, splits)](
-            *_arguments(buffer, sums, pivots, ragged, alpha, first_question, first_row, longest, columns),
+            *_arguments(buffer, sums, pivots, masses, ragged, alpha, first_question, first_row, longest, columns),
             partial,
             first_span,
             last_span - first_span,
@@ -101,6 +103,7 @@ def add_span_gradient_(
     scores: Tensor,
     gain: Tensor,
     *,
+    masses: Tensor | None = None,
     gathered: bool = False,
     replace: bool = False,
     times_sum: bool = False,
@@ -131,7 +134,7 @@ def add_span_gradient_(
     if softcap is not None and shift is None:
         raise ValueError("softcap needs `shift`: z is shift + log E")
     gradient_kernel[((last_question - first_question) * longest * largest, splits)](
-        *_arguments(buffer, sums, pivots, ragged, alpha, first_question, first_row, longest, columns),
+        *_arguments(buffer, sums, pivots, masses, ragged, alpha, first_question, first_row, longest, columns),
         scores,
         gain,
         shift if softcap is not None else None,
@@ -166,6 +169,7 @@ def _arguments(
     buffer: Tensor,
     sums: Tensor,
     pivots: Tensor | None,
+    masses: Tensor | None,
     ragged: Ragged,
     alpha: Tensor,
     first_question: int,
@@ -177,4 +181,4 @@ def _arguments(
         raise ValueError(f"buffer has strides {buffer.stride()}; a row must be contiguous")
     shape = (ragged.cu_questions, ragged.cu_span, ragged.span_rows)
     sizes = (buffer.stride(0), buffer.shape[1], columns, first_question, first_row, longest)
-    return buffer, sums, pivots, *shape, alpha, *sizes
+    return buffer, sums, pivots, masses, *shape, alpha, *sizes

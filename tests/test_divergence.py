@@ -237,9 +237,163 @@ def test_a_buffer_may_hold_the_answer_rows_alone(kind):
 
 
 @KINDS
+def test_the_pivot_may_hold_another_mass_than_one(kind):
+    from compact_kernels.divergence_triton import add_span_gradient_, span_divergence
+
+    rows = Rows(kind, seed=7)
+    arguments = rows.arguments()
+    scale = torch.linspace(0.25, 3, len(rows.e), device=DEVICE)  # a row with another shift
+    arguments["buffer"] *= scale[:, None]
+    arguments["sums"] *= scale
+    value, scores = span_divergence(**arguments, masses=scale)
+    close(value, rows.value)
+    gain = (rows.alpha * rows.upstream).to(DEVICE)
+    add_span_gradient_(**arguments, masses=scale, scores=scores, gain=gain, replace=True)
+    close(arguments["buffer"].cpu()[rows.span()], rows.gradient[rows.span()])
+
+
+@KINDS
 def test_two_runs_agree_to_the_last_bit(kind):
     from compact_kernels.divergence_triton import span_divergence
 
     rows = Rows(kind, seed=6)
     for one, other in zip(span_divergence(**rows.arguments()), span_divergence(**rows.arguments())):
         assert torch.equal(one, other)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------
+
+
+def problem(kind: str = "plain", dtype: torch.dtype = torch.float32, width: int = 16) -> dict[str, Any]:
+    """Arguments of the op on the device; `kind` says what logits go through."""
+    generator = torch.Generator().manual_seed(width)
+    ragged = make_ragged(seed=8)
+    options: dict[str, Any] = {}
+    if kind != "plain":
+        options["bias"] = torch.randn(VOCABULARY, generator=generator)
+        options["bias"][:3] = -float("inf")  # forbidden tokens
+    if kind == "capped":
+        options |= {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.6}
+        options["bias"][:3] = 0
+    tensors = {
+        "hidden": torch.randn(int(ragged.cu_seqlens[-1]), width, generator=generator),
+        "head_weight": torch.randn(VOCABULARY, width, generator=generator) * 0.7,
+        "alpha": torch.rand(ragged.num_sequences, generator=generator),
+    } | {name: value for name, value in options.items() if name == "bias"}
+    tensors["alpha"][2] = 0
+    tensors = {name: t.to(DEVICE, torch.float32 if name == "alpha" else dtype) for name, t in tensors.items()}
+    return options | tensors | {"ragged": ragged.to(DEVICE)}
+
+
+def derive(function: Any, arguments: dict[str, Any], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Value and gradients by hidden, head and bias, in float64 for comparison; computed in `dtype` if given."""
+    arguments = dict(arguments)
+    names = [name for name in ("hidden", "head_weight", "bias") if name in arguments]
+    for name in (*names, "alpha"):
+        tensor = arguments[name] if dtype is None else arguments[name].to(dtype)
+        arguments[name] = tensor.detach().requires_grad_()
+    value = function(**arguments)
+    upstream = torch.linspace(0.5, 1.5, len(value), device=DEVICE, dtype=value.dtype)
+    (value * upstream).sum().backward()
+    assert arguments["alpha"].grad is None
+    return [value.detach().double(), *(arguments[name].grad.double() for name in names)]
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("logits", ["plain", "bias", "capped"])
+def test_the_op_errs_at_most_twice_as_much_as_torch_itself(kind, logits, dtype):
+    from compact_kernels import reference
+    from compact_kernels.divergence import answer_divergence
+
+    arguments = problem(logits, dtype) | {"kind": kind}
+    truth = derive(reference.answer_divergence, arguments, torch.float64)
+    torch_own = derive(reference.answer_divergence, arguments)
+    ours = derive(answer_divergence, arguments)
+    for name, exact, plain, fused in zip(("value", "hidden", "weight", "bias"), truth, torch_own, ours):
+        allowed = 2 * (plain - exact).norm() + 1e-6 * exact.norm()
+        assert float((fused - exact).norm()) <= float(allowed), (name, (plain - exact).norm() / exact.norm())
+
+
+@KINDS
+def test_chunks_of_questions_change_nothing(kind, monkeypatch):
+    from compact_kernels import divergence
+
+    arguments = problem("bias") | {"kind": kind}
+    whole = derive(divergence.answer_divergence, arguments)
+    chunked = derive(divergence.answer_divergence, arguments | {"workspace_mib": 0})
+    for one, other in zip(whole, chunked):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_chunk_holds_what_fits_and_at_least_a_question():
+    from compact_kernels.divergence import question_chunks
+
+    ragged = make_ragged()  # span rows: 6, 3, 5, 0, 6
+    mib = 4 * (1 << 18) // 4  # a vocabulary of which one row in float32 takes 1 MiB
+    assert question_chunks(ragged, mib, 9) == ((0, 2, 0, 9), (2, 4, 9, 14), (4, 5, 14, 20))
+    assert question_chunks(ragged, mib, 0) == (
+        (0, 1, 0, 6),
+        (1, 2, 6, 9),
+        (2, 3, 9, 14),
+        (3, 4, 14, 14),
+        (4, 5, 14, 20),
+    )
+    assert question_chunks(ragged, mib, 99) == ((0, 5, 0, 20),)
+
+
+@pytest.mark.parametrize("spans", [(), ((3,), (2,)), ((0, 0), (0,)), ((1, 2, 3),)])
+def test_without_a_pair_the_divergence_is_a_connected_zero(spans):
+    from compact_kernels.divergence import answer_divergence
+
+    ragged = make_ragged(spans)
+    hidden = torch.randn(int(ragged.cu_seqlens[-1]), 8, device=DEVICE, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 8, device=DEVICE, requires_grad=True)
+    value = answer_divergence(hidden, weight, ragged.to(DEVICE), torch.ones(ragged.num_sequences, device=DEVICE))
+    assert value.tolist() == [0.0] * len(spans)
+    for gradient in torch.autograd.grad(value.sum(), [hidden, weight]):
+        assert not gradient.any()
+
+
+def test_only_what_requires_a_gradient_gets_one_and_the_graph_may_be_kept():
+    from compact_kernels.divergence import answer_divergence
+
+    arguments = problem("bias")
+    hidden = arguments["hidden"].requires_grad_()
+    total = answer_divergence(**arguments).sum()
+    first = torch.autograd.grad(total, hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(total, hidden)[0])
+    arguments["hidden"], weight = hidden.detach(), arguments["head_weight"].requires_grad_()
+    answer_divergence(**arguments).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    from compact_kernels.divergence import answer_divergence
+
+    arguments = problem()
+    hidden = arguments["hidden"].requires_grad_()
+    squares = answer_divergence(**arguments).square().sum()
+    (gradient,) = torch.autograd.grad(squares, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocast_decides_the_dtype_of_the_products():
+    from compact_kernels.divergence import answer_divergence
+
+    arguments = problem()
+    half = {name: t.bfloat16() if name in ("hidden", "head_weight") else t for name, t in arguments.items()}
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        value = answer_divergence(**arguments)
+    assert torch.equal(value, answer_divergence(**half))
+
+
+def test_double_precision_is_left_to_plain_torch():
+    from compact_kernels import reference
+    from compact_kernels.divergence import answer_divergence
+
+    arguments: dict[str, Any] = {
+        name: value.double() if isinstance(value, Tensor) else value for name, value in problem("capped").items()
+    }
+    assert torch.equal(answer_divergence(**arguments), reference.answer_divergence(**arguments))

@@ -1,0 +1,210 @@
+"""Answer divergence by itself: the answer rows of a batch through the head, a chunk of whole questions at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from compact_kernels import arguments, reference
+from compact_kernels.dispatch import triton_applies
+from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.passes import product_dtype
+from compact_kernels.head.rows import product
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import question_of_sequence
+
+Kind = Literal["kl", "jsd"]
+
+
+def answer_divergence(
+    hidden: Tensor,
+    head_weight: Tensor,
+    ragged: Ragged,
+    alpha: Tensor,
+    *,
+    kind: Kind = "kl",
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mib: int = 256,
+) -> Tensor:
+    """How much the rationales of a question disagree about the answer, on the rows that predict it.
+
+    kl:  Σ_k α_k Σ_{j≠k} α_j KL(P_k ‖ P_j)      (eq. 9–11)
+    jsd: Σ_{i<j} α_i α_j JSD(P_i ‖ P_j)          (MIND)
+    each the mean over the answer's rows. Pairs whose spans differ in length are left out. α is detached.
+
+    Args:
+        hidden: (T, D). head_weight: (V, D). alpha: (S,).
+        workspace_mib: size of the probabilities that may exist at once, in float32; a question is never split.
+
+    Returns:
+        (Q,) nats, float32 (or α's dtype where plain torch computes), differentiable in `hidden` and the head.
+    """
+    if kind not in ("kl", "jsd"):
+        raise ValueError(f"kind is {kind!r}; it is kl or jsd")
+    arguments.check_packed(hidden, ragged)
+    arguments.check_head(hidden, head_weight, bias)
+    arguments.check_per_rationale("alpha", alpha, ragged)
+    dtype = product_dtype(hidden, head_weight)
+    if not triton_applies(hidden, dtype):
+        options: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+        return reference.answer_divergence(
+            hidden, head_weight, ragged, alpha, kind=kind, bias=bias, workspace_mib=workspace_mib, **options
+        )
+    head = LinearHead(head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
+    call = DivergencePass(head, ragged, kind, dtype, question_chunks(ragged, head.vocabulary, workspace_mib))
+    return AnswerDivergence.apply(hidden, head_weight, bias, alpha.detach().float(), call)
+
+
+class Exponentials(NamedTuple):
+    """A chunk of rows as :func:`compact_kernels.divergence_triton.span_divergence` takes them."""
+
+    buffer: Tensor  # (n, V) E = exp(z − shift), float32 or bfloat16
+    sums: Tensor  # (n,) float32  Σ_v E
+    shift: Tensor  # (n,) float32
+    pivots: Tensor | None = None  # (n,) int64  columns where what is stored is not E
+    masses: Tensor | None = None  # (n,) float32  E at those; None: 1
+
+
+def exponentials(x: Tensor, head: LinearHead) -> Exponentials:
+    """The head's logits of the rows x (n, D), exponentiated under their maximum."""
+    logits = head(x)
+    shift = logits.amax(-1)
+    buffer = logits.sub_(shift[:, None]).exp_()
+    return Exponentials(buffer, buffer.sum(-1), shift)
+
+
+class Chunk(NamedTuple):
+    """Questions first … last − 1 and their entries first_span … last_span − 1 of `ragged.span_rows`."""
+
+    first: int
+    last: int
+    first_span: int
+    last_span: int
+
+
+def question_chunks(ragged: Ragged, vocabulary: int, workspace_mib: int) -> tuple[Chunk, ...]:
+    """As many whole questions at a time as fit the workspace in float32, but at least one."""
+    capacity = (workspace_mib << 20) // (4 * max(vocabulary, 1))
+    ends = ragged.host.cu_span[ragged.host.cu_questions.long()].tolist()  # span entries before each question
+    chunks, first = [], 0
+    for question in range(ragged.num_questions):
+        following = question + 1
+        if following == ragged.num_questions or ends[following + 1] - ends[first] > capacity:
+            chunks.append(Chunk(first, following, ends[first], ends[following]))
+            first = following
+    return tuple(chunks)
+
+
+@dataclass(frozen=True)
+class DivergencePass:
+    """One call of the op, but for the tensors that may require gradients."""
+
+    head: LinearHead
+    ragged: Ragged
+    kind: Kind
+    dtype: torch.dtype  # of the products
+    chunks: tuple[Chunk, ...]
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """The answer rows of the packed hidden states, (G, D)."""
+        return hidden.index_select(0, self._positions()).to(self.dtype)
+
+    def value(self, hidden: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """D (Q,) and C (G,), float32."""
+        from compact_kernels.divergence_triton import span_divergence
+
+        x, head = self.rows(hidden), self._head()
+        out = (
+            hidden.new_empty(self.ragged.num_questions, dtype=torch.float32),
+            x.new_empty(len(x), dtype=torch.float32),
+        )
+        for chunk in self.chunks:
+            e = exponentials(x[chunk.first_span : chunk.last_span], head)
+            place = (chunk.first, chunk.last, chunk.first_span, self.kind)
+            span_divergence(
+                e.buffer, e.sums, e.pivots, self.ragged, alpha, *place, masses=e.masses, gathered=True, out=out
+            )
+        return out
+
+    def gradients(
+        self, hidden: Tensor, alpha: Tensor, scores: Tensor, upstream: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Σ_q upstream_q ∂D_q by hidden (T, D), weight (V, D) and bias (V,): those `wanted`; sums in float32."""
+        from compact_kernels.divergence_triton import add_span_gradient_
+
+        x, head = self.rows(hidden), self._head()
+        gain = alpha * upstream.float()[question_of_sequence(self.ragged)] * head.slope
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=hidden.device) if wanted[1] else None
+        grad_bias = torch.zeros(head.vocabulary, dtype=torch.float32, device=hidden.device) if wanted[2] else None
+        positions = self._positions()
+        for chunk in self.chunks:
+            span = slice(chunk.first_span, chunk.last_span)
+            if span.start == span.stop:
+                continue
+            e = exponentials(x[span], head)
+            place = (chunk.first, chunk.last, chunk.first_span, self.kind)
+            add_span_gradient_(
+                e.buffer,
+                e.sums,
+                e.pivots,
+                self.ragged,
+                alpha,
+                *place,
+                scores,
+                gain,
+                masses=e.masses,
+                gathered=True,
+                replace=True,
+                softcap=head.softcap,
+                temperature=head.temperature,
+                shift=e.shift,
+            )
+            dz = e.buffer.to(self.dtype)
+            if grad_hidden is not None:
+                grad_hidden.index_copy_(0, positions[span], product(dz, head.weight).to(hidden.dtype))
+            if grad_weight is not None:
+                product(dz.t(), x[span], out=grad_weight, accumulate=True)
+            if grad_bias is not None:
+                grad_bias += e.buffer.sum(0, dtype=torch.float32)
+        return grad_hidden, grad_weight, grad_bias
+
+    def _positions(self) -> Tensor:
+        return self.ragged.rows[self.ragged.span_rows]
+
+    def _head(self) -> LinearHead:
+        bias = self.head.bias
+        return replace(
+            self.head, weight=self.head.weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype)
+        )
+
+
+class AnswerDivergence(torch.autograd.Function):
+    """(hidden, weight, bias, α) → D; the probabilities are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, call: DivergencePass
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            value, scores = call.value(hidden, alpha)
+        ctx.call = call
+        ctx.save_for_backward(hidden, weight, bias, alpha, scores)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, alpha, scores = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = ctx.call.gradients(hidden, alpha, scores, upstream, ctx.needs_input_grad[:3])
+        leaves = (hidden, weight, bias)
+        converted = [None if g is None else g.to(leaf.dtype) for g, leaf in zip(found, leaves)]
+        return (*converted, None, None)
