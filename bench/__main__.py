@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # students are random: nothing is 
 
 from bench import measure, page, records, steps  # noqa: E402  after the environment
 from bench.shapes import TINY, device, scale  # noqa: E402
+from bench.targets import MODES  # noqa: E402
 from bench.timing import free_memory, one_line, synchronize  # noqa: E402
 from bench.works import WORKS  # noqa: E402
 
@@ -30,7 +31,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=records.RESULTS, metavar="FOLDER")
     parser.add_argument("--merge", action="store_true", help="add to the folder's results, replacing the same cases")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that would end after this")
-    parser.add_argument("--page", nargs="?", const="", metavar="JSON", help="measure nothing, draw the page again")
+    parser.add_argument(
+        "--page", nargs="*", type=Path, metavar="JSON", help="measure nothing: join results, later ones win, and draw"
+    )
+    parser.add_argument("--commit", default=records.commit(), help="to record where this is not run in a checkout")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args(argv)
     unknown = set(parsed.heads) - {shape.label for shape in scale().heads}
@@ -41,9 +45,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     asked = arguments(argv)
-    path = Path(asked.page) if asked.page else asked.out / f"{records.file_stem()}.json"
+    path = asked.out / f"{records.file_stem()}.json"
     if asked.page is not None:
-        page.write(records.load(path), path)
+        _join(asked.page or [path], asked.out)
         return
     began = time.monotonic()
     sizes = TINY if asked.tiny else scale()
@@ -51,7 +55,8 @@ def main(argv: list[str]) -> None:
     common = {
         "device": records.device_name(),
         "versions": records.versions(),
-        "commit": records.commit(),
+        "commit": asked.commit,
+        "compile_backend": sizes.compile_backend,
         "run": datetime.datetime.now().isoformat(timespec="seconds"),
     }
     say(f"{common['device']}, {common['versions']}, commit {common['commit']}")
@@ -84,9 +89,26 @@ def main(argv: list[str]) -> None:
     say(f"{time.monotonic() - began:.0f} s; {path} and {path.with_suffix('.md')}")
 
 
+def _join(sources: list[Path], out: Path) -> None:
+    """The records of all `sources` in one file of `out`, named as the first, and its page."""
+    everything: list[records.Record] = []
+    for source in sources:
+        if not source.exists():
+            sys.exit(f"--page: no such file: {source}")
+        everything = records.merged(everything, records.load(source))
+    path = out / sources[0].name
+    records.save(everything, path)
+    page.write(everything, path)
+    say(page.plain_targets(everything))
+
+
 def chosen(asked: argparse.Namespace) -> Callable[[str], bool]:
-    """Which contenders to run, by name."""
-    return lambda name: (not asked.contenders or name in asked.contenders) and name not in asked.without
+    """Which contenders to run, by name; "liger" stands for "liger_frozen" and "liger_compiled" too."""
+
+    def named(name: str, names: list[str]) -> bool:
+        return name in names or any(name == other + ending for other in names for ending in MODES)
+
+    return lambda name: (not asked.contenders or named(name, asked.contenders)) and not named(name, asked.without)
 
 
 def say(line: str) -> None:

@@ -64,8 +64,11 @@ def _provenance(records: Sequence[Record]) -> str:
             versions.setdefault(package, {})[version] = None
     listed = ", ".join(f"{package} {' and '.join(found)}" for package, found in versions.items())
     runs = len({record.get("run") for record in records})
-    return f"Written by `python -m bench`, commit {', '.join(commits)}; {listed}." + (
-        f" The cases come from {runs} runs." if runs > 1 else ""
+    backends = {record.get("compile_backend", "inductor") for record in records} - {"inductor"}
+    return (
+        f"Written by `python -m bench`, commit {', '.join(commits)}; {listed}."
+        + (f" The cases come from {runs} runs." if runs > 1 else "")
+        + (f" Toy sizes; torch.compile with the backend {', '.join(backends)}." if backends else "")
     )
 
 

@@ -74,7 +74,7 @@ TINY = Scale(
     },
     dtype=torch.float32,
     copy_mib=1,
-    compile_backend="aot_eager",  # code generation for a CPU would take longer than everything else together
+    compile_backend="eager",  # code generation for a CPU would take longer than everything else together
 )
 
 
