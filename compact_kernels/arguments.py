@@ -18,7 +18,10 @@ def check_loss(
     consensus: Tensor | None,
     difficulty_reference: Tensor | None,
     sft_reduction: str,
+    normalizer: float | Tensor | None,
     divergence: str,
+    divergence_weight: float,
+    divergence_normalizer: float | Tensor | None,
     ragged: Ragged,
 ) -> Callable[[Statistics], Tensor]:
     """The arguments of compatibility_loss that decide α; returns the rule."""
@@ -41,6 +44,8 @@ def check_loss(
         raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
     if divergence not in ("kl", "jsd"):
         raise ValueError(f"divergence is {divergence!r}; it is kl or jsd")
+    if sft_reduction == "token" and divergence_weight and normalizer is not None and divergence_normalizer is None:
+        raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
     return rule
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from compact_kernels.divergence_kernels import gradient_kernel, reduce_kernel, value_kernel
 from compact_kernels.ragged import Ragged
 
-TILE = 2048  # rationales × vocabulary entries that a program holds at once
+TILE = 4096  # rationales × vocabulary entries that a program holds at once
 SPLITS = 32  # programs that share the vocabulary of one position, at most
 
 
@@ -57,17 +57,18 @@ def span_divergence(
     if last_question <= first_question:
         return per_question, scores
     largest, longest, first_span, last_span = _sizes(ragged, first_question, last_question)
-    width, splits, columns = _tiles(buffer, largest)
+    width, splits, tiles = _tiles(buffer, largest)
     questions = last_question - first_question
     partial = torch.empty((splits, last_span - first_span), dtype=torch.float32, device=buffer.device)
     if longest:
         value_kernel[(questions * longest * largest, splits)](
-            *_arguments(buffer, sums, pivots, masses, ragged, alpha, first_question, first_row, longest, columns),
+            *_arguments(buffer, sums, pivots, masses, ragged, alpha, first_question, first_row, longest, tiles),
             partial,
             first_span,
             last_span - first_span,
             JSD=kind == "jsd",
             GATHERED=gathered,
+            FAST=_fast(buffer),
             K=largest,
             BLOCK=width,
             num_warps=4,
@@ -128,19 +129,20 @@ def add_span_gradient_(
     if last_question <= first_question:
         return
     largest, longest, first_span, _ = _sizes(ragged, first_question, last_question)
-    width, splits, columns = _tiles(buffer, largest)
+    width, splits, tiles = _tiles(buffer, largest)
     if longest == 0 or (largest == 1 and not replace):
         return
     if softcap is not None and shift is None:
         raise ValueError("softcap needs `shift`: z is shift + log E")
     gradient_kernel[((last_question - first_question) * longest * largest, splits)](
-        *_arguments(buffer, sums, pivots, masses, ragged, alpha, first_question, first_row, longest, columns),
+        *_arguments(buffer, sums, pivots, masses, ragged, alpha, first_question, first_row, longest, tiles),
         scores,
         gain,
         shift if softcap is not None else None,
         0.0 if softcap is None else float(temperature / softcap),
         JSD=kind == "jsd",
         GATHERED=gathered,
+        FAST=_fast(buffer),
         REPLACE=replace,
         TIMES_SUM=times_sum,
         K=largest,
@@ -158,11 +160,16 @@ def _sizes(ragged: Ragged, first_question: int, last_question: int) -> tuple[int
 
 
 def _tiles(buffer: Tensor, largest: int) -> tuple[int, int, int]:
-    """Columns of a tile, programs that share the vocabulary, and columns for each of them."""
+    """Columns of a tile, programs that share the vocabulary, and tiles for each of them."""
     width = min(max(TILE // largest, 32), 1024)
     tiles = triton.cdiv(buffer.shape[1], width)
     splits = min(SPLITS, triton.next_power_of_2(tiles))
-    return width, splits, triton.cdiv(tiles, splits) * width
+    return width, splits, triton.cdiv(tiles, splits)
+
+
+def _fast(buffer: Tensor) -> bool:
+    """Whether the logarithm may be NVIDIA's own instruction, which Triton has no portable name for."""
+    return buffer.is_cuda and torch.version.cuda is not None
 
 
 def _arguments(
@@ -175,10 +182,10 @@ def _arguments(
     first_question: int,
     first_row: int,
     longest: int,
-    columns: int,
+    tiles: int,
 ) -> tuple[object, ...]:
     if buffer.stride(1) != 1:
         raise ValueError(f"buffer has strides {buffer.stride()}; a row must be contiguous")
     shape = (ragged.cu_questions, ragged.cu_span, ragged.span_rows)
-    sizes = (buffer.stride(0), buffer.shape[1], columns, first_question, first_row, longest)
+    sizes = (buffer.stride(0), buffer.shape[1], tiles, first_question, first_row, longest)
     return buffer, sums, pivots, masses, *shape, alpha, *sizes

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from compact_kernels import arguments, reference
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.passes import product_dtype, token_logprobs, weighted_loss
+from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
 from compact_kernels.reference import answer_divergence
 from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
-from compact_kernels.weighting import Decision, Weighting, decide, normalizers
+from compact_kernels.weighting import Decision, Weighting, decide, settled
 
 DEFAULT_WORKSPACE_MIB = 512
 Implementation = Literal["auto", "reference"]
@@ -85,38 +85,46 @@ def compatibility_loss(
     Raises:
         ValueError: naming the argument and the sizes that do not fit.
     """
-    weighting_rule = arguments.check_loss(
-        rule, weights, consensus, difficulty_reference, sft_reduction, divergence, ragged
+    rule = arguments.check_loss(
+        rule,
+        weights,
+        consensus,
+        difficulty_reference,
+        sft_reduction,
+        normalizer,
+        divergence,
+        divergence_weight,
+        divergence_normalizer,
+        ragged,
     )
     arguments.check_packed(hidden, ragged)
     arguments.check_head(hidden, head_weight, bias)
     arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     row_targets = targets.reshape(-1).index_select(0, ragged.rows)
-    dtype = torch.promote_types(product_dtype(hidden, head_weight), torch.float32)
-    first, second = normalizers(
-        row_targets, ragged, sft_reduction, normalizer, divergence_normalizer, divergence_weight, ignore_index, dtype
-    )
     weighting = Weighting(
-        rule=weighting_rule,
+        rule=rule,
         weights=weights,
         consensus=consensus,
         difficulty_reference=difficulty_reference,
         adaptability=adaptability,
         divergence=divergence,
         divergence_weight=divergence_weight,
-        divide_by_targets=sft_reduction == "mean",
-        normalizer=first,
-        divergence_normalizer=second,
+        sft_reduction=sft_reduction,
+        normalizer=normalizer,
+        divergence_normalizer=divergence_normalizer,
         ignore_index=ignore_index,
     )
     if implementation == "reference":
         logprob, tokens = reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)
+        weighting = settled(weighting, row_targets, ragged, tokens.logprob.dtype)
         decision, statistics = decide(tokens, row_targets, ragged, weighting)
-        loss = -(decision.row_weight * logprob).sum()
-        sft, mixed = loss.detach(), None
+        loss, mixed = -(decision.row_weight * logprob).sum(), None
+        sft = loss.detach()
     else:
-        loss, sft, mixed, decision, tokens = weighted_loss(hidden, head, row_targets, ragged, weighting, workspace_mib)
+        loss, sft, mixed, decision, tokens, weighting = weighted_loss(
+            hidden, head, row_targets, ragged, weighting, workspace_mib
+        )
         statistics = _statistics(ragged, tokens, decision, weighting)
     if divergence_weight and mixed is None:  # not part of the pass
         per_question = answer_divergence(
@@ -131,7 +139,7 @@ def compatibility_loss(
             temperature=temperature,
             workspace_mib=workspace_mib,
         )
-        value = per_question.sum() * second
+        value = per_question.sum() * weighting.divergence_normalizer
         loss, mixed = loss + divergence_weight * value, value.detach()
     mixed = torch.zeros_like(sft) if mixed is None else mixed
     return CompatibilityOutput(loss, decision.alpha, sft, mixed, statistics)

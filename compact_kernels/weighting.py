@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,10 +35,15 @@ class Weighting:
     adaptability: AdaptabilityOptions
     divergence: Kind
     divergence_weight: float  # λ
-    divide_by_targets: bool  # a row weighs α·normalizer/T_k, not α·normalizer
-    normalizer: Tensor  # () R/Q or R/N
-    divergence_normalizer: Tensor  # () R/Q
+    sft_reduction: Reduction
+    normalizer: float | Tensor | None  # R/Q or R/N; None: from the batch
+    divergence_normalizer: float | Tensor | None  # R/Q; None: `normalizer`, or from the batch
     ignore_index: int
+
+    @property
+    def divide_by_targets(self) -> bool:
+        """Whether a row weighs α·normalizer/T_k, not α·normalizer."""
+        return self.sft_reduction == "mean"
 
     @property
     def by_question(self) -> bool:
@@ -102,36 +107,34 @@ def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragge
 
 
 @torch.no_grad()
-def normalizers(
-    targets: Tensor,
-    ragged: Ragged,
-    sft_reduction: Reduction,
-    normalizer: float | Tensor | None,
-    divergence_normalizer: float | Tensor | None,
-    divergence_weight: float,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """R/Q or R/N, and R/Q for the divergence, () each on the device; what is not given comes from this batch."""
+def settled(weighting: Weighting, targets: Tensor, ragged: Ragged, dtype: torch.dtype) -> Weighting:
+    """The weighting with both normalizers as () tensors on the device; what is not given comes from this batch.
+
+    Args:
+        targets: of the scored rows. (N,)
+    """
+    normalizer, divergence_normalizer = weighting.normalizer, weighting.divergence_normalizer
     if normalizer is None:
-        per_rationale = segment_sum((targets != ignore_index).to(dtype), ragged.cu_rows)
+        per_rationale = segment_sum((targets != weighting.ignore_index).to(dtype), ragged.cu_rows)
         per_question = segment_sum(per_rationale, ragged.cu_questions)
         questions = 1 / (per_question > 0).sum().clamp_min(1).to(dtype)
         if divergence_normalizer is None:
             divergence_normalizer = questions
-        if sft_reduction == "token":
+        if weighting.sft_reduction == "token":
             total = (per_question / ragged.cu_questions.diff()).sum()  # N; may be less than 1
             normalizer = 1 / total.where(total > 0, 1.0)
         else:
             normalizer = questions
     if divergence_normalizer is None:
-        if sft_reduction == "token" and divergence_weight:
-            raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
         divergence_normalizer = normalizer
-    first, second = (
-        value.detach().to(device=targets.device, dtype=dtype)
-        if isinstance(value, Tensor)
-        else torch.full((), value, dtype=dtype, device=targets.device)
-        for value in (normalizer, divergence_normalizer)
+    return replace(
+        weighting,
+        normalizer=_on_device(normalizer, targets, dtype),
+        divergence_normalizer=_on_device(divergence_normalizer, targets, dtype),
     )
-    return first, second
+
+
+def _on_device(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)

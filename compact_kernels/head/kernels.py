@@ -66,7 +66,6 @@ def logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    SUBTILES: tl.constexpr,
     FLATTEN: tl.constexpr,
     SPECIALIZE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -98,85 +97,84 @@ def logits_kernel(
         rows = row0 + tl.arange(0, BLOCK_M)
         in_rows = rows < num_rows
         pivot = tl.load(pivot_ptr + rows, mask=in_rows, other=0.0)
-        if SUBTILES == 1:
-            _epilogue(
-                acc, rows, in_rows, pivot, row0, column0, tile_n,
-                out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
-                num_rows, vocabulary, first_column, width, inner, outer,
-                MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            _epilogue(
-                left, rows, in_rows, pivot, row0, column0, 2 * tile_n,
-                out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
-                num_rows, vocabulary, first_column, width, inner, outer,
-                MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-            _epilogue(
-                right, rows, in_rows, pivot, row0, column0 + BLOCK_N // 2, 2 * tile_n + 1,
-                out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
-                num_rows, vocabulary, first_column, width, inner, outer,
-                MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
+        # Half a tile at a time: its temporaries fit the registers, and its way to memory half the room.
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        s, q, t = _epilogue(
+            left, rows, in_rows, pivot, row0, column0,
+            out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
+            first_column, width, inner, outer,
+            MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        s2, q2, t2 = _epilogue(
+            right, rows, in_rows, pivot, row0, column0 + BLOCK_N // 2,
+            out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
+            first_column, width, inner, outer,
+            MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        if MODE != GRADIENT:
+            place = sums_ptr + tile_n.to(tl.int64) * num_rows + rows
+            if MODE == MAXIMUM:
+                tl.store(place, tl.maximum(s, s2), mask=in_rows)
+            else:
+                plane = tiles_n.to(tl.int64) * num_rows
+                tl.store(place, s + s2, mask=in_rows)
+                tl.store(place + plane, q + q2, mask=in_rows)
+                tl.store(place + 2 * plane, t + t2, mask=in_rows)
 
 
 @triton.jit
 def _epilogue(
-    acc, rows, in_rows, pivot, row0, column0, part,
-    out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr, sums_ptr,
-    num_rows, vocabulary, first_column, width, inner, outer,
+    acc, rows, in_rows, pivot, row0, column0,
+    out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
+    first_column, width, inner, outer,
     MODE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CURVE: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Stores what `MODE` asks for; returns ΣE, ΣE², ΣE·u₂ of each row over these columns (or their largest z₂)."""
     columns = column0 + tl.arange(0, COLUMNS)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + first_column + columns, mask=columns < width, other=0.0).to(tl.float32)
         acc += bias[None, :]
     z, slope = _logit(acc, inner, outer, SOFTCAP)
-    inside = in_rows & (tl.zeros_like(rows) + column0 < width)  # the right half of the last tile may hold nothing
     if MODE == MAXIMUM:
-        z = tl.where((columns < width)[None, :], z, -float("inf"))
-        tl.store(sums_ptr + part.to(tl.int64) * num_rows + rows, tl.max(z, 1), mask=inside)
-    elif MODE == GRADIENT:
-        u = z - pivot[:, None]
+        top = tl.max(tl.where((columns < width)[None, :], z, -float("inf")), 1)
+        return top, top, top
+    u = z - pivot[:, None]
+    if MODE == GRADIENT:
         factor = tl.load(slope_ptr + rows, mask=in_rows, other=0.0)[:, None]
         if HAS_CURVE:  # E·u is 0 for a forbidden token, whose logit is −∞
             factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(u, -3.0e38)
         out_desc.store([row0, column0], (tl.exp2(u) * factor * slope).to(out_desc.dtype))
-    else:
-        u = z - pivot[:, None]
-        target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - first_column - column0).to(tl.int32)
-        special = tl.max(((target >= 0) & (target < COLUMNS)).to(tl.int32), 0) > 0
-        if HAS_BIAS:
-            u = tl.maximum(u, -1.0e4)  # a forbidden token: E = 0, and 0·(−∞) is NaN
-        if special | (column0 + COLUMNS > width):
-            kept = (tl.arange(0, COLUMNS)[None, :] != target[:, None]) & (columns < width)[None, :]
-            u = tl.where(kept, u, -1.0e4)
-        e = tl.exp2(u)
-        plane = tl.cdiv(width, COLUMNS).to(tl.int64) * num_rows
-        place = sums_ptr + part.to(tl.int64) * num_rows + rows
-        tl.store(place, tl.sum(e, 1), mask=inside)
-        tl.store(place + plane, tl.sum(e * e, 1), mask=inside)
-        tl.store(place + 2 * plane, tl.sum(e * u, 1), mask=inside)
-        if MODE == EXPONENTIALS:
-            out_desc.store([row0, column0], (e * slope).to(out_desc.dtype))
+        return pivot, pivot, pivot
+    target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - first_column - column0).to(tl.int32)
+    special = tl.max(((target >= 0) & (target < COLUMNS)).to(tl.int32), 0) > 0
+    if HAS_BIAS:
+        u = tl.maximum(u, -1.0e4)  # a forbidden token: E = 0, and 0·(−∞) is NaN
+    if special | (column0 + COLUMNS > width):
+        kept = (tl.arange(0, COLUMNS)[None, :] != target[:, None]) & (columns < width)[None, :]
+        u = tl.where(kept, u, -1.0e4)
+    e = tl.exp2(u)
+    if MODE == EXPONENTIALS:
+        out_desc.store([row0, column0], (e * slope).to(out_desc.dtype))
+    return tl.sum(e, 1), tl.sum(e * e, 1), tl.sum(e * u, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "num_rationales"])
 def probe_kernel(
     x_ptr,  # (num_rows, D), unit stride along D
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,)
     target_ptr,  # (num_rows,) int64
-    owner_ptr,  # (num_rows,) int64  the rationale of a row
+    cu_rows_ptr,  # (S+1,) int32  offsets of the rationales' scored rows
     answer_ptr,  # (A,) int64  ids of the gold answers
     cu_answer_ptr,  # (S+1,) int32
     column_ptr,  # (num_rows,) int64  out: the target, or 0 where there is none
     z_ptr,  # (num_rows,) float32  out: z₂ of that column
     pivot_ptr,  # (num_rows,) float32  out: the same
     slope_ptr,  # (num_rows,) float32  out: dz/draw there, without its constant
-    evidence_ptr,  # (num_rows,) float32  out: mean z₂ of the answer's ids, 0 where there is none
+    evidence_ptr,  # (num_rows,) float32  out: mean z₂ of the answer's ids, +∞ where there is none
+    first_row,
+    num_rationales,
     vocabulary,
     dim,
     ignore_index,
@@ -206,9 +204,15 @@ def probe_kernel(
     if SOFTCAP:
         tl.store(slope_ptr + row, slope)
     if HAS_ANSWERS:
-        owner = tl.load(owner_ptr + row)
-        first = tl.load(cu_answer_ptr + owner)
-        last = tl.load(cu_answer_ptr + owner + 1)
+        low, high = 0, num_rationales  # the row's rationale: the last one that does not start after it
+        while high - low > 1:
+            middle = (low + high) // 2
+            if tl.load(cu_rows_ptr + middle) <= first_row + row:
+                low = middle
+            else:
+                high = middle
+        first = tl.load(cu_answer_ptr + low)
+        last = tl.load(cu_answer_ptr + low + 1)
         total = 0.0
         for place in range(first, last):
             answer = tl.load(answer_ptr + place)
@@ -218,7 +222,7 @@ def probe_kernel(
                 dim, weight_stride, inner, outer, SOFTCAP, HAS_BIAS, BLOCK_D,
             )  # fmt: skip
             total += tl.where(known, z, float("nan"))
-        tl.store(evidence_ptr + row, total / tl.maximum(last - first, 1))
+        tl.store(evidence_ptr + row, tl.where(last > first, total / tl.maximum(last - first, 1), float("inf")))
 
 
 @triton.jit
@@ -242,7 +246,7 @@ def _one_logit(
 def pivot_kernel(
     sums_ptr,  # (parts, num_rows) float32  the largest z₂ of every (row, tile)
     pivot_ptr,  # (num_rows,) float32
-    inverse_ptr,  # (num_rows,) float32  NaN marks a row to do again
+    inverse_ptr,  # (num_rows,) float32  −1 marks a row to do again
     unsafe_ptr,
     num_rows,
     parts,
@@ -264,7 +268,7 @@ def pivot_kernel(
     tl.store(pivot_ptr + rows, top, mask=inside & marked)
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts"])
+@triton.jit(do_not_specialize=["num_rows", "parts", "table_stride"])
 def finish_kernel(
     sums_ptr,  # (3, parts, num_rows) float32
     target_ptr,  # (num_rows,) int64
@@ -272,23 +276,13 @@ def finish_kernel(
     z_ptr,  # (num_rows,) float32  z₂ of the target
     slope_ptr,  # (num_rows,) float32  softcap's slope at the target
     pivot_ptr,  # (num_rows,) float32  z₂ of the pivot
-    probe_ptr,  # (num_rows,) float32  mean z₂ of the answer's ids
-    owner_ptr,  # (num_rows,) int64
-    cu_answer_ptr,  # (S+1,) int32
-    logprob_ptr,  # (num_rows,) float32, this and all below
-    entropy_ptr,
-    evidence_ptr,
-    norm_ptr,  # ‖p − e_target‖
-    others_ptr,  # Σ_{v≠target} p
-    inverse_ptr,  # 1/ΣE, which makes a stored row p − e_target; 0 for an ignored target; −1 marks a row to do again
-    final_pivot_ptr,
-    total_ptr,  # ΣE
-    mass_ptr,  # what the target's column of E would hold
-    target_slope_ptr,
+    probe_ptr,  # (num_rows,) float32  mean z₂ of the answer's ids; +∞ where there is none
+    table_ptr,  # (10, table_stride) float32, from the chunk's first column on: the fields of RowStatistics
     rows_ptr,  # the stored rows of E, row stride `stride`
     unsafe_ptr,
     num_rows,
     parts,
+    table_stride,
     stride,
     ignore_index,
     ONLY_IF_UNSAFE: tl.constexpr,
@@ -328,32 +322,32 @@ def finish_kernel(
     # Relative to the pivot, z is 0 at the pivot and `own` at the target.
     entropy = log_total - (t + mass * own) * 0.6931471805599453 / total
     norm = tl.sqrt(others * others + q / total / total)
-    tl.store(logprob_ptr + rows, tl.where(counted, logprob, 0.0), mask=inside)
-    tl.store(entropy_ptr + rows, entropy, mask=inside)
-    tl.store(norm_ptr + rows, tl.where(counted, norm, 0.0), mask=inside)
-    tl.store(others_ptr + rows, others, mask=inside)
-    tl.store(total_ptr + rows, total, mask=inside)
-    tl.store(mass_ptr + rows, mass, mask=inside)
-    tl.store(final_pivot_ptr + rows, pivot, mask=inside)
-    slope = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    if SOFTCAP:
-        slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
-    tl.store(target_slope_ptr + rows, slope, mask=inside)
     evidence = tl.zeros((ROWS,), dtype=tl.float32)
     if HAS_ANSWERS:
-        owner = tl.load(owner_ptr + rows, mask=inside, other=0)
-        asked = tl.load(cu_answer_ptr + owner + 1, mask=inside) > tl.load(cu_answer_ptr + owner, mask=inside)
         probe = tl.load(probe_ptr + rows, mask=inside, other=0.0)
         # Relative to the pivot: both are large where logits are, their difference is not.
-        evidence = tl.where(asked, (probe - pivot) * 0.6931471805599453 - log_total, 0.0)
-    tl.store(evidence_ptr + rows, evidence, mask=inside)
+        evidence = tl.where(probe == float("inf"), 0.0, (probe - pivot) * 0.6931471805599453 - log_total)
     if ONLY_IF_UNSAFE:
         unsafe = rows < 0
     else:
         unsafe = s > SAFE_SUM
         if tl.max(unsafe.to(tl.int32), 0) > 0:
             tl.store(unsafe_ptr, 1)
-    tl.store(inverse_ptr + rows, tl.where(unsafe, -1.0, tl.where(counted, 1.0 / total, 0.0)), mask=inside)
+    inverse = tl.where(unsafe, -1.0, tl.where(counted, 1.0 / total, 0.0))
+    slope = tl.full((ROWS,), 1.0, dtype=tl.float32)
+    if SOFTCAP:
+        slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
+    place = table_ptr + rows
+    tl.store(place, tl.where(counted, logprob, 0.0), mask=inside)
+    tl.store(place + table_stride, entropy, mask=inside)
+    tl.store(place + 2 * table_stride, evidence, mask=inside)
+    tl.store(place + 3 * table_stride, tl.where(counted, norm, 0.0), mask=inside)
+    tl.store(place + 4 * table_stride, others, mask=inside)
+    tl.store(place + 5 * table_stride, inverse, mask=inside)  # −1 marks a row to do again
+    tl.store(place + 6 * table_stride, pivot, mask=inside)
+    tl.store(place + 7 * table_stride, total, mask=inside)
+    tl.store(place + 8 * table_stride, mass, mask=inside)
+    tl.store(place + 9 * table_stride, slope, mask=inside)
     if STORED:
         place = rows_ptr + rows.to(tl.int64) * stride + tl.load(column_ptr + rows, mask=inside, other=0)
         tl.store(place, (-s * slope).to(rows_ptr.dtype.element_ty), mask=inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
-from compact_kernels.weighting import Decision, Weighting
+from compact_kernels.weighting import Decision, Weighting, settled
 
 
 def product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
@@ -41,8 +43,11 @@ def token_logprobs(
 
 def weighted_loss(
     hidden: Tensor, head: LinearHead, targets: Tensor, ragged: Ragged, weighting: Weighting, workspace_mib: int
-) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics]:
-    """Loss, its share of L_SFT, the divergence (None where it is left to the caller), decision and statistics."""
+) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics, Weighting]:
+    """Loss, its share of L_SFT, the divergence, decision, statistics and the settled weighting.
+
+    The divergence is None where the pass could not take it along: the caller adds it.
+    """
     dtype = product_dtype(hidden, head.weight)
     backend = backend_for(hidden, dtype)
     folded = bool(weighting.divergence_weight) and backend.folds_divergence(head)
@@ -59,10 +64,13 @@ def weighted_loss(
     if chosen.mode == "weighted":
         call = WeightedPass(head, targets, ragged, weighting, folded, chosen.chunks, dtype)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call)
-        return loss, sft, divergence if folded else None, Decision(*rest[:5]), TokenStatistics(*rest[5:])
+        decision, tokens = Decision(*rest[:5]), TokenStatistics(*rest[5:9])
+        weighting = replace(weighting, normalizer=rest[9], divergence_normalizer=rest[10])
+        return loss, sft, divergence if folded else None, decision, tokens, weighting
     rows = hidden.index_select(0, ragged.rows)
     tokens = token_logprobs(rows, head, targets, ragged, weighting.ignore_index, workspace_mib)
     detached = TokenStatistics(*(statistic.detach() for statistic in tokens))
+    weighting = settled(weighting, targets, ragged, detached.logprob.dtype)
     decision = backend.decide_batch(detached, targets, ragged, weighting)
     loss = -(decision.row_weight * tokens.logprob).sum()
-    return loss, loss.detach(), None, decision, detached
+    return loss, loss.detach(), None, decision, detached, weighting

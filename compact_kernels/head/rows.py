@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import sequence_of_row
+from compact_kernels.rule import TokenStatistics
 
 
 class Answers(NamedTuple):
@@ -16,23 +16,19 @@ class Answers(NamedTuple):
 
     ids: Tensor  # (A,) int64
     cu_ids: Tensor  # (S+1,) int32
-    owner: Tensor  # (n,) int64  the rationale that each row belongs to
-    most: int  # the longest answer
+    cu_rows: Tensor  # (S+1,) int32  offsets of the rationales' scored rows
+    most: int  # ids of the longest answer
 
     @classmethod
     def of_batch(cls, ragged: Ragged) -> Answers | None:
-        """Those of every scored row of a batch; None if it has none."""
+        """Those of a batch; None if it has none."""
         if ragged.evidence_ids.numel() == 0:
             return None
-        most = int(ragged.host.cu_evidence.diff().max())
-        return cls(ragged.evidence_ids, ragged.cu_evidence, sequence_of_row(ragged), most)
-
-    def of(self, rows: slice) -> Answers:
-        return self._replace(owner=self.owner[rows])
+        return cls(ragged.evidence_ids, ragged.cu_evidence, ragged.cu_rows, int(ragged.host.cu_evidence.diff().max()))
 
 
 class RowStatistics(NamedTuple):
-    """A chunk's statistics, each (n,) and at least float32."""
+    """Statistics of scored rows, each (n,) and at least float32: the rows of one table (10, n)."""
 
     logprob: Tensor  # nats; 0 where the target is ignored
     entropy: Tensor  # nats
@@ -44,6 +40,16 @@ class RowStatistics(NamedTuple):
     total: Tensor  # Σ exp(z − pivot)
     target_mass: Tensor  # exp(z_target − pivot), which the target's column of a stored row does not hold
     target_slope: Tensor  # the softcap's slope at the target; 1 without
+
+    @classmethod
+    def table(cls, rows: int, like: Tensor) -> Tensor:
+        """Room for the statistics of so many rows."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return like.new_empty((len(cls._fields), rows), dtype=dtype)
+
+    @property
+    def tokens(self) -> TokenStatistics:
+        return TokenStatistics(*self[:4])
 
 
 def row_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:

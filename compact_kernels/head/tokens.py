@@ -41,19 +41,16 @@ class TokenPass:
         kept = torch.empty_like(x) if keep else None
         size = max((chunk.last - chunk.first for chunk in chunks), default=0)
         buffer = row_buffer(size, head.vocabulary, x_d) if keep else None
-        stat_dtype = torch.promote_types(self.dtype, torch.float32)
-        result = RowStatistics(*x.new_empty((len(RowStatistics._fields), x.shape[0]), dtype=stat_dtype).unbind())
+        table = RowStatistics.table(x.shape[0], x)
         for chunk in chunks:
             x_c, targets = x_d[chunk.rows], self.targets[chunk.rows]
             rows_c = None if buffer is None else buffer[: chunk.last - chunk.first]
-            asked = None if self.answers is None else self.answers.of(chunk.rows)
-            part = backend.statistics(x_c, head, targets, asked, self.ignore_index, rows_c)
-            for whole, piece in zip(result, part):
-                whole[chunk.rows] = piece
+            backend.statistics(x_c, head, targets, self.answers, self.ignore_index, table, chunk.first, rows_c)
             if kept is not None and rows_c is not None:
                 unscaled = product(rows_c, head.weight)
-                backend.scale_rows(unscaled, part.inverse_sum, None, head.slope, kept[chunk.rows])
-        return result, kept
+                inverse = RowStatistics(*table[:, chunk.rows]).inverse_sum
+                backend.scale_rows(unscaled, inverse, None, head.slope, kept[chunk.rows])
+        return RowStatistics(*table.unbind()), kept
 
     def backward(
         self,

@@ -22,9 +22,14 @@ def statistics(
     targets: Tensor,
     answers: Answers | None,
     ignore_index: int,
+    table: Tensor,
+    first_row: int,
     buffer: Tensor | None = None,
-) -> RowStatistics:
-    """Statistics of the rows x (n, D); with a `buffer` (n, V), also their gradient rows, (p − e_target)∘slope."""
+) -> None:
+    """Statistics of the rows x (n, D), into the table's columns from `first_row` on.
+
+    With a `buffer` (n, V), also their gradient rows, (p − e_target)∘slope.
+    """
     z = head(x)  # (n, V)
     counted = targets != ignore_index
     column = targets.where(counted, 0)[:, None]
@@ -37,8 +42,10 @@ def statistics(
         evidence = torch.zeros_like(logprob)
     else:
         ids, asked = padded_answers(answers)
-        asked = asked[answers.owner]
-        evidence = logp.gather(1, ids[answers.owner]).where(asked, 0.0).sum(-1) / asked.sum(-1).clamp_min(1)
+        row = torch.arange(first_row, first_row + x.shape[0], device=x.device)
+        owner = torch.searchsorted(answers.cu_rows[1:].long(), row, right=True)
+        asked = asked[owner]
+        evidence = logp.gather(1, ids[owner]).where(asked, 0.0).sum(-1) / asked.sum(-1).clamp_min(1)
     p = logp.exp()
     entropy = torch.special.entr(p).sum(-1)
     p.scatter_(1, column, 0.0)  # the others: p_target − 1 = −Σ of them, without cancellation for confident tokens
@@ -51,7 +58,7 @@ def statistics(
         if head.softcap is not None:
             p *= _capped_slope(z, head)
         buffer.copy_(p)
-    return RowStatistics(
+    rows = RowStatistics(
         logprob=logprob.where(counted, 0.0),
         entropy=entropy,
         evidence=evidence,
@@ -63,6 +70,7 @@ def statistics(
         target_mass=(1 - others) * total.squeeze(1),
         target_slope=_capped_slope(z.gather(1, column).squeeze(1), head),
     )
+    torch.stack(rows, out=table[:, first_row : first_row + x.shape[0]])
 
 
 def gradient_block(

@@ -56,32 +56,35 @@ def statistics(
     targets: Tensor,
     answers: Answers | None,
     ignore_index: int,
+    table: Tensor,
+    first_row: int,
     buffer: Tensor | None = None,
-) -> RowStatistics:
-    """Statistics of the rows x (n, D); with a `buffer` (n, V), also their unscaled gradient rows.
+) -> None:
+    """Statistics of the rows x (n, D), into the table's columns from `first_row` on.
 
-    Nothing waits for the device. A target out of range gives NaN.
+    With a `buffer` (n, V), also their unscaled gradient rows. Nothing waits for the device. A target out of range
+    gives NaN.
     """
     n, vocabulary = x.shape[0], head.vocabulary
-    result = RowStatistics(*x.new_empty((10, n), dtype=torch.float32).unbind())
     if n == 0:
-        return result
+        return
+    table = table[:, first_row : first_row + n]
     tiles = _tiles(x.dtype, x.device)
-    parts = triton.cdiv(vocabulary, tiles.n // 2)
-    sums = x.new_empty((3, parts, n), dtype=torch.float32)
-    unsafe = torch.zeros((), dtype=torch.int32, device=x.device)
-    z, pivot, slope, probed = x.new_empty((4, n), dtype=torch.float32).unbind()
+    parts = triton.cdiv(vocabulary, tiles.n)
+    z, pivot, slope, probed = x.new_empty((4, n), dtype=torch.float32)
     columns = torch.empty_like(targets)
     inner, outer = head.base2
     softcap, has_bias = head.softcap is not None, head.bias is not None
-    has_answers = answers is not None and answers.ids.numel() > 0
-    owner, cu_answers = (answers.owner, answers.cu_ids) if answers is not None else (targets, targets)
+    ids, cu_ids, cu_rows = answers[:3] if answers is not None else (targets, targets, targets)
     kernels.probe_kernel[(n,)](
-        x, head.weight, head.bias, targets, owner, answers.ids if answers is not None else targets, cu_answers,
-        columns, z, pivot, slope, probed, vocabulary, x.shape[1], ignore_index, x.stride(0), head.weight.stride(0),
-        inner, outer, SOFTCAP=softcap, HAS_BIAS=has_bias, HAS_ANSWERS=has_answers,
+        x, head.weight, head.bias, targets, cu_rows, ids, cu_ids,
+        columns, z, pivot, slope, probed, first_row, cu_ids.numel() - 1, vocabulary, x.shape[1], ignore_index,
+        x.stride(0), head.weight.stride(0), inner, outer,
+        SOFTCAP=softcap, HAS_BIAS=has_bias, HAS_ANSWERS=answers is not None,
         BLOCK_D=min(1024, triton.next_power_of_2(x.shape[1])), num_warps=4,
     )  # fmt: skip
+    sums = x.new_empty((3, parts, n), dtype=torch.float32)
+    unsafe = torch.zeros((), dtype=torch.int32, device=x.device)
     operands = _operands(x, head.weight, buffer, tiles)
     mode = kernels.STATISTICS if buffer is None else kernels.EXPONENTIALS
 
@@ -89,20 +92,20 @@ def statistics(
         _product(operands, head, columns, pivot, None, None, sums, unsafe, n, 0, vocabulary, mode, only_if_unsafe)
 
     def finish(only_if_unsafe: bool) -> None:
-        kernels.finish_kernel[(triton.cdiv(n, 32),)](
-            sums, targets, columns, z, slope, pivot, probed, owner, cu_answers, *result, buffer, unsafe, n, parts, buffer.stride(0) if buffer is not None else 0,
-            ignore_index, ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=softcap, STORED=buffer is not None,
-            HAS_ANSWERS=has_answers, ROWS=32, PARTS=32, num_warps=4,
+        kernels.finish_kernel[(triton.cdiv(n, 16),)](
+            sums, targets, columns, z, slope, pivot, probed, table, buffer, unsafe, n, parts, table.stride(0),
+            buffer.stride(0) if buffer is not None else 0, ignore_index,
+            ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=softcap, STORED=buffer is not None,
+            HAS_ANSWERS=answers is not None, ROWS=16, PARTS=128, num_warps=4,
         )  # fmt: skip
 
     product(mode, False)
     finish(False)
     # Rows out of float32's range are done again with their maximum as pivot; without any, these return at once.
     product(kernels.MAXIMUM, True)
-    kernels.pivot_kernel[(triton.cdiv(n, 32),)](sums, pivot, result.inverse_sum, unsafe, n, parts, ROWS=32, PARTS=32)
+    kernels.pivot_kernel[(triton.cdiv(n, 32),)](sums, pivot, table[5], unsafe, n, parts, ROWS=32, PARTS=32)
     product(mode, True)
     finish(True)
-    return result
 
 
 def gradient_block(
@@ -210,7 +213,7 @@ def _product(
         n, x.shape[1], head.vocabulary, first_column, width, inner, outer,
         MODE=mode.value, ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=head.softcap is not None,
         HAS_BIAS=head.bias is not None, HAS_CURVE=curve is not None,
-        BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16, PROGRAMS=programs, SUBTILES=2,
+        BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16, PROGRAMS=programs,
         FLATTEN=not only_if_unsafe, SPECIALIZE=False, UPCAST=_INTERPRETED or x.base.dtype == torch.float32,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

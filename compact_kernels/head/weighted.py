@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
-from compact_kernels.head.rows import Answers, product, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, product, row_buffer
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import TokenStatistics
-from compact_kernels.weighting import Decision, Weighting, given_row_weight, segment_sum
+from compact_kernels.rule import TokenStatistics, segment_sum
+from compact_kernels.weighting import Decision, Weighting, given_row_weight, settled
 
 
 @dataclass(frozen=True)
@@ -37,83 +37,86 @@ class WeightedPass:
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> Result:
         """Loss, statistics and the gradients that are `wanted` of (hidden, weight, bias)."""
-        ragged, weighting = self.ragged, self.weighting
+        ragged = self.ragged
         head = replace(self.head, weight=weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype))
         backend = backend_for(hidden, self.dtype)
         every_row = ragged.num_rows == hidden.shape[0]
         x = (hidden if every_row else hidden.index_select(0, ragged.rows)).to(self.dtype)
         answers = Answers.of_batch(ragged)
-        stat_dtype = torch.promote_types(self.dtype, torch.float32)
-        tokens = TokenStatistics(*hidden.new_empty((4, ragged.num_rows), dtype=stat_dtype).unbind())
-        decision = Decision.empty(ragged, stat_dtype)
-        if given := weighting.weights is not None:
-            counted = segment_sum((self.targets != weighting.ignore_index).to(stat_dtype), ragged.cu_rows)
-            alpha = weighting.weights.detach().to(stat_dtype)
-            decision.row_weight.copy_(given_row_weight(alpha, counted, ragged, weighting))
-        divergence = hidden.new_zeros(ragged.num_questions, dtype=stat_dtype)
+        table = RowStatistics.table(ragged.num_rows, x)
+        buffer = row_buffer(max((c.last - c.first for c in self.chunks), default=0), head.vocabulary, x)
 
-        largest = max((chunk.last - chunk.first for chunk in self.chunks), default=0)
-        buffer = row_buffer(largest, head.vocabulary, x)
-        wants_hidden, wants_weight, wants_bias = wanted
-        grad_hidden = None
-        if wants_hidden:
-            grad_hidden = torch.empty_like(hidden) if every_row else torch.zeros_like(hidden)
-        grad_weight = self._room_for_weight(weight) if wants_weight else None
-        grad_bias = head.weight.new_empty(1, head.vocabulary, dtype=stat_dtype) if wants_bias else None
-
+        # The first product is launched before anything else: while it runs, the host prepares what comes after.
+        weighting, gradients = self.weighting, None
         for i, chunk in enumerate(self.chunks):
-            x_c, targets = x[chunk.rows], self.targets[chunk.rows]
-            rows_c = buffer[: chunk.last - chunk.first]
-            asked = None if answers is None else answers.of(chunk.rows)
-            statistics = backend.statistics(x_c, head, targets, asked, weighting.ignore_index, rows_c)
-            for whole, part in zip(tokens, statistics):
-                whole[chunk.rows] = part
+            x_c, targets, rows_c = x[chunk.rows], self.targets[chunk.rows], buffer[: chunk.last - chunk.first]
+            backend.statistics(x_c, head, targets, answers, weighting.ignore_index, table, chunk.first, rows_c)
+            if gradients is None:
+                weighting = settled(weighting, self.targets, ragged, table.dtype)
+                decision, divergence = self._room_for_decision(weighting, table)
+                gradients = self._room_for_gradients(hidden, weight, bias, wanted)
+                rows = RowStatistics(*table.unbind())
             if chunk.last_question:
-                backend.decide(chunk, tokens, self.targets, ragged, weighting, decision)
-                if self.folded:
-                    backend.add_divergence(
-                        chunk, rows_c, statistics, self.targets, ragged, weighting, decision, divergence
-                    )
-            weight_c = decision.row_weight[chunk.rows]
-            if grad_hidden is not None:
+                backend.decide(chunk, rows.tokens, self.targets, ragged, weighting, decision)
+            if self.folded:
+                backend.add_divergence(chunk, rows_c, rows, self.targets, ragged, weighting, decision, divergence)
+            weight_c, inverse = decision.row_weight[chunk.rows], rows.inverse_sum[chunk.rows]
+            if gradients.hidden is not None:
                 unscaled = product(rows_c, head.weight)
-                place = None if every_row else ragged.rows[chunk.rows]
-                out = grad_hidden[chunk.rows] if every_row else grad_hidden
-                backend.scale_rows(unscaled, weight_c, statistics.inverse_sum, head.slope, out, place)
-            if grad_weight is not None:
-                weighted = backend.scale_rows(x_c, weight_c, statistics.inverse_sum, head.slope, torch.empty_like(x_c))
-                if grad_weight.dtype == self.dtype:
-                    torch.mm(rows_c.t(), weighted, out=grad_weight)
+                out, place = gradients.hidden, ragged.rows[chunk.rows]
+                if every_row:
+                    out, place = out[chunk.rows], None
+                backend.scale_rows(unscaled, weight_c, inverse, head.slope, out, place)
+            if gradients.weight is not None:
+                scaled = backend.scale_rows(x_c, weight_c, inverse, head.slope, torch.empty_like(x_c))
+                if gradients.weight.dtype == self.dtype:
+                    torch.mm(rows_c.t(), scaled, out=gradients.weight)
                 else:
-                    product(rows_c.t(), weighted, out=grad_weight, accumulate=i > 0)
-            if grad_bias is not None:
-                factor = (weight_c * statistics.inverse_sum * head.slope).to(self.dtype)[None]
-                product(factor, rows_c, out=grad_bias, accumulate=i > 0)
-        if not self.chunks:
-            for gradient in (grad_weight, grad_bias):
+                    product(rows_c.t(), scaled, out=gradients.weight, accumulate=i > 0)
+            if gradients.bias is not None:
+                factor = (weight_c * inverse * head.slope).to(self.dtype)[None]
+                product(factor, rows_c, out=gradients.bias, accumulate=i > 0)
+        if gradients is None:  # not one scored row
+            weighting = settled(weighting, self.targets, ragged, table.dtype)
+            decision, divergence = self._room_for_decision(weighting, table)
+            gradients = self._room_for_gradients(hidden, weight, bias, wanted)
+            rows = RowStatistics(*table.unbind())
+            for gradient in gradients:
                 if gradient is not None:
                     gradient.zero_()
-        if given or not self.chunks:
+        if not self.chunks or not self.chunks[0].last_question:  # α was given, and rows taken as they come
             everything = Chunk(0, ragged.num_rows, 0, ragged.num_questions)
-            if not (self.chunks and self.chunks[0].last_question):
-                backend.decide(everything, tokens, self.targets, ragged, weighting, decision)
-        sft = -(decision.row_weight * tokens.logprob).sum()
+            backend.decide(everything, rows.tokens, self.targets, ragged, weighting, decision)
+        sft = -(decision.row_weight * rows.logprob).sum()
         mixed = divergence.sum() * weighting.divergence_normalizer
-        return Result(
-            loss=sft + weighting.divergence_weight * mixed if self.folded else sft.clone(),
-            sft=sft,
-            divergence=mixed,
-            decision=decision,
-            tokens=tokens,
-            gradients=(grad_hidden, grad_weight, grad_bias),
-        )
+        loss = sft + weighting.divergence_weight * mixed if self.folded else sft.clone()
+        return Result(loss, sft, mixed, decision, rows.tokens, weighting, gradients)
 
-    def _room_for_weight(self, weight: Tensor) -> Tensor:
+    def _room_for_decision(self, weighting: Weighting, table: Tensor) -> tuple[Decision, Tensor]:
+        decision = Decision.empty(self.ragged, table.dtype)
+        if weighting.weights is not None:
+            counted = segment_sum((self.targets != weighting.ignore_index).to(table.dtype), self.ragged.cu_rows)
+            alpha = weighting.weights.detach().to(table.dtype)
+            decision.row_weight.copy_(given_row_weight(alpha, counted, self.ragged, weighting))
+        return decision, table.new_zeros(self.ragged.num_questions)
+
+    def _room_for_gradients(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+    ) -> Gradients:
         """One chunk's product is rounded once, to the weight's dtype; several add up in float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        if len(self.chunks) == 1 and weight.dtype == self.dtype:
-            dtype = self.dtype
-        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        alone = len(self.chunks) == 1 and weight.dtype == self.dtype
+        return Gradients(
+            torch.zeros_like(hidden) if wanted[0] else None,
+            torch.empty_like(weight, dtype=self.dtype if alone else dtype) if wanted[1] else None,
+            weight.new_empty(1, weight.shape[0], dtype=dtype) if wanted[2] else None,
+        )
+
+
+class Gradients(NamedTuple):
+    hidden: Tensor | None  # (T, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (1, V)
 
 
 class Result(NamedTuple):
@@ -122,11 +125,12 @@ class Result(NamedTuple):
     divergence: Tensor
     decision: Decision
     tokens: TokenStatistics
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+    weighting: Weighting  # settled
+    gradients: Gradients
 
 
 class WeightedLoss(torch.autograd.Function):
-    """(hidden, weight, bias) → (loss, sft, divergence, *decision, *tokens); only the loss has a gradient."""
+    """(hidden, weight, bias) → (loss, sft, divergence, *decision, *tokens, *normalizers); the loss has a gradient."""
 
     @staticmethod
     def forward(
@@ -138,7 +142,8 @@ class WeightedLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, result.decision.alpha)
         ctx.call, ctx.wanted, ctx.gradients = call, wanted, result.gradients
-        rest = (result.sft, result.divergence, *result.decision, *result.tokens)
+        both = (result.weighting.normalizer, result.weighting.divergence_normalizer)
+        rest = (result.sft, result.divergence, *result.decision, *result.tokens, *both)
         ctx.mark_non_differentiable(*rest)
         return (result.loss, *rest)
 
@@ -158,7 +163,7 @@ class WeightedLoss(torch.autograd.Function):
 
 
 def hand_over(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Gradients,
     upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
