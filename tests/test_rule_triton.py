@@ -71,7 +71,7 @@ def expected(ragged: Ragged, tensors: dict[str, Any], **options: Any) -> tuple[t
     weight = alpha * options.get("normalizer", 0.25)
     if options.get("divide_by_targets", True):
         weight = weight / per_rationale.clamp_min(1)
-    return alpha, adaptability, loss, per_rationale, weight[sequence_of_row(host)].where(counted, 0.0)
+    return alpha, adaptability, loss, per_rationale, weight[sequence_of_row(host)]
 
 
 def run(ragged: Ragged, tensors: dict[str, Any], chunks: list[tuple[int, int]] | None = None, **options: Any) -> Any:
