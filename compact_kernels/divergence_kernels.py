@@ -67,7 +67,7 @@ def _read(buffer_ptr, row, stride, pivot, mass, column, m_k, V, HAS_PIVOT: tl.co
     stored = tl.load(buffer_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     e = stored
     if HAS_PIVOT:
-        e = tl.where(column[None, :] == pivot[:, None], mass[:, None], e)
+        e = tl.where(column[None, :] == tl.maximum(pivot, 0)[:, None], mass[:, None], e)
     return stored, e, mask
 
 
@@ -222,7 +222,9 @@ def gradient_kernel(
     scores_ptr,
     gain_ptr,
     shift_ptr,
+    inverse_ptr,
     inverse_cap,
+    ignore_index,
     JSD: tl.constexpr,
     GATHERED: tl.constexpr,
     FAST: tl.constexpr,
@@ -259,6 +261,11 @@ def gradient_kernel(
         pivot = tl.load(pivots_ptr + row, mask=m_k, other=0).to(tl.int32)
         if masses_ptr is not None:
             mass = tl.load(masses_ptr + row, mask=m_k, other=0.0)
+    m_own = m_k  # rows with a gradient of their own
+    if inverse_ptr is not None:
+        m_own = pivot != ignore_index
+        if tl.program_id(1) == 0:
+            tl.store(inverse_ptr + row, 1.0 / sums, mask=m_k & (pivot == ignore_index))
     start = tl.program_id(1) * tiles * BLOCK
     for o_column in range(start, tl.minimum(start + tiles * BLOCK, V), BLOCK):
         column = o_column + tl.arange(0, BLOCK)
@@ -274,6 +281,6 @@ def gradient_kernel(
             dz *= 1.0 - tanh * tanh
         dz *= gain[:, None]
         if not REPLACE:
-            dz += stored
+            dz += tl.where(m_own[:, None], stored, 0.0)
         target = buffer_ptr + row[:, None] * stride + column[None, :]
         tl.store(target, dz.to(buffer_ptr.dtype.element_ty), mask=mask)

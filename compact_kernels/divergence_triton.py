@@ -39,7 +39,8 @@ def span_divergence(
     Args:
         buffer: E, float32, bfloat16 or float16; its rows may be strided. (c, V)
         sums: S. (c,) float32
-        pivots: a column of each row where what is stored is not E; None: E is as stored. (c,) int64
+        pivots: a column of each row where what is stored is not E (a negative one is column 0); None: E is as
+            stored. (c,) int64
         masses: E at the pivots; None: 1. (c,) float32
         alpha: (S,) float32
         first_row: the scored row (an index into `ragged.rows`) that is row 0 of `buffer`.
@@ -111,6 +112,8 @@ def add_span_gradient_(
     softcap: float | None = None,
     temperature: float = 1.0,
     shift: Tensor | None = None,
+    inverse_sums: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> None:
     """Adds gain_k · (∂D_q/∂z_r) / α_k to the answer rows r of rationale k, all V columns, in place.
 
@@ -125,6 +128,9 @@ def add_span_gradient_(
         softcap, temperature, shift: with `softcap` the gradient goes on to u, z = softcap·tanh(u/softcap)/temperature,
             times 1 − (z·temperature/softcap)² with z = shift_r + log E; shift (c,) float32. The factor 1/temperature
             belongs into `gain`.
+        inverse_sums, ignore_index: the factors that rows are multiplied with later, (c,) float32. Rows whose pivot is
+            `ignore_index` have no gradient of their own and a factor of 0: their update replaces what is stored, and
+            their factor becomes 1/S.
     """
     if last_question <= first_question:
         return
@@ -139,7 +145,9 @@ def add_span_gradient_(
         scores,
         gain,
         shift if softcap is not None else None,
+        inverse_sums,
         0.0 if softcap is None else float(temperature / softcap),
+        ignore_index,
         JSD=kind == "jsd",
         GATHERED=gathered,
         FAST=_fast(buffer),

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compact_kernels import rule_triton
+from compact_kernels import divergence_triton, rule_triton
 from compact_kernels import weighting as weighting_module
 from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
@@ -252,5 +252,36 @@ def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weigh
 
 
 def folds_divergence(head: LinearHead) -> bool:
-    """Whether the weighted pass can take the answers' divergence along: stored rows must be probabilities."""
-    return False
+    """Whether the weighted pass can take the answers' divergence along: if what it stores are probabilities."""
+    return head.softcap is None
+
+
+def add_divergence(
+    chunk: Chunk,
+    buffer: Tensor,
+    rows: RowStatistics,
+    targets: Tensor,
+    ragged: Ragged,
+    weighting: Weighting,
+    decision: Decision,
+    divergence: Tensor,
+) -> None:
+    """Write D_q of the chunk's questions, and add λ ∂D_q to the stored gradient rows of their answers."""
+    place = (chunk.first_question, chunk.last_question, chunk.first, weighting.divergence)
+    stored = (buffer, rows.total[chunk.rows], targets[chunk.rows], ragged, decision.alpha)
+    masses = rows.target_mass[chunk.rows]
+    scores = torch.empty(ragged.span_rows.numel(), dtype=torch.float32, device=buffer.device)
+    divergence_triton.span_divergence(*stored, *place, masses=masses, out=(divergence, scores))
+    # A stored row is multiplied with α·normalizer/T/S later: what is added must not be.
+    gain = weighting.divergence_weight * weighting.divergence_normalizer / weighting.normalizer
+    gain = gain * decision.targets_per_rationale.clamp_min(1) if weighting.divide_by_targets else gain
+    divergence_triton.add_span_gradient_(
+        *stored,
+        *place,
+        scores,
+        gain.expand(ragged.num_sequences).contiguous(),
+        masses=masses,
+        times_sum=True,
+        inverse_sums=rows.inverse_sum[chunk.rows],
+        ignore_index=weighting.ignore_index,
+    )
