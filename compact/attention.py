@@ -112,6 +112,8 @@ def compact_varlen(
         raise ValueError(f"packed sequences come as one row, got a batch of {query.shape[0]}")
     if varlen_can_run(query, value, dropout):
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    if torch.compiler.is_compiling() and dropout == 0.0:
+        return _by_sequence_op(query, key, value, scaling, sliding_window, cu_seq_lens_q), None
     return _by_sequence(query, key, value, dropout, scaling, sliding_window, cu_seq_lens_q), None
 
 
@@ -159,6 +161,68 @@ def _by_sequence(
             mask = (distance >= 0) & (distance < sliding_window)
         outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+@torch.library.custom_op("compact::attention_by_sequence", mutates_args=())
+def _by_sequence_op(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, offsets: Tensor
+) -> Tensor:
+    """:func:`_by_sequence` as one node of a compiled graph, which reading `offsets` on the host would break.
+
+    Backward computes the probabilities again, sequence by sequence. No dropout: it would draw another mask.
+    """
+    return _by_sequence(query, key, value, 0.0, scaling, sliding_window, offsets).contiguous()
+
+
+@_by_sequence_op.register_fake
+def _(query, key, value, scaling, sliding_window, offsets):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    query, key, value, ctx.scaling, ctx.sliding_window, offsets = inputs
+    ctx.save_for_backward(query, key, value, offsets)
+
+
+@torch.library.custom_op("compact::attention_by_sequence_backward", mutates_args=())
+def _by_sequence_backward_op(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, scale = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5 if scaling is None else scaling
+    lengths = offsets.diff().tolist()
+    parts = []
+    for g, q, k, v in zip(
+        gradient.transpose(1, 2).split(lengths, 2), *(t.split(lengths, 2) for t in (query, key, value))
+    ):
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(q.shape[2], device=q.device)
+        hidden = (distance < 0) | (distance >= (sliding_window or q.shape[2]))
+        p = (q @ k.mT * scale).masked_fill_(hidden, -torch.inf).softmax(-1)  # (1, H, t, t)
+        dp = g @ v.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+        parts.append((ds @ k, *(t.unflatten(1, (-1, groups)).sum(2) for t in (ds.mT @ q, p.mT @ g))))
+    dq, dk, dv = (torch.cat(tensors, dim=2) for tensors in zip(*parts))
+    return dq, dk, dv
+
+
+@_by_sequence_backward_op.register_fake
+def _(gradient, query, key, value, scaling, sliding_window, offsets):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
+
+
+def _by_sequence_backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, offsets = ctx.saved_tensors
+    found = _by_sequence_backward_op(gradient, query, key, value, ctx.scaling, ctx.sliding_window, offsets)
+    return *found, None, None, None
+
+
+_by_sequence_op.register_autograd(_by_sequence_backward, setup_context=_save_inputs)
 
 
 def compact_varlen_mask(*args, **kwargs) -> Tensor | None:

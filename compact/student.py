@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from compact.attention import attention_for
 from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, unwrap
+from compact.compilation import compile_layers
 from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
 from compact_kernels.ragged import Ragged
@@ -38,6 +39,7 @@ __all__ = [
     "add_lora",
     "attention_for",
     "check",
+    "compile_layers",
     "compute_dtype",
     "head",
     "load_student",
@@ -97,6 +99,8 @@ def load_student(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # reentrant checkpoints, if the Trainer asks for them, need it under LoRA
+    if config.compile:
+        compile_layers(model)
     return (model if config.lora is None else add_lora(model, config.lora, seed=seed)), tokenizer
 
 

@@ -231,3 +231,19 @@ def test_packed_models_on_a_gpu_are_as_exact_as_sequences_alone(name, implementa
     together = logits_and_gradient(model, output.head(output.hidden))
     for ours, theirs in zip(errors(together, truth), errors(separate, truth)):
         assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("groups, window, scaling", [(1, None, None), (4, 16, 0.7), (2, 1, None)])
+def test_in_a_compiled_graph_it_is_the_same_outputs_and_gradients(groups, window, scaling):
+    from compact.attention import _by_sequence_op
+
+    inputs = tensors(4, groups, 8)
+    direction = torch.randn(1, sum(LENGTHS), 4, 8, dtype=torch.float64)
+    torch.library.opcheck(_by_sequence_op, (*inputs, scaling, window, offsets()))
+    torch._dynamo.reset()
+    output = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs, scaling=scaling, sliding_window=window)
+    truth = by_definition(*inputs, scaling, window)
+    torch.testing.assert_close(output, truth)
+    found = torch.autograd.grad((output * direction).sum(), inputs)
+    for one, other in zip(found, torch.autograd.grad((truth * direction).sum(), inputs)):
+        torch.testing.assert_close(one, other)
