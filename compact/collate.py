@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,19 @@ class Collator:
                 np.array([rationale["embedding"] for rationale in rationales], dtype=np.float32)
             )
         return batch
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors, and its Ragged, on `device`: for loops without a trainer that does this."""
+    moved: dict[str, Any] = {}
+    for name, value in batch.items():
+        if isinstance(value, Mapping):
+            moved[name] = to_device(value, device)
+        elif isinstance(value, (torch.Tensor, Ragged)):
+            moved[name] = value.to(device, non_blocking=True)
+        else:
+            moved[name] = value
+    return moved
 
 
 def _packed(items: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, Any]:

@@ -45,9 +45,10 @@ class Denominators(NamedTuple):
 def distillation_loss(
     model: torch.nn.Module,
     batch: Mapping[str, Any],
-    strategy: Strategy,
-    config: CompactConfig,
+    strategy: Strategy | None,
+    config: CompactConfig | None = None,
     *,
+    weights: Tensor | None = None,
     denominators: Denominators | None = None,
     replicas: int = 1,
 ) -> tuple[CompatibilityOutput, Context]:
@@ -55,28 +56,40 @@ def distillation_loss(
 
     Args:
         model: a student that :func:`compact.student.prepare` has seen, however wrapped.
-        batch: what :class:`compact.collate.Collator` makes.
-        denominators: Q and N of the step; default: this batch's own.
-        replicas: R, what the gradient is divided by afterwards (data-parallel ranks); the loss is multiplied by it.
+        batch: what :class:`compact.collate.Collator` makes, on the model's device
+            (:func:`compact.collate.to_device`).
+        strategy: decides α; None: `weights` are α.
+        config: the method; default: COMPACT's.
+        weights: α (S,) ≥ 0 given beforehand, in the order of ``batch["teachers"]``, in place of a strategy.
+        denominators: Q and N of the step; default: the batch's own entry of that name
+            (:class:`compact.adapters.WindowLoader`), else those of this batch alone.
+        replicas: R, what the gradient is divided by afterwards (data-parallel ranks, and accumulation steps where
+            the host divides by them); the loss is multiplied by it.
     """
+    if (strategy is None) == (weights is None):
+        raise UserError("distillation_loss: give either a strategy or weights, and None for the other")
+    config = CompactConfig() if config is None else config
     ragged: Ragged = batch["ragged"]
+    denominators = batch.get("denominators") if denominators is None else denominators
     output = forward(model, batch)
     lm_head = output.head
     with torch.no_grad():
-        consensus = _consensus(output, batch, config)
+        consensus = None if strategy is None else _consensus(output, batch, config)
         reference = None
-        if config.difficulty.kind == "ifd":
+        if strategy is not None and config.difficulty.kind == "ifd":
             alone = batch["unconditional"]
             reference = _mean_loss(forward(model, alone), alone)
     questions, tokens = Denominators.of(ragged) if denominators is None else denominators
     per_question = replicas / _at_least_one(questions)
+    own_kind = Strategy.divergence if strategy is None else strategy.divergence
     context = Context(teachers=batch["teachers"], pooled=output.pooled)
     result = compatibility_loss(
         output.hidden,
         lm_head.weight,
         _targets(batch),
         ragged,
-        rule=strategy.bind(context),
+        rule=None if strategy is None else strategy.bind(context),
+        weights=None if weights is None else weights.to(output.hidden.device),
         consensus=consensus,
         difficulty_reference=reference,
         adaptability=AdaptabilityOptions(
@@ -84,7 +97,7 @@ def distillation_loss(
             span=config.adaptability.span,
             length_norm=config.adaptability.length_norm,
         ),
-        divergence=strategy.divergence if config.divergence.kind == "strategy" else config.divergence.kind,
+        divergence=own_kind if config.divergence.kind == "strategy" else config.divergence.kind,
         divergence_weight=config.divergence.weight,
         sft_reduction=config.sft_reduction,
         normalizer=replicas / _at_least_one(tokens) if config.sft_reduction == "token" else per_question,

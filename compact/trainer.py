@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,18 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from compact import student
-from compact.collate import Collator
+from compact.adapters.trainer import DistillationMixin, refuse_arguments
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
-from compact.embed import with_embeddings
 from compact.errors import UserError
-from compact.loss import Denominators, distillation_loss
 from compact.metrics import MetricsTable, batch_metrics
-from compact.strategies import build_strategy
-from compact.tokenization import TOKENS
 
 logger = logging.getLogger(__name__)
 
 STRATEGY_STATE = "strategy.pt"
 
 
-class CompactTrainer(Trainer):
+class CompactTrainer(DistillationMixin, Trainer):
     """Distills the rationales of several teachers into one student, weighted by compatibility.
 
     Args:
@@ -53,7 +49,7 @@ class CompactTrainer(Trainer):
         UserError: a setting under which that loss, or the method, would be silently wrong.
     """
 
-    loss_is_scaled_for_ga = True  # transformers ≥ 5.19: the loss is divided by the whole window's denominators
+    _steps_strategy = True
 
     def __init__(
         self,
@@ -77,9 +73,8 @@ class CompactTrainer(Trainer):
                 raise UserError(f"{name} is a {type(dataset).__name__}: pass a datasets.Dataset of questions")
         args = TrainingArguments("compact-run") if args is None else args
         config = CompactConfig() if config is None else config
-        config.validate()
-        _refuse(args, kwargs)
-        args.logging_nan_inf_filter = False  # a loss that is not finite stops the run, and is never averaged away
+        config.validate()  # here too: before the work of tokenizing
+        refuse_arguments(args, kwargs)
         if train_dataset is not None and "prompt_ids" not in train_dataset.column_names:
             if processing_class is None:
                 raise UserError("train_dataset holds text: pass processing_class, the student's tokenizer")
@@ -92,32 +87,18 @@ class CompactTrainer(Trainer):
                 eval_dataset, _ = _tokenized(eval_dataset, processing_class, data, teachers)
         if teachers is None:
             raise UserError("a tokenized train_dataset needs `teachers`, the names that its teacher indices stand for")
-        self.config = config
-        self.strategy = build_strategy(config, teachers)
-
-        def as_used(dataset: Dataset | None) -> Dataset | None:
-            if dataset is None:
-                return None
-            kept = self.strategy.restrict(dataset)
-            return with_embeddings(kept, processing_class, config.consensus, device=args.device)
-
-        train_dataset, eval_dataset = as_used(train_dataset), as_used(eval_dataset)
         self.teacher_names = list(teachers)
-        kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
-        self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)
         super().__init__(
-            model=student.prepare(model, projections=config.consensus.affinity == "attention"),
-            args=args,
+            model,
+            args,
+            config=config,
+            teachers=teachers,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
-        for extent in ("cp", "sp"):
-            if getattr(self, f"get_{extent}_size")() > 1:
-                raise UserError(f"{extent} parallelism splits sequences, which per-rationale weights do not survive")
         assert args.output_dir is not None  # TrainingArguments fills it in
         self.table = MetricsTable(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"), self.teacher_names)
         self._grad_norm: Tensor | float = 0.0
@@ -136,36 +117,10 @@ class CompactTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        if inputs["ragged"].num_rows == 0:
-            logger.warning("a batch has no token to predict (questions %s): its loss is 0", inputs["question_ids"])
-        window = None if num_items_in_batch is None else Denominators(*num_items_in_batch)
-        replicas = 1 if window is None else self.accelerator.num_processes // self.get_tp_size()
-        result, context = distillation_loss(
-            model, inputs, self.strategy, self.config, denominators=window, replicas=replicas
-        )
+        loss, result = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self.strategy.observe(result.statistics, context, result.alpha)
-            self.table.add(batch_metrics(result, context.teachers, len(self.teacher_names)), inputs)
-        return (result.loss, result) if return_outputs else result.loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss on held-out questions; accuracy by generation is :mod:`compact.evaluate`'s."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
-
-    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor | None:
-        """[Q, N] of method §3 over the accumulation window and all ranks, in place of a token count."""
-        if not batch_samples:
-            return None
-        counts = [Denominators.of(batch["ragged"]) for batch in batch_samples]
-        window = torch.tensor(counts, dtype=torch.float64).sum(0).float().to(device)
-        return self.accelerator.reduce(window, "sum") / self.get_tp_size()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = self._columns  # type: ignore[assignment]  # the collator needs every column
+            self.table.add(batch_metrics(result, inputs["teachers"], len(self.teacher_names)), inputs)
+        return (loss, result) if return_outputs else loss
 
     # ---- logs ----
 
@@ -316,18 +271,3 @@ def check_length(model: nn.Module, data: DataConfig, name: str = "the student") 
             f"data.max_length: {data.max_length} tokens are more than {name} can read, which is {context}: set "
             f"data.max_length to {context} or less (the bodies of longer rationales are cut, and counted)"
         )
-
-
-def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
-    if args.n_gpu > 1:
-        raise UserError(
-            f"{args.n_gpu} GPUs in one process would use DataParallel, which splits questions: "
-            "run under torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-    if not args.average_tokens_across_devices:
-        raise UserError("average_tokens_across_devices=False would make the loss depend on the number of ranks")
-    if args.label_smoothing_factor:
-        raise UserError("label_smoothing_factor is not part of this loss: leave it at 0")
-    for name in ("compute_loss_func", "compute_metrics"):
-        if kwargs.get(name) is not None:
-            raise UserError(f"{name} would be ignored: the loss is the method's; accuracy comes from compact.evaluate")
