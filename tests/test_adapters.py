@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from tests.architectures import tiny
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_model, toy_rows
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n+```python\n(.*?)```", README, flags=re.DOTALL))
 QUESTIONS = 8
 
@@ -130,6 +134,30 @@ def test_a_plain_loop_takes_the_steps_of_the_loss(setup, plain_descent):
     tokens = setup["tokens"].select(range(3))  # one optimizer step, of batches of 2 and 1
     execute("loop", {**setup, "tokens": tokens}, model=model, device="cpu")
     assert_same(moved(model, toy_model()), gradient(setup, range(3)))
+
+
+def test_a_plain_loop_under_ddp_takes_the_step_of_all_ranks_questions():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
+        + ["tests.distributed_loop"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert "passed: the loop under ddp" in done.stdout, done.stderr[-3000:]
+
+
+def test_lightning_gives_the_loader_a_sampler_of_its_own_and_keeps_its_window(setup):
+    pytest.importorskip("lightning")
+    from lightning.pytorch.utilities.data import _update_dataloader
+
+    loader = WindowLoader(setup["tokens"], batch_size=1, collate_fn=Collator(), accumulate=3)
+    sampler = torch.utils.data.DistributedSampler(setup["tokens"], num_replicas=2, rank=0)
+    again = _update_dataloader(loader, sampler)
+    assert isinstance(again, WindowLoader) and again.sampler is sampler
+    assert [batch["denominators"].questions for batch in again] == [3, 3, 3, 1]
 
 
 def test_what_divides_the_gradient_is_multiplied_back(setup):
