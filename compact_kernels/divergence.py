@@ -13,7 +13,7 @@ from compact_kernels import arguments, reference
 from compact_kernels.dispatch import triton_applies
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import product_dtype
-from compact_kernels.head.rows import product
+from compact_kernels.head.rows import RowStatistics, product, row_buffer
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import question_of_sequence
 
@@ -67,17 +67,29 @@ class Exponentials(NamedTuple):
 
     buffer: Tensor  # (n, V) E = exp(z − shift), float32 or bfloat16
     sums: Tensor  # (n,) float32  Σ_v E
-    shift: Tensor  # (n,) float32
-    pivots: Tensor | None = None  # (n,) int64  columns where what is stored is not E
+    shift: Tensor | None  # (n,) float32; only a softcap asks for it
+    pivots: Tensor | None = None  # (n,) int64  columns where what is stored is not E; a negative one is column 0
     masses: Tensor | None = None  # (n,) float32  E at those; None: 1
 
 
 def exponentials(x: Tensor, head: LinearHead) -> Exponentials:
-    """The head's logits of the rows x (n, D), exponentiated under their maximum."""
-    logits = head(x)
-    shift = logits.amax(-1)
-    buffer = logits.sub_(shift[:, None]).exp_()
-    return Exponentials(buffer, buffer.sum(-1), shift)
+    """The exponentiated logits of the rows x (n, D): in the product's epilogue where the head's kernels store them.
+
+    They store no E under a softcap (but its slope times E), and float16 has no room for an E that has not met its
+    maximum: there plain torch computes, relative to the row's maximum.
+    """
+    if head.softcap is not None or x.dtype == torch.float16:
+        logits = head(x)
+        shift = logits.amax(-1)
+        buffer = logits.sub_(shift[:, None]).exp_()
+        return Exponentials(buffer, buffer.sum(-1), shift)
+    from compact_kernels.head import triton_rows
+
+    none = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)  # no targets: the pivot is column 0
+    buffer, table = row_buffer(x.shape[0], head.vocabulary, x), RowStatistics.table(x.shape[0], x)
+    triton_rows.statistics(x, head, none, None, -1, table, 0, buffer)
+    rows = RowStatistics(*table)
+    return Exponentials(buffer, rows.total, None, none, rows.target_mass)
 
 
 class Chunk(NamedTuple):
