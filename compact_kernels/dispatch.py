@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _found() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -20,4 +26,4 @@ def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
         return False
     if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
-    return tensor.device.type in ("cpu", "cuda") and importlib.util.find_spec("triton") is not None
+    return tensor.device.type in ("cpu", "cuda") and _found()

@@ -5,7 +5,7 @@ product's epilogue turns a tile of accumulators into E = exp(z − z_pivot) at o
 product and known beforehand. bfloat16 has float32's exponents, so E needs no maximum: it is stored as it is, and
 whatever depends on the whole row, 1/ΣE and the rationale's weight, becomes one factor a row that the following products
 carry (dX = v ⊙ (E W), dW = Eᵀ (v ⊙ X)). Rows whose ΣE leaves the safe range (a target less probable than e⁻⁴⁰) are
-done again with their true maximum as pivot; nothing waits for the host to find that out.
+done again, slowly, with their true maximum as pivot; nothing waits for the host to find that out.
 
 Statistics are sums over v ≠ target, so a confident token (p → 1) loses nothing to cancellation:
 S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), the entropy and ‖p − e_y‖ follow.
@@ -21,7 +21,6 @@ import triton.language as tl
 STATISTICS = tl.constexpr(0)  # sums of every (row, tile); nothing is stored
 EXPONENTIALS = tl.constexpr(1)  # the same, and E is stored
 GRADIENT = tl.constexpr(2)  # E·(a + b·u₂) is stored, u₂ = z₂ − pivot
-MAXIMUM = tl.constexpr(3)  # the largest z₂ of every (row, tile)
 
 SAFE_SUM = tl.constexpr(1e19)  # ΣE above it: E² could overflow
 LN2 = tl.constexpr(0.6931471805599453)
@@ -48,7 +47,6 @@ def logits_kernel(
     slope_ptr,  # (num_rows,) float32  a    (GRADIENT)
     curve_ptr,  # (num_rows,) float32  b    (GRADIENT)
     sums_ptr,  # (3, tiles, num_rows) float32
-    unsafe_ptr,  # () int32  1 if any row needs another pivot
     num_rows,
     dim,
     vocabulary,
@@ -57,7 +55,6 @@ def logits_kernel(
     inner,
     outer,
     MODE: tl.constexpr,
-    ONLY_IF_UNSAFE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CURVE: tl.constexpr,
@@ -66,17 +63,12 @@ def logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    if ONLY_IF_UNSAFE:
-        if tl.load(unsafe_ptr) == 0:
-            return
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
     group_size = GROUP_M * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         # Row tiles of a group are neighbours, so that they share a tile of the weight in the L2 cache.
         group = tile // group_size
         rows_in_group = min(tiles_m - group * GROUP_M, GROUP_M)
@@ -113,13 +105,10 @@ def logits_kernel(
         )  # fmt: skip
         if MODE != GRADIENT:
             place = sums_ptr + tile_n.to(tl.int64) * num_rows + rows
-            if MODE == MAXIMUM:
-                tl.store(place, tl.maximum(s, s2), mask=in_rows)
-            else:
-                plane = tiles_n.to(tl.int64) * num_rows
-                tl.store(place, s + s2, mask=in_rows)
-                tl.store(place + plane, q + q2, mask=in_rows)
-                tl.store(place + 2 * plane, t + t2, mask=in_rows)
+            plane = tiles_n.to(tl.int64) * num_rows
+            tl.store(place, s + s2, mask=in_rows)
+            tl.store(place + plane, q + q2, mask=in_rows)
+            tl.store(place + 2 * plane, t + t2, mask=in_rows)
 
 
 @triton.jit
@@ -130,15 +119,12 @@ def _epilogue(
     MODE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CURVE: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Stores what `MODE` asks for; returns ΣE, ΣE², ΣE·u₂ of each row over these columns (or their largest z₂)."""
+    """Stores what `MODE` asks for; returns ΣE, ΣE² and ΣE·u₂ of each row over these columns."""
     columns = column0 + tl.arange(0, COLUMNS)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + first_column + columns, mask=columns < width, other=0.0).to(tl.float32)
         acc += bias[None, :]
     z, slope = _logit(acc, inner, outer, SOFTCAP)
-    if MODE == MAXIMUM:
-        top = tl.max(tl.where((columns < width)[None, :], z, -float("inf")), 1)
-        return top, top, top
     u = z - pivot[:, None]
     if MODE == GRADIENT:
         factor = tl.load(slope_ptr + rows, mask=in_rows, other=0.0)[:, None]
@@ -170,7 +156,6 @@ def probe_kernel(
     cu_answer_ptr,  # (S+1,) int32
     column_ptr,  # (num_rows,) int64  out: the target, or 0 where there is none
     z_ptr,  # (num_rows,) float32  out: z₂ of that column
-    pivot_ptr,  # (num_rows,) float32  out: the same
     slope_ptr,  # (num_rows,) float32  out: dz/draw there, without its constant
     evidence_ptr,  # (num_rows,) float32  out: mean z₂ of the answer's ids, +∞ where there is none
     first_row,
@@ -200,7 +185,6 @@ def probe_kernel(
     z = tl.where(known | (target == ignore_index), z, float("nan"))
     tl.store(column_ptr + row, column)
     tl.store(z_ptr + row, z)
-    tl.store(pivot_ptr + row, z)
     if SOFTCAP:
         tl.store(slope_ptr + row, slope)
     if HAS_ANSWERS:
@@ -242,60 +226,39 @@ def _one_logit(
     return _logit(raw, inner, outer, SOFTCAP)
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts"])
-def pivot_kernel(
-    sums_ptr,  # (parts, num_rows) float32  the largest z₂ of every (row, tile)
-    pivot_ptr,  # (num_rows,) float32
-    inverse_ptr,  # (num_rows,) float32  −1 marks a row to do again
-    unsafe_ptr,
-    num_rows,
-    parts,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Give the marked rows their largest logit as pivot."""
-    if tl.load(unsafe_ptr) == 0:
-        return
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    top = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        place = part.to(tl.int64)[:, None] * num_rows + rows[None, :]
-        z = tl.load(sums_ptr + place, mask=(part < parts)[:, None] & inside[None, :], other=-float("inf"))
-        top = tl.maximum(top, tl.max(z, 0))
-    marked = tl.load(inverse_ptr + rows, mask=inside, other=0.0) == -1.0
-    tl.store(pivot_ptr + rows, top, mask=inside & marked)
-
-
 @triton.jit(do_not_specialize=["num_rows", "parts", "table_stride"])
 def finish_kernel(
     sums_ptr,  # (3, parts, num_rows) float32
     target_ptr,  # (num_rows,) int64
     column_ptr,  # (num_rows,) int64
-    z_ptr,  # (num_rows,) float32  z₂ of the target
+    z_ptr,  # (num_rows,) float32  z₂ of the target, which is the pivot
     slope_ptr,  # (num_rows,) float32  softcap's slope at the target
-    pivot_ptr,  # (num_rows,) float32  z₂ of the pivot
     probe_ptr,  # (num_rows,) float32  mean z₂ of the answer's ids; +∞ where there is none
     table_ptr,  # (10, table_stride) float32, from the chunk's first column on: the fields of RowStatistics
     rows_ptr,  # the stored rows of E, row stride `stride`
-    unsafe_ptr,
+    x_ptr,  # (num_rows, D), unit stride along D
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,)
     num_rows,
     parts,
     table_stride,
     stride,
     ignore_index,
-    ONLY_IF_UNSAFE: tl.constexpr,
+    vocabulary,
+    dim,
+    x_stride,
+    weight_stride,
+    inner,
+    outer,
     SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     STORED: tl.constexpr,
     HAS_ANSWERS: tl.constexpr,
+    UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """From the sums over tiles to the statistics of a row; sets the target's entry of the stored row."""
-    if ONLY_IF_UNSAFE:
-        if tl.load(unsafe_ptr) == 0:
-            return
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     s = tl.zeros((ROWS,), dtype=tl.float32)
@@ -310,47 +273,101 @@ def finish_kernel(
         q += tl.sum(tl.load(place + plane, mask=mask, other=0.0), 0)
         t += tl.sum(tl.load(place + 2 * plane, mask=mask, other=0.0), 0)
     target = tl.load(target_ptr + rows, mask=inside, other=0)
+    column = tl.load(column_ptr + rows, mask=inside, other=0)
+    z = tl.load(z_ptr + rows, mask=inside, other=0.0)
+    pivot = z
+    unsafe = s > SAFE_SUM
+    if tl.max(unsafe.to(tl.int32), 0) > 0:
+        top = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
+        for start in range(0, vocabulary, 64):
+            tile, slope = _few_logits(
+                x_ptr, weight_ptr, bias_ptr, rows, start, num_rows, vocabulary, dim, x_stride, weight_stride,
+                inner, outer, SOFTCAP, HAS_BIAS, UPCAST,
+            )  # fmt: skip
+            top = tl.maximum(top, tl.max(tile, 1))
+        pivot = tl.where(unsafe, top, pivot)
+        s_again = tl.zeros((ROWS,), dtype=tl.float32)
+        q_again = tl.zeros((ROWS,), dtype=tl.float32)
+        t_again = tl.zeros((ROWS,), dtype=tl.float32)
+        for start in range(0, vocabulary, 64):
+            tile, slope = _few_logits(
+                x_ptr, weight_ptr, bias_ptr, rows, start, num_rows, vocabulary, dim, x_stride, weight_stride,
+                inner, outer, SOFTCAP, HAS_BIAS, UPCAST,
+            )  # fmt: skip
+            v = start + tl.arange(0, 64)
+            kept = v[None, :] != column[:, None]
+            u = tl.where(kept, tl.maximum(tile - pivot[:, None], -1.0e4), -1.0e4)
+            e = tl.exp2(u)
+            s_again += tl.sum(e, 1)
+            q_again += tl.sum(e * e, 1)
+            t_again += tl.sum(e * u, 1)
+            if STORED:
+                place = rows_ptr + rows.to(tl.int64)[:, None] * stride + v[None, :]
+                mask = kept & (unsafe & inside)[:, None] & (v < vocabulary)[None, :]
+                tl.store(place, (e * slope).to(rows_ptr.dtype.element_ty), mask=mask)
+        s = tl.where(unsafe, s_again, s)
+        q = tl.where(unsafe, q_again, q)
+        t = tl.where(unsafe, t_again, t)
+
     counted = target != ignore_index
-    pivot = tl.load(pivot_ptr + rows, mask=inside, other=0.0)
-    own = tl.load(z_ptr + rows, mask=inside, other=0.0) - pivot  # 0 unless the pivot is the row's maximum
+    own = z - pivot  # 0 unless the pivot is the row's maximum
     mass = tl.exp2(own)
     own = tl.maximum(own, -3.0e38)  # a forbidden target: 0·(−∞) is NaN
     total = s + mass
     others = s / total
     log_total = tl.where(own == 0.0, _log1p(s), tl.log(total))
-    logprob = tl.where(own == 0.0, -log_total, own * 0.6931471805599453 - log_total)
+    logprob = tl.where(own == 0.0, -log_total, own * LN2 - log_total)
     # Relative to the pivot, z is 0 at the pivot and `own` at the target.
-    entropy = log_total - (t + mass * own) * 0.6931471805599453 / total
+    entropy = log_total - (t + mass * own) * LN2 / total
     norm = tl.sqrt(others * others + q / total / total)
     evidence = tl.zeros((ROWS,), dtype=tl.float32)
     if HAS_ANSWERS:
         probe = tl.load(probe_ptr + rows, mask=inside, other=0.0)
         # Relative to the pivot: both are large where logits are, their difference is not.
-        evidence = tl.where(probe == float("inf"), 0.0, (probe - pivot) * 0.6931471805599453 - log_total)
-    if ONLY_IF_UNSAFE:
-        unsafe = rows < 0
-    else:
-        unsafe = s > SAFE_SUM
-        if tl.max(unsafe.to(tl.int32), 0) > 0:
-            tl.store(unsafe_ptr, 1)
-    inverse = tl.where(unsafe, -1.0, tl.where(counted, 1.0 / total, 0.0))
-    slope = tl.full((ROWS,), 1.0, dtype=tl.float32)
+        evidence = tl.where(probe == float("inf"), 0.0, (probe - pivot) * LN2 - log_total)
+    slope_at_target = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if SOFTCAP:
-        slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
+        slope_at_target = tl.load(slope_ptr + rows, mask=inside, other=0.0)
     place = table_ptr + rows
     tl.store(place, tl.where(counted, logprob, 0.0), mask=inside)
     tl.store(place + table_stride, entropy, mask=inside)
     tl.store(place + 2 * table_stride, evidence, mask=inside)
     tl.store(place + 3 * table_stride, tl.where(counted, norm, 0.0), mask=inside)
     tl.store(place + 4 * table_stride, others, mask=inside)
-    tl.store(place + 5 * table_stride, inverse, mask=inside)  # −1 marks a row to do again
+    tl.store(place + 5 * table_stride, tl.where(counted, 1.0 / total, 0.0), mask=inside)
     tl.store(place + 6 * table_stride, pivot, mask=inside)
     tl.store(place + 7 * table_stride, total, mask=inside)
     tl.store(place + 8 * table_stride, mass, mask=inside)
-    tl.store(place + 9 * table_stride, slope, mask=inside)
+    tl.store(place + 9 * table_stride, slope_at_target, mask=inside)
     if STORED:
-        place = rows_ptr + rows.to(tl.int64) * stride + tl.load(column_ptr + rows, mask=inside, other=0)
-        tl.store(place, (-s * slope).to(rows_ptr.dtype.element_ty), mask=inside)
+        place = rows_ptr + rows.to(tl.int64) * stride + column
+        tl.store(place, (-s * slope_at_target).to(rows_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _few_logits(
+    x_ptr, weight_ptr, bias_ptr, rows, first, num_rows, vocabulary, dim, x_stride, weight_stride, inner, outer,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """z₂ of 64 columns of a few rows, −∞ beyond the vocabulary, and the softcap's slope: a slow way, seldom taken."""
+    v = first + tl.arange(0, 64)
+    in_rows = rows < num_rows
+    in_columns = v < vocabulary
+    acc = tl.zeros((rows.shape[0], 64), dtype=tl.float32)
+    for start in range(0, dim, 64):
+        d = start + tl.arange(0, 64)
+        x_place = x_ptr + rows.to(tl.int64)[:, None] * x_stride + d[None, :]
+        w_place = weight_ptr + v.to(tl.int64)[None, :] * weight_stride + d[:, None]
+        x = tl.load(x_place, mask=in_rows[:, None] & (d < dim)[None, :], other=0.0)
+        w = tl.load(w_place, mask=(d < dim)[:, None] & in_columns[None, :], other=0.0)
+        if UPCAST:
+            acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + v, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    z, slope = _logit(acc, inner, outer, SOFTCAP)
+    return tl.where(in_columns[None, :], z, -float("inf")), slope
 
 
 @triton.jit

@@ -71,41 +71,28 @@ def statistics(
     table = table[:, first_row : first_row + n]
     tiles = _tiles(x.dtype, x.device)
     parts = triton.cdiv(vocabulary, tiles.n)
-    z, pivot, slope, probed = x.new_empty((4, n), dtype=torch.float32)
+    z, slope, probed = x.new_empty((3, n), dtype=torch.float32)
     columns = torch.empty_like(targets)
     inner, outer = head.base2
     softcap, has_bias = head.softcap is not None, head.bias is not None
     ids, cu_ids, cu_rows = answers[:3] if answers is not None else (targets, targets, targets)
     kernels.probe_kernel[(n,)](
         x, head.weight, head.bias, targets, cu_rows, ids, cu_ids,
-        columns, z, pivot, slope, probed, first_row, cu_ids.numel() - 1, vocabulary, x.shape[1], ignore_index,
+        columns, z, slope, probed, first_row, cu_ids.numel() - 1, vocabulary, x.shape[1], ignore_index,
         x.stride(0), head.weight.stride(0), inner, outer,
         SOFTCAP=softcap, HAS_BIAS=has_bias, HAS_ANSWERS=answers is not None,
         BLOCK_D=min(1024, triton.next_power_of_2(x.shape[1])), num_warps=4,
     )  # fmt: skip
     sums = x.new_empty((3, parts, n), dtype=torch.float32)
-    unsafe = torch.zeros((), dtype=torch.int32, device=x.device)
-    operands = _operands(x, head.weight, buffer, tiles)
     mode = kernels.STATISTICS if buffer is None else kernels.EXPONENTIALS
-
-    def product(mode: Any, only_if_unsafe: bool) -> None:
-        _product(operands, head, columns, pivot, None, None, sums, unsafe, n, 0, vocabulary, mode, only_if_unsafe)
-
-    def finish(only_if_unsafe: bool) -> None:
-        kernels.finish_kernel[(triton.cdiv(n, 16),)](
-            sums, targets, columns, z, slope, pivot, probed, table, buffer, unsafe, n, parts, table.stride(0),
-            buffer.stride(0) if buffer is not None else 0, ignore_index,
-            ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=softcap, STORED=buffer is not None,
-            HAS_ANSWERS=answers is not None, ROWS=16, PARTS=128, num_warps=4,
-        )  # fmt: skip
-
-    product(mode, False)
-    finish(False)
-    # Rows out of float32's range are done again with their maximum as pivot; without any, these return at once.
-    product(kernels.MAXIMUM, True)
-    kernels.pivot_kernel[(triton.cdiv(n, 32),)](sums, pivot, table[5], unsafe, n, parts, ROWS=32, PARTS=32)
-    product(mode, True)
-    finish(True)
+    _product(x, head, buffer, columns, z, None, None, sums, 0, vocabulary, mode)
+    kernels.finish_kernel[(triton.cdiv(n, 16),)](
+        sums, targets, columns, z, slope, probed, table, buffer, x, head.weight, head.bias,
+        n, parts, table.stride(0), buffer.stride(0) if buffer is not None else 0, ignore_index,
+        vocabulary, x.shape[1], x.stride(0), head.weight.stride(0), inner, outer,
+        SOFTCAP=softcap, HAS_BIAS=has_bias, STORED=buffer is not None, HAS_ANSWERS=answers is not None,
+        UPCAST=_upcast(x), ROWS=16, PARTS=128, num_warps=4,
+    )  # fmt: skip
 
 
 def gradient_block(
@@ -126,13 +113,8 @@ def gradient_block(
     n, width = block.shape
     if n == 0:
         return
-    tiles = _tiles(x.dtype, x.device)
-    operands = _operands(x, head.weight, block, tiles)
     curve = None if curve is None else curve * LN2
-    _product(
-        operands, head, targets, rows.pivot, slope, curve, None, None, n, first_column, width,
-        kernels.GRADIENT, False,
-    )  # fmt: skip
+    _product(x, head, block, targets, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
     kernels.target_kernel[(triton.cdiv(n, 128),)](
         block, targets, target_gradient, n, first_column, width, block.stride(0), ROWS=128
     )
@@ -167,17 +149,6 @@ def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _operands(x: Tensor, weight: Tensor, out: Tensor | None, tiles: _Tiles) -> tuple[Any, Any, Any]:
-    x, weight = _aligned(x), _aligned(weight)
-    descriptors = [
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [tiles.m, tiles.k]),
-        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [tiles.n, tiles.k]),
-    ]
-    if out is None:
-        return descriptors[0], descriptors[1], descriptors[0]
-    return (*descriptors, TensorDescriptor(out, list(out.shape), list(out.stride()), [tiles.m, tiles.n // 2]))
-
-
 def _aligned(matrix: Tensor) -> Tensor:
     """The matrix itself, or a copy that the GPU's tile loads can address: rows of contiguous, 16-byte aligned memory."""
     size = matrix.element_size()
@@ -189,34 +160,40 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 def _product(
-    operands: tuple[Any, Any, Any],
+    x: Tensor,
     head: LinearHead,
+    out: Tensor | None,
     columns: Tensor,
     pivot: Tensor,
     slope: Tensor | None,
     curve: Tensor | None,
     sums: Tensor | None,
-    unsafe: Tensor | None,
-    n: int,
     first_column: int,
     width: int,
     mode: Any,
-    only_if_unsafe: bool,
 ) -> None:
-    x, weight, out = operands
-    tiles = _tiles(x.base.dtype, x.base.device)
-    programs = _multiprocessors(x.base.device)
+    tiles, programs = _tiles(x.dtype, x.device), _multiprocessors(x.device)
+    n, dim = x.shape
+    left = _tiled(x, tiles.m, tiles.k)
     count = triton.cdiv(n, tiles.m) * triton.cdiv(width, tiles.n)
     inner, outer = head.base2
     kernels.logits_kernel[(min(programs, count),)](
-        x, weight, out, head.bias, columns, pivot, slope, curve, sums, unsafe,
-        n, x.shape[1], head.vocabulary, first_column, width, inner, outer,
-        MODE=mode.value, ONLY_IF_UNSAFE=only_if_unsafe, SOFTCAP=head.softcap is not None,
-        HAS_BIAS=head.bias is not None, HAS_CURVE=curve is not None,
-        BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16, PROGRAMS=programs,
-        FLATTEN=not only_if_unsafe, SPECIALIZE=False, UPCAST=_INTERPRETED or x.base.dtype == torch.float32,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        left, _tiled(head.weight, tiles.n, tiles.k), left if out is None else _tiled(out, tiles.m, tiles.n // 2),
+        head.bias, columns, pivot, slope, curve, sums, n, dim, head.vocabulary, first_column, width, inner, outer,
+        MODE=mode.value, SOFTCAP=head.softcap is not None, HAS_BIAS=head.bias is not None,
+        HAS_CURVE=curve is not None, BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16,
+        PROGRAMS=programs, UPCAST=_upcast(x), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
+
+
+def _tiled(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    matrix = _aligned(matrix)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def _upcast(x: Tensor) -> bool:
+    """float32 is multiplied exactly; the interpreter multiplies bfloat16 wrongly."""
+    return _INTERPRETED or x.dtype == torch.float32
 
 
 def decide(
