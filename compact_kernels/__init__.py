@@ -1,8 +1,15 @@
 """Tensors in, tensors out: the weighted loss of a language model's head, its statistics and its weights."""
 
-from compact_kernels.ops import CompatibilityOutput, compatibility_loss, linear_logprob, linear_token_stats
+from compact_kernels.divergence import answer_divergence
+from compact_kernels.ops import (
+    CompatibilityOutput,
+    compatibility_loss,
+    linear_logprob,
+    linear_token_stats,
+    question_consensus,
+)
 from compact_kernels.ragged import Ragged
-from compact_kernels.reference import answer_divergence, question_affinity, question_consensus
+from compact_kernels.reference import question_affinity
 from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule, Statistics, TokenStatistics
 
 __all__ = [

@@ -50,7 +50,7 @@ def check_loss(
 
 
 def check_packed(hidden: Tensor, ragged: Ragged) -> None:
-    total = int(ragged.host.cu_seqlens[-1])
+    total = ragged.sizes.cu_seqlens[-1]
     if hidden.dim() != 2 or hidden.shape[0] != total:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, the batch has {total} packed tokens: ({total}, D)")
     if ragged.device != hidden.device:
@@ -80,7 +80,7 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
 
 
 def check_targets(targets: Tensor, ragged: Ragged) -> None:
-    total = int(ragged.host.cu_seqlens[-1])
+    total = ragged.sizes.cu_seqlens[-1]
     if targets.dtype != torch.int64:
         raise ValueError(f"targets has dtype {targets.dtype}; token ids are int64")
     if targets.numel() != total:
@@ -90,3 +90,11 @@ def check_targets(targets: Tensor, ragged: Ragged) -> None:
 def check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
     if values.shape != (ragged.num_sequences,):
         raise ValueError(f"{name} has shape {tuple(values.shape)}, the batch has {ragged.num_sequences} rationales")
+
+
+def check_query_key(query: Tensor, key: Tensor, ragged: Ragged) -> None:
+    if query.shape != key.shape or query.shape[0] != ragged.num_sequences:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "
+            f"have one entry for each of the {ragged.num_sequences} rationales"
+        )

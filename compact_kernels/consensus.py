@@ -25,11 +25,6 @@ def in_degree(query: Tensor, key: Tensor, ragged: Ragged, temperature: float = 1
     Returns:
         (S,) float32; 0 for a rationale alone.
     """
-    if query.shape != key.shape or query.shape[0] != ragged.num_sequences:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "
-            f"have one entry for each of the {ragged.num_sequences} rationales"
-        )
     if query.dim() == 2:
         query, key = query[:, None], key[:, None]
     query, key = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key))
@@ -37,8 +32,7 @@ def in_degree(query: Tensor, key: Tensor, ragged: Ragged, temperature: float = 1
     if ragged.num_questions == 0:
         return degree
     heads, width = query.shape[1:]
-    largest = _largest(ragged)
-    slots = triton.next_power_of_2(largest)
+    slots = triton.next_power_of_2(ragged.sizes.most_rationales)
     block_d = min(triton.next_power_of_2(width), max(TILE // slots, 16))
     block_h = min(triton.next_power_of_2(heads), max(TILE // (slots * block_d), 1))
     _in_degree_kernel[(ragged.num_questions,)](
@@ -59,22 +53,6 @@ def in_degree(query: Tensor, key: Tensor, ragged: Ragged, temperature: float = 1
         num_warps=8,
     )
     return degree
-
-
-def question_slots(ragged: Ragged) -> tuple[Tensor, Tensor]:
-    """The rationales of every question, padded to the largest K, made on the device of `ragged` without a copy.
-
-    Returns:
-        index (Q, K) int64, 0 where there is no rationale, and whether there is one (Q, K) bool.
-    """
-    slot = torch.arange(_largest(ragged), device=ragged.device)
-    present = slot < ragged.cu_questions.diff()[:, None]
-    return (ragged.cu_questions[:-1, None] + slot) * present, present
-
-
-def _largest(ragged: Ragged) -> int:
-    counts = ragged.host.cu_questions.diff()
-    return int(counts.max()) if counts.numel() else 0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Whether an op's Triton kernels can run on a tensor: one predicate for the ops, their warnings and their tests."""
+"""Whether an op's Triton kernels can run on a tensor: one predicate for the ops and their tests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-@cache
-def _found() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Kernels run on CPUs in Triton's interpreter, slowly, if that is asked for before this is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -24,6 +22,10 @@ def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """
     if (dtype or tensor.dtype) not in DTYPES:
         return False
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    return tensor.device.type in ("cpu", "cuda") and _found()
+    device = tensor.device.type
+    return (device in ("cuda", "xpu") or (device == "cpu" and INTERPRETED)) and _triton_found()
+
+
+@cache
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None

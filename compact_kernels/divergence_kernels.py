@@ -223,6 +223,9 @@ def gradient_kernel(
     gain_ptr,
     shift_ptr,
     inverse_ptr,
+    over_ptr,
+    under_ptr,
+    constant,
     inverse_cap,
     ignore_index,
     JSD: tl.constexpr,
@@ -251,7 +254,12 @@ def gradient_kernel(
     sums = tl.load(sums_ptr + row, mask=m_k, other=1.0)
     inverse = 1.0 / sums
     score = tl.load(scores_ptr + entry, mask=m_k, other=0.0)
-    gain = tl.load(gain_ptr + first + slot, mask=m_k, other=0.0) / length.to(tl.float32)
+    gain = tl.where(m_k, 1.0, 0.0)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + first + slot, mask=m_k, other=0.0)
+    if over_ptr is not None:
+        gain = tl.maximum(gain, 1.0) * (constant * tl.load(over_ptr) / tl.load(under_ptr))
+    gain = gain / length.to(tl.float32)
     gain = tl.where(partners, gain, 0.0)
     if TIMES_SUM:
         gain = gain * sums

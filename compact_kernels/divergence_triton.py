@@ -103,7 +103,7 @@ def add_span_gradient_(
     first_row: int,
     kind: Literal["kl", "jsd"],
     scores: Tensor,
-    gain: Tensor,
+    gain: Tensor | None,
     *,
     masses: Tensor | None = None,
     gathered: bool = False,
@@ -114,6 +114,7 @@ def add_span_gradient_(
     shift: Tensor | None = None,
     inverse_sums: Tensor | None = None,
     ignore_index: int = -100,
+    ratio: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
     """Adds gain_k · (∂D_q/∂z_r) / α_k to the answer rows r of rationale k, all V columns, in place.
 
@@ -122,7 +123,8 @@ def add_span_gradient_(
 
     Args:
         scores: C, as :func:`span_divergence` gave it. (G,)
-        gain: (S,) float32
+        gain: (S,) float32; None: 1.
+        ratio: (a, b, c) makes the gain max(gain, 1)·a·c/b, with a and b () float32 on the device.
         replace: the answer rows are overwritten, not added to. Those of a rationale without a partner become 0.
         times_sum: multiply by S_r as well, for rows that are S_r times a gradient.
         softcap, temperature, shift: with `softcap` the gradient goes on to u, z = softcap·tanh(u/softcap)/temperature,
@@ -146,6 +148,7 @@ def add_span_gradient_(
         gain,
         shift if softcap is not None else None,
         inverse_sums,
+        *(ratio if ratio is not None else (None, None, 1.0)),
         0.0 if softcap is None else float(temperature / softcap),
         ignore_index,
         JSD=kind == "jsd",
@@ -161,10 +164,10 @@ def add_span_gradient_(
 
 def _sizes(ragged: Ragged, first_question: int, last_question: int) -> tuple[int, int, int, int]:
     """The largest K of the batch as a power of two; of these questions the longest span, and which span rows."""
-    counts, cu_span = ragged.host.cu_questions, ragged.host.cu_span
-    first, last = int(counts[first_question]), int(counts[last_question])
-    longest = int(cu_span[first : last + 1].diff().max())
-    return triton.next_power_of_2(int(counts.diff().max())), longest, int(cu_span[first]), int(cu_span[last])
+    sizes = ragged.sizes
+    spans = sizes.cu_span[sizes.cu_questions[first_question] : sizes.cu_questions[last_question] + 1]
+    longest = max(end - start for start, end in zip(spans, spans[1:]))
+    return triton.next_power_of_2(sizes.most_rationales), longest, spans[0], spans[-1]
 
 
 def _tiles(buffer: Tensor, largest: int) -> tuple[int, int, int]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from compact_kernels import arguments, reference
+from compact_kernels.dispatch import triton_applies
+from compact_kernels.divergence import answer_divergence
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
-from compact_kernels.reference import answer_divergence
 from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
 from compact_kernels.weighting import Decision, Weighting, decide, settled
 
@@ -117,17 +118,18 @@ def compatibility_loss(
     )
     if implementation == "reference":
         logprob, tokens = reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)
-        weighting = settled(weighting, row_targets, ragged, tokens.logprob.dtype)
-        decision, statistics = decide(tokens, row_targets, ragged, weighting)
+        final = settled(weighting, row_targets, ragged, tokens.logprob.dtype)
+        decision, statistics = decide(tokens, row_targets, ragged, final)
         loss, mixed = -(decision.row_weight * logprob).sum(), None
         sft = loss.detach()
     else:
-        loss, sft, mixed, decision, tokens, weighting = weighted_loss(
+        loss, sft, mixed, decision, tokens, final = weighted_loss(
             hidden, head, row_targets, ragged, weighting, workspace_mib
         )
         statistics = _statistics(ragged, tokens, decision, weighting)
     if divergence_weight and mixed is None:  # not part of the pass
-        per_question = answer_divergence(
+        divergence_of = reference.answer_divergence if implementation == "reference" else answer_divergence
+        per_question = divergence_of(
             hidden,
             head_weight,
             ragged,
@@ -139,7 +141,7 @@ def compatibility_loss(
             temperature=temperature,
             workspace_mib=workspace_mib,
         )
-        value = per_question.sum() * weighting.divergence_normalizer
+        value = per_question.sum() * final.divergence_normalizer
         loss, mixed = loss + divergence_weight * value, value.detach()
     mixed = torch.zeros_like(sft) if mixed is None else mixed
     return CompatibilityOutput(loss, decision.alpha, sft, mixed, statistics)
@@ -207,6 +209,34 @@ def linear_logprob(
         tokens = token_logprobs(flat, head, flat_targets, None, ignore_index, workspace_mib)
         logprob, entropy = tokens.logprob, tokens.entropy.where(flat_targets != ignore_index, 0.0)
     return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
+
+
+def question_consensus(
+    query: Tensor,
+    key: Tensor,
+    ragged: Ragged,
+    *,
+    temperature: float = 1.0,
+    centrality: Literal["in_degree", "pagerank", "eigenvector"] = "in_degree",
+) -> Tensor:
+    """S_cons: how central each rationale is in the graph of its question (eq. 4–5).
+
+    Args:
+        query, key: W_Q v and W_K v of every rationale's EOS state, keys repeated under grouped-query attention.
+            (S, H, d) or (S, d)
+        temperature: divides the scores, for rows that saturate.
+        centrality: "in_degree" Σ_{i≠k} A_ik (paper), or PageRank (damping 0.85) or eigenvector centrality of the
+            same weighted digraph without self-loops, as networkx defines them.
+
+    Returns:
+        (S,) float32 (float64 for float64 input); 0 for a rationale alone.
+    """
+    if centrality == "in_degree" and triton_applies(query):
+        from compact_kernels.consensus import in_degree
+
+        arguments.check_query_key(query, key, ragged)
+        return in_degree(query, key, ragged, temperature)
+    return reference.question_consensus(query, key, ragged, temperature=temperature, centrality=centrality)
 
 
 def _statistics(ragged: Ragged, tokens: TokenStatistics, decision: Decision, weighting: Weighting) -> Statistics:

@@ -8,9 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sizes(NamedTuple):
+    """What launches need to know of a batch's shape."""
+
+    cu_seqlens: list[int]
+    cu_questions: list[int]
+    cu_rows: list[int]
+    cu_span: list[int]
+    most_rationales: int  # the largest K
+    longest_answer: int  # the largest m
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +178,22 @@ class Ragged:
         return self if self._host is None else self._host
 
     @property
+    def sizes(self) -> Sizes:
+        """The host's offsets as Python numbers, converted once a batch."""
+        return self.host._sizes
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes(
+            cu_seqlens=self.cu_seqlens.tolist(),
+            cu_questions=self.cu_questions.tolist(),
+            cu_rows=self.cu_rows.tolist(),
+            cu_span=self.cu_span.tolist(),
+            most_rationales=int(self.cu_questions.diff().max()) if self.num_questions else 0,
+            longest_answer=int(self.cu_evidence.diff().max()) if self.num_sequences else 0,
+        )
+
+    @property
     def device(self) -> torch.device:
         return self.rows.device
 
@@ -182,7 +211,7 @@ class Ragged:
 
     def questions(self, first: int, last: int) -> Ragged:
         """The questions `first` … `last − 1` as a batch of their own, over the same packed tokens."""
-        sequences = slice(*self.host.cu_questions[[first, last]].tolist())
+        sequences = slice(self.sizes.cu_questions[first], self.sizes.cu_questions[last])
 
         def part(offsets: str) -> tuple[Tensor, slice]:
             cut = getattr(self, offsets)[sequences.start : sequences.stop + 1]

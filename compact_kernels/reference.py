@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import TokenStatistics, sequence_of_row
+from compact_kernels.rule import TokenStatistics, question_slots, sequence_of_row
 
 
 def token_pass(
@@ -136,18 +136,7 @@ def question_consensus(
     temperature: float = 1.0,
     centrality: Literal["in_degree", "pagerank", "eigenvector"] = "in_degree",
 ) -> Tensor:
-    """S_cons: how central each rationale is in the graph of its question (eq. 4–5).
-
-    Args:
-        query, key: W_Q v and W_K v of every rationale's EOS state, keys repeated under grouped-query attention.
-            (S, H, d) or (S, d)
-        temperature: divides the scores, for rows that saturate.
-        centrality: "in_degree" Σ_{i≠k} A_ik (paper), or PageRank (damping 0.85) or eigenvector centrality of the
-            same weighted digraph without self-loops, as networkx defines them.
-
-    Returns:
-        (S,) float32 (float64 for float64 input); 0 for a rationale alone.
-    """
+    """S_cons of every rationale (S,), as :func:`compact_kernels.question_consensus` describes it."""
     if centrality not in ("in_degree", "pagerank", "eigenvector"):
         raise ValueError(f"centrality is {centrality!r}; it is one of in_degree, pagerank, eigenvector")
     affinity, present = question_affinity(query, key, ragged, temperature=temperature)
@@ -171,21 +160,12 @@ def question_affinity(
         A (Q, K, K), rows summing to one, softmax per head and then the mean over heads; and the mask of the
         rationales that exist (Q, K).
     """
-    if query.shape != key.shape or query.shape[0] != ragged.num_sequences:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "
-            f"have one entry for each of the {ragged.num_sequences} rationales"
-        )
+    arguments.check_query_key(query, key, ragged)
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     if query.dim() == 2:
         query, key = query[:, None], key[:, None]
-    counts = ragged.host.cu_questions.diff()
-    largest = int(counts.max()) if counts.numel() else 0
-    slot = torch.arange(largest)
-    present = slot < counts[:, None]  # (Q, K)
-    index = (ragged.host.cu_questions[:-1, None] + slot).where(present, 0).long()
-    present, index = present.to(query.device), index.to(query.device)
+    index, present = question_slots(ragged)
     scores = torch.einsum("qihd,qjhd->qhij", query[index], key[index]) / (math.sqrt(query.shape[-1]) * temperature)
     scores = scores.masked_fill(~present[:, None, None, :], -math.inf)
     affinity = scores.softmax(-1).mean(1)

@@ -105,6 +105,17 @@ def question_of_sequence(ragged: Ragged) -> Tensor:
     return _owner(ragged.cu_questions, ragged.num_sequences)
 
 
+def question_slots(ragged: Ragged) -> tuple[Tensor, Tensor]:
+    """The rationales of every question, padded to the largest K, made on the device of `ragged` without a copy.
+
+    Returns:
+        index (Q, K) int64, 0 where there is no rationale, and whether there is one (Q, K) bool.
+    """
+    slot = torch.arange(ragged.sizes.most_rationales, device=ragged.device)
+    present = slot < ragged.cu_questions.diff()[:, None]
+    return (ragged.cu_questions[:-1, None] + slot) * present, present
+
+
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Sums of consecutive segments, deterministic; an empty segment sums to 0. (N,) and (M+1,) give (M,)."""
     return torch.segment_reduce(values, "sum", offsets=offsets.long(), unsafe=True, initial=0.0)

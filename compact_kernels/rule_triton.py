@@ -53,7 +53,7 @@ def decide(
     if last_question <= first_question:
         return
     rule = CompatibilityRule() if rule is None else rule
-    largest = triton.next_power_of_2(int(ragged.host.cu_questions.diff().max()))
+    largest = triton.next_power_of_2(ragged.sizes.most_rationales)
     _decide_kernel[(last_question - first_question,)](
         logprob,
         evidence,

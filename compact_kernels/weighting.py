@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -51,6 +51,14 @@ class Weighting:
         return self.weights is not None or type(self.rule) is CompatibilityRule
 
 
+@dataclass(frozen=True)
+class Settled(Weighting):
+    """A weighting whose normalizers are () tensors on the device."""
+
+    normalizer: Tensor
+    divergence_normalizer: Tensor
+
+
 class Decision(NamedTuple):
     """What was decided for a batch. float32 (float64 for float64 statistics)."""
 
@@ -70,7 +78,7 @@ class Decision(NamedTuple):
 
 @torch.no_grad()
 def decide(
-    tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting
+    tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled
 ) -> tuple[Decision, Statistics]:
     """The decision for a whole batch, in plain torch.
 
@@ -98,7 +106,7 @@ def decide(
     return Decision(alpha, statistics.adaptability, difficulty, counted, row_weight), statistics
 
 
-def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragged, weighting: Weighting) -> Tensor:
+def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragged, weighting: Settled) -> Tensor:
     """What every scored row weighs, (N,), given α."""
     weight = alpha * weighting.normalizer
     if weighting.divide_by_targets:
@@ -107,7 +115,7 @@ def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragge
 
 
 @torch.no_grad()
-def settled(weighting: Weighting, targets: Tensor, ragged: Ragged, dtype: torch.dtype) -> Weighting:
+def settled(weighting: Weighting, targets: Tensor, ragged: Ragged, dtype: torch.dtype) -> Settled:
     """The weighting with both normalizers as () tensors on the device; what is not given comes from this batch.
 
     Args:
@@ -127,11 +135,11 @@ def settled(weighting: Weighting, targets: Tensor, ragged: Ragged, dtype: torch.
             normalizer = questions
     if divergence_normalizer is None:
         divergence_normalizer = normalizer
-    return replace(
-        weighting,
-        normalizer=_on_device(normalizer, targets, dtype),
-        divergence_normalizer=_on_device(divergence_normalizer, targets, dtype),
-    )
+    both = {
+        "normalizer": _on_device(normalizer, targets, dtype),
+        "divergence_normalizer": _on_device(divergence_normalizer, targets, dtype),
+    }
+    return Settled(**{**vars(weighting), **both})
 
 
 def _on_device(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

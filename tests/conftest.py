@@ -1,4 +1,4 @@
-"""Before anything imports torch: one thread a worker, no hub."""
+"""Before anything imports torch: one thread a worker, no hub. Before anything imports Triton: its interpreter."""
 
 import os
 
@@ -6,3 +6,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from compact_kernels import dispatch  # noqa: E402  read before TRITON_INTERPRET is set: CPU tensors stay in torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch):
+    """Triton's kernels run whatever the device: on a CPU in the interpreter, if it can be."""
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import pytest
 import torch
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from compact_kernels import Ragged, question_affinity, question_consensus
-from compact_kernels.dispatch import triton_applies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not triton_applies(torch.empty(0, device=DEVICE)), reason="needs Triton and a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 def make_ragged(counts: tuple[int, ...]) -> Ragged:
@@ -100,7 +91,7 @@ def test_saturated_scores_stay_finite():
 
 @pytest.mark.parametrize("counts", [(3, 1, 2), (1,), ()])
 def test_the_slots_of_a_question_are_those_of_the_affinity(counts):
-    from compact_kernels.consensus import question_slots
+    from compact_kernels.rule import question_slots
 
     ragged = make_ragged(counts)
     index, present = question_slots(ragged.to(DEVICE))
@@ -112,8 +103,8 @@ def test_the_slots_of_a_question_are_those_of_the_affinity(counts):
 
 
 def test_sizes_that_do_not_fit_are_named():
-    from compact_kernels.consensus import in_degree
+    from compact_kernels import question_consensus
 
     ragged = make_ragged((3,))
     with pytest.raises(ValueError, match=r"query \(2, 8\).*3 rationales"):
-        in_degree(torch.zeros(2, 8), torch.zeros(2, 8), ragged)
+        question_consensus(torch.zeros(2, 8), torch.zeros(2, 8), ragged)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from compact_kernels import Ragged
-from compact_kernels.dispatch import triton_applies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not triton_applies(torch.empty(0, device=DEVICE)), reason="needs Triton and a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 VOCABULARY = 5003 if DEVICE == "cuda" else 133
 # Span lengths of questions' rationales: one class, alone, a class and two others, none at all, two classes.
 SPANS = ((2, 2, 2), (3,), (2, 1, 2, 0), (0, 0), (1, 2, 2, 1))

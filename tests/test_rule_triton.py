@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from compact_kernels import AdaptabilityOptions, CompatibilityRule, Ragged, Statistics, TokenStatistics
-from compact_kernels.dispatch import triton_applies
 from compact_kernels.rule import segment_sum, sequence_adaptability, sequence_of_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not triton_applies(torch.empty(0, device=DEVICE)), reason="needs Triton and a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 COUNTS = (3, 1, 5, 2)
 LONGEST = 700 if DEVICE == "cuda" else 90
 IGNORED = -100

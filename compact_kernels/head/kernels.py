@@ -10,7 +10,7 @@ done again, slowly, with their true maximum as pivot; nothing waits for the host
 Statistics are sums over v ≠ target, so a confident token (p → 1) loses nothing to cancellation:
 S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), the entropy and ‖p − e_y‖ follow.
 
-Units inside: z₂ = z·log₂e. Offsets are int64 where rows and columns multiply.
+A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e. Offsets are int64 where rows and columns multiply.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 
 STATISTICS = tl.constexpr(0)  # sums of every (row, tile); nothing is stored
 EXPONENTIALS = tl.constexpr(1)  # the same, and E is stored
-GRADIENT = tl.constexpr(2)  # E·(a + b·u₂) is stored, u₂ = z₂ − pivot
+GRADIENT = tl.constexpr(2)  # E·(a + b·u₂) is stored
 
 SAFE_SUM = tl.constexpr(1e19)  # ΣE above it: E² could overflow
 LN2 = tl.constexpr(0.6931471805599453)
@@ -28,12 +28,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _logit(raw, inner, outer, SOFTCAP: tl.constexpr):
-    """z₂ and the slope dz/draw without its constant factor."""
+    """A logit in the kernels' own unit, and dz/draw without its constant factor."""
     if SOFTCAP:
         t = 2.0 * tl.sigmoid(2.0 * raw * inner) - 1.0  # tanh; libdevice's is missing on some backends
         return t * outer, 1.0 - t * t
     else:
-        return raw * inner, 1.0
+        return raw, 1.0
+
+
+@triton.jit
+def _difference(z, pivot, inner, SOFTCAP: tl.constexpr):
+    """u₂ = (z − pivot)·log₂e. The raw logits are subtracted before they are scaled: exact where both are large."""
+    if SOFTCAP:
+        return z - pivot
+    else:
+        return (z - pivot) * inner
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_column"])
@@ -43,7 +52,7 @@ def logits_kernel(
     out_desc,  # (num_rows, width)
     bias_ptr,  # (V,)
     column_ptr,  # (num_rows,) int64  the target's column, left out of the sums
-    pivot_ptr,  # (num_rows,) float32  z₂ of the pivot
+    pivot_ptr,  # (num_rows,) float32  the pivot's logit
     slope_ptr,  # (num_rows,) float32  a    (GRADIENT)
     curve_ptr,  # (num_rows,) float32  b    (GRADIENT)
     sums_ptr,  # (3, tiles, num_rows) float32
@@ -125,7 +134,7 @@ def _epilogue(
         bias = tl.load(bias_ptr + first_column + columns, mask=columns < width, other=0.0).to(tl.float32)
         acc += bias[None, :]
     z, slope = _logit(acc, inner, outer, SOFTCAP)
-    u = z - pivot[:, None]
+    u = _difference(z, pivot[:, None], inner, SOFTCAP)
     if MODE == GRADIENT:
         factor = tl.load(slope_ptr + rows, mask=in_rows, other=0.0)[:, None]
         if HAS_CURVE:  # E·u is 0 for a forbidden token, whose logit is −∞
@@ -155,9 +164,9 @@ def probe_kernel(
     answer_ptr,  # (A,) int64  ids of the gold answers
     cu_answer_ptr,  # (S+1,) int32
     column_ptr,  # (num_rows,) int64  out: the target, or 0 where there is none
-    z_ptr,  # (num_rows,) float32  out: z₂ of that column
+    z_ptr,  # (num_rows,) float32  out: its logit
     slope_ptr,  # (num_rows,) float32  out: dz/draw there, without its constant
-    evidence_ptr,  # (num_rows,) float32  out: mean z₂ of the answer's ids, +∞ where there is none
+    evidence_ptr,  # (num_rows,) float32  out: mean logit of the answer's ids, +∞ where there is none
     first_row,
     num_rationales,
     vocabulary,
@@ -231,9 +240,9 @@ def finish_kernel(
     sums_ptr,  # (3, parts, num_rows) float32
     target_ptr,  # (num_rows,) int64
     column_ptr,  # (num_rows,) int64
-    z_ptr,  # (num_rows,) float32  z₂ of the target, which is the pivot
+    z_ptr,  # (num_rows,) float32  the logit of the target, which is the pivot
     slope_ptr,  # (num_rows,) float32  softcap's slope at the target
-    probe_ptr,  # (num_rows,) float32  mean z₂ of the answer's ids; +∞ where there is none
+    probe_ptr,  # (num_rows,) float32  mean logit of the answer's ids; +∞ where there is none
     table_ptr,  # (10, table_stride) float32, from the chunk's first column on: the fields of RowStatistics
     rows_ptr,  # the stored rows of E, row stride `stride`
     x_ptr,  # (num_rows, D), unit stride along D
@@ -296,7 +305,8 @@ def finish_kernel(
             )  # fmt: skip
             v = start + tl.arange(0, 64)
             kept = v[None, :] != column[:, None]
-            u = tl.where(kept, tl.maximum(tile - pivot[:, None], -1.0e4), -1.0e4)
+            u = _difference(tile, pivot[:, None], inner, SOFTCAP)
+            u = tl.where(kept, tl.maximum(u, -1.0e4), -1.0e4)
             e = tl.exp2(u)
             s_again += tl.sum(e, 1)
             q_again += tl.sum(e * e, 1)
@@ -310,21 +320,21 @@ def finish_kernel(
         t = tl.where(unsafe, t_again, t)
 
     counted = target != ignore_index
-    own = z - pivot  # 0 unless the pivot is the row's maximum
+    own = _difference(z, pivot, inner, SOFTCAP)  # 0 unless the pivot is the row's maximum
     mass = tl.exp2(own)
     own = tl.maximum(own, -3.0e38)  # a forbidden target: 0·(−∞) is NaN
     total = s + mass
     others = s / total
     log_total = tl.where(own == 0.0, _log1p(s), tl.log(total))
     logprob = tl.where(own == 0.0, -log_total, own * LN2 - log_total)
-    # Relative to the pivot, z is 0 at the pivot and `own` at the target.
+    # Relative to the pivot, u₂ is 0 at the pivot and `own` at the target.
     entropy = log_total - (t + mass * own) * LN2 / total
     norm = tl.sqrt(others * others + q / total / total)
     evidence = tl.zeros((ROWS,), dtype=tl.float32)
     if HAS_ANSWERS:
         probe = tl.load(probe_ptr + rows, mask=inside, other=0.0)
-        # Relative to the pivot: both are large where logits are, their difference is not.
-        evidence = tl.where(probe == float("inf"), 0.0, (probe - pivot) * LN2 - log_total)
+        gap = _difference(probe, pivot, inner, SOFTCAP)
+        evidence = tl.where(probe == float("inf"), 0.0, gap * LN2 - log_total)
     slope_at_target = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if SOFTCAP:
         slope_at_target = tl.load(slope_ptr + rows, mask=inside, other=0.0)
@@ -349,7 +359,7 @@ def _few_logits(
     x_ptr, weight_ptr, bias_ptr, rows, first, num_rows, vocabulary, dim, x_stride, weight_stride, inner, outer,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """z₂ of 64 columns of a few rows, −∞ beyond the vocabulary, and the softcap's slope: a slow way, seldom taken."""
+    """Logits of 64 columns of a few rows, −∞ beyond the vocabulary, and the softcap's slope: a slow way, seldom taken."""
     v = first + tl.arange(0, 64)
     in_rows = rows < num_rows
     in_columns = v < vocabulary

@@ -39,7 +39,7 @@ class LinearHead:
 
     @property
     def base2(self) -> tuple[float, float]:
-        """(inner, outer): z·log₂e is raw·inner, or tanh(raw·inner)·outer with a softcap."""
+        """(inner, outer): z·log₂e is raw·inner, or with a softcap tanh(raw·inner)·outer."""
         if self.softcap is None:
             return self.slope * math.log2(math.e), 1.0
         return self.logit_scale / self.softcap, self.softcap / self.temperature * math.log2(math.e)

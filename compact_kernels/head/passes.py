@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
-from compact_kernels.weighting import Decision, Weighting, settled
+from compact_kernels.weighting import Decision, Settled, Weighting, settled
 
 
 def product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
@@ -43,7 +41,7 @@ def token_logprobs(
 
 def weighted_loss(
     hidden: Tensor, head: LinearHead, targets: Tensor, ragged: Ragged, weighting: Weighting, workspace_mib: int
-) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics, Weighting]:
+) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics, Settled]:
     """Loss, its share of L_SFT, the divergence, decision, statistics and the settled weighting.
 
     The divergence is None where the pass could not take it along: the caller adds it.
@@ -65,12 +63,12 @@ def weighted_loss(
         call = WeightedPass(head, targets, ragged, weighting, folded, chosen.chunks, dtype)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call)
         decision, tokens = Decision(*rest[:5]), TokenStatistics(*rest[5:9])
-        weighting = replace(weighting, normalizer=rest[9], divergence_normalizer=rest[10])
-        return loss, sft, divergence if folded else None, decision, tokens, weighting
+        both = {"normalizer": rest[9], "divergence_normalizer": rest[10]}
+        return loss, sft, divergence if folded else None, decision, tokens, Settled(**{**vars(weighting), **both})
     rows = hidden.index_select(0, ragged.rows)
     tokens = token_logprobs(rows, head, targets, ragged, weighting.ignore_index, workspace_mib)
     detached = TokenStatistics(*(statistic.detach() for statistic in tokens))
-    weighting = settled(weighting, targets, ragged, detached.logprob.dtype)
-    decision = backend.decide_batch(detached, targets, ragged, weighting)
+    final = settled(weighting, targets, ragged, detached.logprob.dtype)
+    decision = backend.decide_batch(detached, targets, ragged, final)
     loss = -(decision.row_weight * tokens.logprob).sum()
-    return loss, loss.detach(), None, decision, detached, weighting
+    return loss, loss.detach(), None, decision, detached, final

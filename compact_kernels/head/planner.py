@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,7 +85,8 @@ def row_chunks(num_rows: int, capacity: int, multiple: int = 256) -> tuple[Chunk
 
 def question_chunks(ragged: Ragged, capacity: int) -> tuple[Chunk, ...] | None:
     """Even chunks of whole questions with at most `capacity` rows each; None if one question has more."""
-    ends = ragged.host.cu_rows[ragged.host.cu_questions.long()].tolist()  # rows before each question, (Q+1,)
+    sizes = ragged.sizes
+    ends = [sizes.cu_rows[rationale] for rationale in sizes.cu_questions]  # rows before each question, (Q+1,)
     if any(last - first > capacity for first, last in zip(ends, ends[1:])):
         return None
     count = -(-ends[-1] // capacity)
@@ -104,6 +106,6 @@ def question_chunks(ragged: Ragged, capacity: int) -> tuple[Chunk, ...] | None:
 def vocabulary_blocks(vocabulary: int, num_rows: int, workspace_mib: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     """Even ranges of columns such that (num_rows, width) gradient rows fit the workspace, 256 columns at least."""
     width = max(256, (workspace_mib << 20) // (dtype.itemsize * max(num_rows, 1)))
-    count = -(-vocabulary // width)
-    width = -(-(-(-vocabulary // count)) // 256) * 256
+    even = math.ceil(vocabulary / math.ceil(vocabulary / width))
+    width = math.ceil(even / 256) * 256
     return [(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]

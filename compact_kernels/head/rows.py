@@ -24,7 +24,7 @@ class Answers(NamedTuple):
         """Those of a batch; None if it has none."""
         if ragged.evidence_ids.numel() == 0:
             return None
-        return cls(ragged.evidence_ids, ragged.cu_evidence, ragged.cu_rows, int(ragged.host.cu_evidence.diff().max()))
+        return cls(ragged.evidence_ids, ragged.cu_evidence, ragged.cu_rows, ragged.sizes.longest_answer)
 
 
 class RowStatistics(NamedTuple):

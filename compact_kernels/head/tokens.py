@@ -88,7 +88,7 @@ class TokenPass:
         grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
         ones = x_d.new_ones(1, x.shape[0])
         blocks = vocabulary_blocks(head.vocabulary, x.shape[0], self.workspace_mib, self.dtype)
-        buffer = row_buffer(x.shape[0], blocks[0][1] - blocks[0][0], x_d) if blocks else None
+        buffer = row_buffer(x.shape[0], max(last - first for first, last in blocks), x_d)
         for first, last in blocks:
             block = buffer[:, : last - first]
             backend.gradient_block(x_d, head, self.targets, rows, slope, curve, at_target, first, block)

@@ -13,7 +13,7 @@ from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
-from compact_kernels.weighting import Decision, Weighting
+from compact_kernels.weighting import Decision, Settled
 
 
 def statistics(
@@ -141,11 +141,12 @@ def padded_answers(answers: Answers) -> tuple[Tensor, Tensor]:
 
 
 def decide(
-    chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting, out: Decision
+    chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled, out: Decision
 ) -> None:
     """Write the decision about the chunk's questions into that of the batch."""
     part = ragged.questions(chunk.first_question, chunk.last_question)
-    rationales = slice(*ragged.host.cu_questions[[chunk.first_question, chunk.last_question]].tolist())
+    questions = ragged.sizes.cu_questions
+    rationales = slice(questions[chunk.first_question], questions[chunk.last_question])
     rows = chunk.rows
     own = replace(
         weighting,
@@ -161,7 +162,7 @@ def decide(
     out.row_weight[rows] = decision.row_weight
 
 
-def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting) -> Decision:
+def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled) -> Decision:
     """The decision for the whole batch at once."""
     return weighting_module.decide(tokens, targets, ragged, weighting)[0]
 

@@ -20,7 +20,7 @@ from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
-from compact_kernels.weighting import Decision, Weighting
+from compact_kernels.weighting import Decision, Settled
 
 LN2 = math.log(2.0)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,7 +41,7 @@ def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
         return _Tiles(32, 64, 32, 4, 1)
     if dtype == torch.float32:
         return _Tiles(64, 64, 32, 4, 2)
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return _Tiles(128, 256, 64, 8, 3) if shared >= 200_000 else _Tiles(128, 128, 32, 8, 3)
 
 
@@ -197,7 +197,7 @@ def _upcast(x: Tensor) -> bool:
 
 
 def decide(
-    chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting, out: Decision
+    chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled, out: Decision
 ) -> None:
     """Write the decision about the chunk's questions into that of the batch, in one launch."""
     rule_triton.decide(
@@ -219,7 +219,7 @@ def decide(
     )
 
 
-def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Weighting) -> Decision:
+def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled) -> Decision:
     """The decision for the whole batch at once; a rule of one's own runs in plain torch."""
     if not weighting.by_question:
         return weighting_module.decide(tokens, targets, ragged, weighting)[0]
@@ -239,7 +239,7 @@ def add_divergence(
     rows: RowStatistics,
     targets: Tensor,
     ragged: Ragged,
-    weighting: Weighting,
+    weighting: Settled,
     decision: Decision,
     divergence: Tensor,
 ) -> None:
@@ -249,14 +249,13 @@ def add_divergence(
     masses = rows.target_mass[chunk.rows]
     scores = torch.empty(ragged.span_rows.numel(), dtype=torch.float32, device=buffer.device)
     divergence_triton.span_divergence(*stored, *place, masses=masses, out=(divergence, scores))
-    # A stored row is multiplied with α·normalizer/T/S later: what is added must not be.
-    gain = weighting.divergence_weight * weighting.divergence_normalizer / weighting.normalizer
-    gain = gain * decision.targets_per_rationale.clamp_min(1) if weighting.divide_by_targets else gain
+    # A stored row is multiplied with α·normalizer/T/S later: what is added must be without them.
     divergence_triton.add_span_gradient_(
         *stored,
         *place,
         scores,
-        gain.expand(ragged.num_sequences).contiguous(),
+        decision.targets_per_rationale if weighting.divide_by_targets else None,
+        ratio=(weighting.divergence_normalizer, weighting.normalizer, weighting.divergence_weight),
         masses=masses,
         times_sum=True,
         inverse_sums=rows.inverse_sum[chunk.rows],

@@ -8,6 +8,7 @@ backward pass multiplies by the upstream gradient, and only if that is not 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics, product, row_buffer
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics, segment_sum
-from compact_kernels.weighting import Decision, Weighting, given_row_weight, settled
+from compact_kernels.weighting import Decision, Settled, Weighting, given_row_weight, settled
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class WeightedPass:
         buffer = row_buffer(max((c.last - c.first for c in self.chunks), default=0), head.vocabulary, x)
 
         # The first product is launched before anything else: while it runs, the host prepares what comes after.
-        weighting, gradients = self.weighting, None
+        self._statistics(backend, head, x, answers, table, buffer, 0)
+        weighting = settled(self.weighting, self.targets, ragged, table.dtype)
+        decision, divergence = self._room_for_decision(weighting, table)
+        gradients = self._room_for_gradients(hidden, weight, bias, wanted)
+        rows = RowStatistics(*table.unbind())
         for i, chunk in enumerate(self.chunks):
-            x_c, targets, rows_c = x[chunk.rows], self.targets[chunk.rows], buffer[: chunk.last - chunk.first]
-            backend.statistics(x_c, head, targets, answers, weighting.ignore_index, table, chunk.first, rows_c)
-            if gradients is None:
-                weighting = settled(weighting, self.targets, ragged, table.dtype)
-                decision, divergence = self._room_for_decision(weighting, table)
-                gradients = self._room_for_gradients(hidden, weight, bias, wanted)
-                rows = RowStatistics(*table.unbind())
+            if i > 0:
+                self._statistics(backend, head, x, answers, table, buffer, i)
+            x_c, rows_c = x[chunk.rows], buffer[: chunk.last - chunk.first]
             if chunk.last_question:
                 backend.decide(chunk, rows.tokens, self.targets, ragged, weighting, decision)
             if self.folded:
@@ -76,11 +77,7 @@ class WeightedPass:
             if gradients.bias is not None:
                 factor = (weight_c * inverse * head.slope).to(self.dtype)[None]
                 product(factor, rows_c, out=gradients.bias, accumulate=i > 0)
-        if gradients is None:  # not one scored row
-            weighting = settled(weighting, self.targets, ragged, table.dtype)
-            decision, divergence = self._room_for_decision(weighting, table)
-            gradients = self._room_for_gradients(hidden, weight, bias, wanted)
-            rows = RowStatistics(*table.unbind())
+        if not self.chunks:  # not one scored row
             for gradient in gradients:
                 if gradient is not None:
                     gradient.zero_()
@@ -92,7 +89,24 @@ class WeightedPass:
         loss = sft + weighting.divergence_weight * mixed if self.folded else sft.clone()
         return Result(loss, sft, mixed, decision, rows.tokens, weighting, gradients)
 
-    def _room_for_decision(self, weighting: Weighting, table: Tensor) -> tuple[Decision, Tensor]:
+    def _statistics(
+        self,
+        backend: ModuleType,
+        head: LinearHead,
+        x: Tensor,
+        answers: Answers | None,
+        table: Tensor,
+        buffer: Tensor,
+        i: int,
+    ) -> None:
+        for chunk in self.chunks[i : i + 1]:
+            rows_c = buffer[: chunk.last - chunk.first]
+            targets = self.targets[chunk.rows]
+            backend.statistics(
+                x[chunk.rows], head, targets, answers, self.weighting.ignore_index, table, chunk.first, rows_c
+            )
+
+    def _room_for_decision(self, weighting: Settled, table: Tensor) -> tuple[Decision, Tensor]:
         decision = Decision.empty(self.ragged, table.dtype)
         if weighting.weights is not None:
             counted = segment_sum((self.targets != weighting.ignore_index).to(table.dtype), self.ragged.cu_rows)
@@ -125,7 +139,7 @@ class Result(NamedTuple):
     divergence: Tensor
     decision: Decision
     tokens: TokenStatistics
-    weighting: Weighting  # settled
+    weighting: Settled
     gradients: Gradients
 
 
