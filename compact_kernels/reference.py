@@ -71,7 +71,8 @@ def logprob(
         entropy = -(p * logp.where(p > 0, 0.0)).sum(-1)
         return chosen.where(counted, 0.0), entropy.where(counted, 0.0)
 
-    return _over_rows(chunk, hidden, head.vocabulary, workspace_mib, targets)
+    logprobs, entropies = _over_rows(chunk, hidden, head.vocabulary, workspace_mib, targets)
+    return logprobs, entropies
 
 
 def answer_divergence(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.planner import plan
 from compact_kernels.head.rows import Answers
 from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
@@ -35,6 +34,7 @@ def token_logprobs(
         ignore_index=ignore_index,
         workspace_mib=workspace_mib,
         dtype=product_dtype(rows, head.weight),
+        trains=torch.is_grad_enabled(),
     )
     return TokenStatistics(*TokenLogprobs.apply(rows, head.weight, head.bias, call))
 
@@ -48,22 +48,14 @@ def weighted_loss(
     """
     dtype = product_dtype(hidden, head.weight)
     backend = backend_for(hidden, dtype)
-    folded = bool(weighting.divergence_weight) and backend.folds_divergence(head)
-    leaves = [tensor for tensor in (hidden, head.weight, head.bias) if tensor is not None]
-    chosen = plan(
-        ragged,
-        head.vocabulary,
-        dtype,
-        workspace_mib,
-        gradients=torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves),
-        alpha="given" if weighting.weights is not None else "by question" if weighting.by_question else "by batch",
-        divergence=folded,
-    )
-    if chosen.mode == "weighted":
-        call = WeightedPass(head, targets, ragged, weighting, folded, chosen.chunks, dtype)
+    if weighting.by_question:
+        folds = backend.folds_divergence(head)
+        trains = torch.is_grad_enabled()
+        call = WeightedPass(head, targets, ragged, weighting, folds, workspace_mib, dtype, trains)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call)
         decision, tokens = Decision(*rest[:5]), TokenStatistics(*rest[5:9])
         both = {"normalizer": rest[9], "divergence_normalizer": rest[10]}
+        folded = divergence.numel() > 0
         return loss, sft, divergence if folded else None, decision, tokens, Settled(**{**vars(weighting), **both})
     rows = hidden.index_select(0, ragged.rows)
     tokens = token_logprobs(rows, head, targets, ragged, weighting.ignore_index, workspace_mib)

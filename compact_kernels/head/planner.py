@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -25,51 +24,28 @@ class Chunk:
         return slice(self.first, self.last)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the loss of a batch is computed.
-
-    * ``weighted``: loss and gradients in the forward pass, α decided chunk by chunk. 3 products (2 with a frozen head).
-    * ``tokens``: differentiable log-probs, α decided over the whole batch. With a frozen head 2 products, because
-      a row's gradient is its weight times a vector that is known before the weight; else 4 (two passes).
-    * ``statistics``: no gradients. 1 product.
-    """
-
-    mode: Literal["weighted", "tokens", "statistics"]
-    chunks: tuple[Chunk, ...]
-
-
 def rows_that_fit(workspace_mib: int, vocabulary: int, dtype: torch.dtype) -> int:
     """How many rows of logits the workspace holds, one at least."""
     return max(1, (workspace_mib << 20) // (dtype.itemsize * -(-vocabulary // 64) * 64))
 
 
-def plan(
-    ragged: Ragged,
-    vocabulary: int,
-    dtype: torch.dtype,
-    workspace_mib: int,
-    *,
-    gradients: bool,
-    alpha: Literal["given", "by question", "by batch"],
-    divergence: bool,
-) -> Plan:
-    """Choose mode and chunks.
+def weighted_chunks(
+    ragged: Ragged, vocabulary: int, dtype: torch.dtype, workspace_mib: int, *, given: bool, divergence: bool
+) -> tuple[Chunk, ...] | None:
+    """The chunks of a pass that decides α as it goes; None if it has to see the whole batch before any gradient.
 
     Args:
-        alpha: what the weights may depend on.
-        divergence: whether the divergence of a question's answers is part of the loss (needs whole questions).
+        given: α is known beforehand: any rows may share a chunk. Otherwise it takes whole questions.
+        divergence: the divergence of a question's answers is taken along, which takes whole questions too.
     """
+    if (
+        dtype == torch.float16
+    ):  # cannot hold unnormalised probabilities: gradient rows are made once their sum is known
+        return None
     capacity = rows_that_fit(workspace_mib, vocabulary, dtype)
-    if not gradients:
-        return Plan("statistics", row_chunks(ragged.num_rows, capacity))
-    # float16 cannot hold unnormalised probabilities: its gradient rows are made once their sum is known.
-    if alpha != "by batch" and dtype != torch.float16:
-        if alpha == "given" and not divergence:
-            return Plan("weighted", row_chunks(ragged.num_rows, capacity))
-        if (chunks := question_chunks(ragged, capacity)) is not None:
-            return Plan("weighted", chunks)
-    return Plan("tokens", row_chunks(ragged.num_rows, capacity))
+    if given and not divergence:
+        return row_chunks(ragged.num_rows, capacity)
+    return question_chunks(ragged, capacity)
 
 
 def row_chunks(num_rows: int, capacity: int, multiple: int = 256) -> tuple[Chunk, ...]:

@@ -30,6 +30,7 @@ class TokenPass:
     ignore_index: int
     workspace_mib: int
     dtype: torch.dtype  # of the products
+    trains: bool  # gradients may be asked for
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
@@ -61,7 +62,7 @@ class TokenPass:
         logprob_gradient: Tensor | None,
         entropy_gradient: Tensor | None,
         wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of Σ logprob·logprob_gradient + entropy·entropy_gradient.
 
         ∂/∂z_v = g·(1[v = y] − p_v) − h·p_v (log p_v + H), and log p = u − log ΣE with u = z − pivot, p = exp(u)/ΣE:
@@ -113,7 +114,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: TokenPass) -> tuple[Tensor, ...]:
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        keep = wants_x and not wants_weight and not wants_bias and call.dtype != torch.float16
+        frozen = wants_x and not wants_weight and not wants_bias
+        keep = call.trains and frozen and call.dtype != torch.float16
         with torch.autocast(x.device.type, enabled=False):
             rows, kept = call.forward(x, weight, bias, keep)
         ctx.set_materialize_grads(False)

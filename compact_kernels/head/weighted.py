@@ -1,8 +1,11 @@
-"""Loss and gradients in one pass over the head, the weights decided inside it: 3 products, 2 with a frozen head.
+"""Loss and gradients of a batch in the forward pass, its weights decided inside: 3 products, 2 with a frozen head.
 
 For a chunk of rows: logits → unnormalised gradient rows G and statistics → α of the chunk's questions → dX = v ⊙ (G W)
 and dW += Gᵀ (v ⊙ X), where v holds everything that is one number a row (α, the loss's normalisation, 1/ΣE). The
 backward pass multiplies by the upstream gradient, and only if that is not 1.
+
+A batch of which a question is larger than the workspace takes two passes: statistics of every row, the decision, then
+the gradients (4 products; 2 with a frozen head, whose dX needs α only in the end).
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from compact_kernels import arguments
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.planner import Chunk
+from compact_kernels.head.planner import Chunk, weighted_chunks
 from compact_kernels.head.rows import Answers, RowStatistics, product, row_buffer
+from compact_kernels.head.tokens import TokenPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics, segment_sum
 from compact_kernels.weighting import Decision, Settled, Weighting, given_row_weight, settled
@@ -32,41 +37,67 @@ class WeightedPass:
     targets: Tensor  # (N,) of the scored rows
     ragged: Ragged
     weighting: Weighting
-    folded: bool  # the divergence is part of this pass
-    chunks: tuple[Chunk, ...]
+    folds: bool  # the divergence may be part of this pass
+    workspace_mib: int
     dtype: torch.dtype  # of the products
+    trains: bool  # gradients may be asked for
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> Result:
         """Loss, statistics and the gradients that are `wanted` of (hidden, weight, bias)."""
-        ragged = self.ragged
-        head = replace(self.head, weight=weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype))
+        arguments.check_packed(hidden, self.ragged)
         backend = backend_for(hidden, self.dtype)
-        every_row = ragged.num_rows == hidden.shape[0]
-        x = (hidden if every_row else hidden.index_select(0, ragged.rows)).to(self.dtype)
+        given = self.weighting.weights is not None
+        if not any(wanted):
+            return self._whole_batch(backend, hidden, weight, bias, wanted)
+        folded = self.folds and bool(self.weighting.divergence_weight)
+        sizes = {"given": given, "divergence": folded}
+        chunks = weighted_chunks(self.ragged, weight.shape[0], self.dtype, self.workspace_mib, **sizes)
+        if chunks is None:
+            return self._whole_batch(backend, hidden, weight, bias, wanted)
+        return self._by_chunk(backend, hidden, weight, bias, wanted, chunks, folded)
+
+    def _by_chunk(
+        self,
+        backend: ModuleType,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        chunks: tuple[Chunk, ...],
+        folded: bool,
+    ) -> Result:
+        ragged, every_row = self.ragged, self.ragged.num_rows == hidden.shape[0]
+        head = replace(self.head, weight=weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype))
+        x = self._rows(hidden).to(self.dtype)
         answers = Answers.of_batch(ragged)
         table = RowStatistics.table(ragged.num_rows, x)
-        buffer = row_buffer(max((c.last - c.first for c in self.chunks), default=0), head.vocabulary, x)
+        buffer = row_buffer(max((chunk.last - chunk.first for chunk in chunks), default=0), head.vocabulary, x)
+
+        def statistics(chunk: Chunk) -> None:
+            targets, stored = self.targets[chunk.rows], buffer[: chunk.last - chunk.first]
+            ignored = self.weighting.ignore_index
+            backend.statistics(x[chunk.rows], head, targets, answers, ignored, table, chunk.first, stored)
 
         # The first product is launched before anything else: while it runs, the host prepares what comes after.
-        self._statistics(backend, head, x, answers, table, buffer, 0)
+        for chunk in chunks[:1]:
+            statistics(chunk)
         weighting = settled(self.weighting, self.targets, ragged, table.dtype)
         decision, divergence = self._room_for_decision(weighting, table)
-        gradients = self._room_for_gradients(hidden, weight, bias, wanted)
+        gradients = self._room_for_gradients(hidden, weight, bias, wanted, len(chunks))
         rows = RowStatistics(*table.unbind())
-        for i, chunk in enumerate(self.chunks):
+        for i, chunk in enumerate(chunks):
             if i > 0:
-                self._statistics(backend, head, x, answers, table, buffer, i)
+                statistics(chunk)
             x_c, rows_c = x[chunk.rows], buffer[: chunk.last - chunk.first]
             if chunk.last_question:
                 backend.decide(chunk, rows.tokens, self.targets, ragged, weighting, decision)
-            if self.folded:
+            if folded:
                 backend.add_divergence(chunk, rows_c, rows, self.targets, ragged, weighting, decision, divergence)
             weight_c, inverse = decision.row_weight[chunk.rows], rows.inverse_sum[chunk.rows]
             if gradients.hidden is not None:
                 unscaled = product(rows_c, head.weight)
-                out, place = gradients.hidden, ragged.rows[chunk.rows]
-                if every_row:
-                    out, place = out[chunk.rows], None
+                out = gradients.hidden[chunk.rows] if every_row else gradients.hidden
+                place = None if every_row else ragged.rows[chunk.rows]
                 backend.scale_rows(unscaled, weight_c, inverse, head.slope, out, place)
             if gradients.weight is not None:
                 scaled = backend.scale_rows(x_c, weight_c, inverse, head.slope, torch.empty_like(x_c))
@@ -77,34 +108,62 @@ class WeightedPass:
             if gradients.bias is not None:
                 factor = (weight_c * inverse * head.slope).to(self.dtype)[None]
                 product(factor, rows_c, out=gradients.bias, accumulate=i > 0)
-        if not self.chunks:  # not one scored row
+        if not chunks:  # not one scored row
             for gradient in gradients:
                 if gradient is not None:
                     gradient.zero_()
-        if not self.chunks or not self.chunks[0].last_question:  # α was given, and rows taken as they come
+        if not chunks or not chunks[0].last_question:  # α was given, and rows taken as they came
             everything = Chunk(0, ragged.num_rows, 0, ragged.num_questions)
             backend.decide(everything, rows.tokens, self.targets, ragged, weighting, decision)
-        sft = -(decision.row_weight * rows.logprob).sum()
-        mixed = divergence.sum() * weighting.divergence_normalizer
-        loss = sft + weighting.divergence_weight * mixed if self.folded else sft.clone()
-        return Result(loss, sft, mixed, decision, rows.tokens, weighting, gradients)
+        return self._result(weighting, decision, rows, divergence if folded else None, gradients)
 
-    def _statistics(
+    def _whole_batch(
         self,
         backend: ModuleType,
-        head: LinearHead,
-        x: Tensor,
-        answers: Answers | None,
-        table: Tensor,
-        buffer: Tensor,
-        i: int,
-    ) -> None:
-        for chunk in self.chunks[i : i + 1]:
-            rows_c = buffer[: chunk.last - chunk.first]
-            targets = self.targets[chunk.rows]
-            backend.statistics(
-                x[chunk.rows], head, targets, answers, self.weighting.ignore_index, table, chunk.first, rows_c
-            )
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> Result:
+        x = self._rows(hidden)
+        answers = Answers.of_batch(self.ragged)
+        ignored = self.weighting.ignore_index
+        call = TokenPass(self.head, self.targets, answers, ignored, self.workspace_mib, self.dtype, self.trains)
+        frozen = wanted == (True, False, False) and self.dtype != torch.float16
+        rows, unweighted = call.forward(x, weight, bias, frozen)
+        weighting = settled(self.weighting, self.targets, self.ragged, rows.total.dtype)
+        decision = backend.decide_batch(rows.tokens, self.targets, self.ragged, weighting)
+        gradients = Gradients(None, None, None)
+        if any(wanted):
+            if unweighted is not None:
+                backend.scale_rows(unweighted, decision.row_weight, None, 1.0, unweighted)
+                gradients = Gradients(unweighted, None, None)
+            else:
+                gradients = Gradients(*call.backward(x, weight, bias, rows, -decision.row_weight, None, wanted))
+            grad_x = gradients.hidden
+            if grad_x is not None and len(grad_x) < len(hidden):
+                gradients = gradients._replace(
+                    hidden=torch.zeros_like(hidden).index_copy_(0, self.ragged.rows, grad_x)
+                )
+        return self._result(weighting, decision, rows, None, gradients)
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        return hidden if self.ragged.num_rows == hidden.shape[0] else hidden.index_select(0, self.ragged.rows)
+
+    def _result(
+        self,
+        weighting: Settled,
+        decision: Decision,
+        rows: RowStatistics,
+        per_question: Tensor | None,
+        gradients: Gradients,
+    ) -> Result:
+        sft = -(decision.row_weight * rows.logprob).sum()
+        if per_question is None:
+            return Result(sft.clone(), sft, None, decision, rows.tokens, weighting, gradients)
+        divergence = per_question.sum() * weighting.divergence_normalizer
+        loss = sft + weighting.divergence_weight * divergence
+        return Result(loss, sft, divergence, decision, rows.tokens, weighting, gradients)
 
     def _room_for_decision(self, weighting: Settled, table: Tensor) -> tuple[Decision, Tensor]:
         decision = Decision.empty(self.ragged, table.dtype)
@@ -115,11 +174,11 @@ class WeightedPass:
         return decision, table.new_zeros(self.ragged.num_questions)
 
     def _room_for_gradients(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool], chunks: int
     ) -> Gradients:
         """One chunk's product is rounded once, to the weight's dtype; several add up in float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        alone = len(self.chunks) == 1 and weight.dtype == self.dtype
+        alone = chunks == 1 and weight.dtype == self.dtype
         return Gradients(
             torch.zeros_like(hidden) if wanted[0] else None,
             torch.empty_like(weight, dtype=self.dtype if alone else dtype) if wanted[1] else None,
@@ -136,7 +195,7 @@ class Gradients(NamedTuple):
 class Result(NamedTuple):
     loss: Tensor
     sft: Tensor
-    divergence: Tensor
+    divergence: Tensor | None  # None: left to the caller
     decision: Decision
     tokens: TokenStatistics
     weighting: Settled
@@ -150,14 +209,15 @@ class WeightedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: WeightedPass
     ) -> tuple[Tensor, ...]:
-        wanted = ctx.needs_input_grad[:3]
+        wanted = ctx.needs_input_grad[:3] if call.trains else (False, False, False)
         with torch.autocast(hidden.device.type, enabled=False):
             result = call.run(hidden, weight, bias, wanted)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, result.decision.alpha)
         ctx.call, ctx.wanted, ctx.gradients = call, wanted, result.gradients
         both = (result.weighting.normalizer, result.weighting.divergence_normalizer)
-        rest = (result.sft, result.divergence, *result.decision, *result.tokens, *both)
+        divergence = result.sft.new_empty(0) if result.divergence is None else result.divergence
+        rest = (result.sft, divergence, *result.decision, *result.tokens, *both)
         ctx.mark_non_differentiable(*rest)
         return (result.loss, *rest)
 
