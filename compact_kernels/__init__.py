@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the weighted loss of a language model's head, its statistics and its weights."""
 
+from compact_kernels import library as library  # registers the ops
 from compact_kernels.divergence import answer_divergence
 from compact_kernels.ops import (
     CompatibilityOutput,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compact_kernels import arguments, reference
+from compact_kernels import arguments, divergence_torch
 from compact_kernels.dispatch import triton_applies
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import product_dtype
 from compact_kernels.head.rows import RowStatistics, product, row_buffer
+from compact_kernels.head.torch_rows import capped_slope
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import question_of_sequence
 
@@ -44,7 +45,7 @@ def answer_divergence(
         workspace_mib: size of the probabilities that may exist at once, in float32; a question is never split.
 
     Returns:
-        (Q,) nats, float32 (or α's dtype where plain torch computes), differentiable in `hidden` and the head.
+        (Q,) nats, float32 (float64 for float64 input), differentiable in `hidden` and the head.
     """
     if kind not in ("kl", "jsd"):
         raise ValueError(f"kind is {kind!r}; it is kl or jsd")
@@ -52,14 +53,16 @@ def answer_divergence(
     arguments.check_head(hidden, head_weight, bias)
     arguments.check_per_rationale("alpha", alpha, ragged)
     dtype = product_dtype(hidden, head_weight)
-    if not triton_applies(hidden, dtype):
-        options: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-        return reference.answer_divergence(
-            hidden, head_weight, ragged, alpha, kind=kind, bias=bias, workspace_mib=workspace_mib, **options
+    if torch.compiler.is_compiling():
+        numbers = LinearHead(head_weight, bias, logit_scale, softcap, temperature).numbers
+        shape, host = ragged.tensors(), ragged.host.tensors()
+        return torch.ops.compact_kernels.answer_divergence(
+            hidden, head_weight, bias, alpha.detach(), shape, host, kind, numbers, workspace_mib, dtype
         )
     head = LinearHead(head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
     call = DivergencePass(head, ragged, kind, dtype, question_chunks(ragged, head.vocabulary, workspace_mib))
-    return AnswerDivergence.apply(hidden, head_weight, bias, alpha.detach().float(), call)
+    alpha = alpha.detach().to(torch.promote_types(dtype, torch.float32))
+    return AnswerDivergence.apply(hidden, head_weight, bias, alpha, call)
 
 
 class Exponentials(NamedTuple):
@@ -78,7 +81,7 @@ def exponentials(x: Tensor, head: LinearHead) -> Exponentials:
     They store no E under a softcap (but its slope times E), and float16 has no room for an E that has not met its
     maximum: there plain torch computes, relative to the row's maximum.
     """
-    if head.softcap is not None or x.dtype == torch.float16:
+    if head.softcap is not None or x.dtype == torch.float16 or not triton_applies(x):
         logits = head(x)
         shift = logits.amax(-1)
         buffer = logits.sub_(shift[:, None]).exp_()
@@ -130,62 +133,64 @@ class DivergencePass:
 
     def value(self, hidden: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """D (Q,) and C (G,), float32."""
-        from compact_kernels.divergence_triton import span_divergence
-
         x, head = self.rows(hidden), self._head()
-        out = (
-            hidden.new_empty(self.ragged.num_questions, dtype=torch.float32),
-            x.new_empty(len(x), dtype=torch.float32),
-        )
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        out = (hidden.new_empty(self.ragged.num_questions, dtype=dtype), x.new_empty(len(x), dtype=dtype))
         for chunk in self.chunks:
             e = exponentials(x[chunk.first_span : chunk.last_span], head)
-            place = (chunk.first, chunk.last, chunk.first_span, self.kind)
-            span_divergence(
-                e.buffer, e.sums, e.pivots, self.ragged, alpha, *place, masses=e.masses, gathered=True, out=out
-            )
+            place = (self.ragged, alpha, chunk.first, chunk.last, chunk.first_span, self.kind)
+            if triton_applies(x):
+                from compact_kernels.divergence_triton import span_divergence
+
+                span_divergence(e.buffer, e.sums, e.pivots, *place, masses=e.masses, gathered=True, out=out)
+            else:
+                divergence_torch.span_divergence(e.buffer, e.sums, *place, out)
         return out
 
     def gradients(
         self, hidden: Tensor, alpha: Tensor, scores: Tensor, upstream: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Σ_q upstream_q ∂D_q by hidden (T, D), weight (V, D) and bias (V,): those `wanted`; sums in float32."""
-        from compact_kernels.divergence_triton import add_span_gradient_
-
         x, head = self.rows(hidden), self._head()
-        gain = alpha * upstream.float()[question_of_sequence(self.ragged)] * head.slope
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        gain = alpha * upstream.to(dtype)[question_of_sequence(self.ragged)] * head.slope
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=hidden.device) if wanted[1] else None
-        grad_bias = torch.zeros(head.vocabulary, dtype=torch.float32, device=hidden.device) if wanted[2] else None
+        grad_weight = torch.zeros(head.weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
+        grad_bias = torch.zeros(head.vocabulary, dtype=dtype, device=hidden.device) if wanted[2] else None
         positions = self._positions()
         for chunk in self.chunks:
             span = slice(chunk.first_span, chunk.last_span)
             if span.start == span.stop:
                 continue
             e = exponentials(x[span], head)
-            place = (chunk.first, chunk.last, chunk.first_span, self.kind)
-            add_span_gradient_(
-                e.buffer,
-                e.sums,
-                e.pivots,
-                self.ragged,
-                alpha,
-                *place,
-                scores,
-                gain,
-                masses=e.masses,
-                gathered=True,
-                replace=True,
-                softcap=head.softcap,
-                temperature=head.temperature,
-                shift=e.shift,
-            )
+            place = (self.ragged, alpha, chunk.first, chunk.last, chunk.first_span, self.kind, scores, gain)
+            if triton_applies(x):
+                from compact_kernels.divergence_triton import add_span_gradient_
+
+                add_span_gradient_(
+                    e.buffer,
+                    e.sums,
+                    e.pivots,
+                    *place,
+                    masses=e.masses,
+                    gathered=True,
+                    replace=True,
+                    softcap=head.softcap,
+                    temperature=head.temperature,
+                    shift=e.shift,
+                )
+            else:
+                slope = None if e.shift is None else capped_slope(e.buffer.log() + e.shift[:, None], head)
+                divergence_torch.replace_by_gradient_(e.buffer, e.sums, *place)
+                if slope is not None:
+                    e.buffer.mul_(slope)
             dz = e.buffer.to(self.dtype)
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, positions[span], product(dz, head.weight).to(hidden.dtype))
             if grad_weight is not None:
                 product(dz.t(), x[span], out=grad_weight, accumulate=True)
             if grad_bias is not None:
-                grad_bias += e.buffer.sum(0, dtype=torch.float32)
+                grad_bias += e.buffer.sum(0, dtype=dtype)
         return grad_hidden, grad_weight, grad_bias
 
     def _positions(self) -> Tensor:

@@ -231,6 +231,9 @@ def question_consensus(
     Returns:
         (S,) float32 (float64 for float64 input); 0 for a rationale alone.
     """
+    if torch.compiler.is_compiling():
+        shape, host = ragged.tensors(), ragged.host.tensors()
+        return torch.ops.compact_kernels.question_consensus(query, key, shape, host, temperature, centrality)
     if centrality == "in_degree" and triton_applies(query):
         from compact_kernels.consensus import in_degree
 

@@ -236,6 +236,18 @@ class Ragged:
             _host=None if self._host is None else self._host.questions(first, last),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Its tensors in the order of their fields."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], host: Sequence[Tensor]) -> Ragged:
+        """The description that :meth:`tensors` took apart, here and on the host."""
+        on_host = cls(**dict(zip(_TENSORS, host)))  # type: ignore[arg-type]
+        if tensors[0].device.type == "cpu":
+            return on_host
+        return replace(on_host, **dict(zip(_TENSORS, tensors)), _host=on_host)  # type: ignore[arg-type]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
         """A copy on `device` that keeps its host copy."""
         device = torch.device(device)

@@ -38,6 +38,11 @@ class LinearHead:
         return self.logit_scale / self.temperature
 
     @property
+    def numbers(self) -> list[float]:
+        """Logit scale, softcap (0: none) and temperature."""
+        return [float(self.logit_scale), float(self.softcap or 0.0), float(self.temperature)]
+
+    @property
     def base2(self) -> tuple[float, float]:
         """(inner, outer): z·log₂e is raw·inner, or with a softcap tanh(raw·inner)·outer."""
         if self.softcap is None:

@@ -11,7 +11,7 @@ from compact_kernels.head.rows import Answers
 from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import TokenStatistics
+from compact_kernels.rule import CompatibilityRule, TokenStatistics
 from compact_kernels.weighting import Decision, Settled, Weighting, settled
 
 
@@ -27,14 +27,23 @@ def token_logprobs(
     rows: Tensor, head: LinearHead, targets: Tensor, ragged: Ragged | None, ignore_index: int, workspace_mib: int
 ) -> TokenStatistics:
     """Statistics of the rows (n, D); log-prob and entropy are differentiable. Evidence needs `ragged`."""
+    dtype, trains = product_dtype(rows, head.weight), torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
+        keep = trains and rows.requires_grad and frozen and ragged is not None and dtype != torch.float16
+        shape, host = ([], []) if ragged is None else (ragged.tensors(), ragged.host.tensors())
+        logprob, entropy, rest, _ = torch.ops.compact_kernels.token_logprobs(
+            rows, head.weight, head.bias, targets, shape, host, head.numbers, ignore_index, workspace_mib, dtype, keep
+        )
+        return TokenStatistics(logprob, entropy, rest[0], rest[1])
     call = TokenPass(
         head=head,
         targets=targets,
         answers=None if ragged is None else Answers.of_batch(ragged),
         ignore_index=ignore_index,
         workspace_mib=workspace_mib,
-        dtype=product_dtype(rows, head.weight),
-        trains=torch.is_grad_enabled(),
+        dtype=dtype,
+        trains=trains,
     )
     return TokenStatistics(*TokenLogprobs.apply(rows, head.weight, head.bias, call))
 
@@ -48,6 +57,8 @@ def weighted_loss(
     """
     dtype = product_dtype(hidden, head.weight)
     backend = backend_for(hidden, dtype)
+    if weighting.by_question and torch.compiler.is_compiling():
+        return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
     if weighting.by_question:
         folds = backend.folds_divergence(head)
         trains = torch.is_grad_enabled()
@@ -64,3 +75,48 @@ def weighted_loss(
     decision = backend.decide_batch(detached, targets, ragged, final)
     loss = -(decision.row_weight * tokens.logprob).sum()
     return loss, loss.detach(), None, decision, detached, final
+
+
+def _compiled_loss(
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    ragged: Ragged,
+    weighting: Weighting,
+    workspace_mib: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics, Settled]:
+    """The weighted loss as one node of a graph."""
+
+    def scalar(value: float | Tensor | None) -> Tensor | None:
+        return torch.full((), value, device=hidden.device) if isinstance(value, float | int) else value
+
+    rule = weighting.rule if isinstance(weighting.rule, CompatibilityRule) else CompatibilityRule()
+    betas, options = (rule.adaptability, rule.consensus, rule.difficulty, rule.temperature), weighting.adaptability
+    trains = torch.is_grad_enabled()
+    wanted = [trains and leaf is not None and leaf.requires_grad for leaf in (hidden, head.weight, head.bias)]
+    loss, scalars, rationales, row_weight, tokens, *_ = torch.ops.compact_kernels.weighted_loss(
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        ragged.tensors(),
+        ragged.host.tensors(),
+        weighting.weights,
+        weighting.consensus,
+        weighting.difficulty_reference,
+        scalar(weighting.normalizer),
+        scalar(weighting.divergence_normalizer),
+        head.numbers,
+        [float(number) for number in (*betas, options.epsilon, weighting.divergence_weight)],
+        f"{options.span} {options.length_norm} {weighting.divergence} {weighting.sft_reduction}",
+        weighting.ignore_index,
+        workspace_mib,
+        dtype,
+        wanted,
+    )
+    both = {"normalizer": scalars[2], "divergence_normalizer": scalars[3]}
+    final = Settled(**{**vars(weighting), **both})
+    alpha, adaptability, difficulty, counted = rationales.unbind()
+    decision = Decision(alpha, adaptability, difficulty, counted, row_weight)
+    return loss, scalars[0], scalars[1], decision, TokenStatistics(*tokens.unbind()), final

@@ -56,7 +56,7 @@ def statistics(
     if buffer is not None:
         p.scatter_(1, column, -others[:, None])
         if head.softcap is not None:
-            p *= _capped_slope(z, head)
+            p *= capped_slope(z, head)
         buffer.copy_(p)
     rows = RowStatistics(
         logprob=logprob.where(counted, 0.0),
@@ -68,7 +68,7 @@ def statistics(
         pivot=pivot.squeeze(1),
         total=total.squeeze(1),
         target_mass=(1 - others) * total.squeeze(1),
-        target_slope=_capped_slope(z.gather(1, column).squeeze(1), head),
+        target_slope=capped_slope(z.gather(1, column).squeeze(1), head),
     )
     torch.stack(rows, out=table[:, first_row : first_row + x.shape[0]])
 
@@ -96,7 +96,7 @@ def gradient_block(
         factor = factor + curve[:, None] * u.clamp_min(torch.finfo(z.dtype).min)
     gradient *= factor
     if head.softcap is not None:
-        gradient *= _capped_slope(z, head)
+        gradient *= capped_slope(z, head)
     block.copy_(gradient)
     column = targets - first_column
     here = (column >= 0) & (column < width)
@@ -124,7 +124,7 @@ def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return source.mul_(factor) if source.dtype == dtype else (source * factor).to(dtype)
 
 
-def _capped_slope(z: Tensor, head: LinearHead) -> Tensor:
+def capped_slope(z: Tensor, head: LinearHead) -> Tensor:
     """1 − tanh², the softcap's own part of dz/draw."""
     if head.softcap is None:
         return torch.ones_like(z)
