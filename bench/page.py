@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench import pictures
 from bench.records import Record
+from bench.shapes import ATTENTION
 from bench.targets import Verdict, fastest_peer, is_ours, verdicts
 from bench.works import WORKS
 
@@ -15,6 +16,15 @@ STEP_QUESTION = (
     "to 11 against plain fine-tuning with each peer's loss on the same backbone, attention and packing. Names that "
     "end in `_compiled` have their decoder layers compiled and are compared with each other. Memory is the step's "
     "whole peak, weights and activations included."
+)
+ATTENTION_QUESTION = (
+    "Forward and backward of one causal attention layer (heads × size / key-value heads) over a packed batch, without "
+    "projections; written by `python -m bench.attention`. *Synced* is the time with the device idle before, launches "
+    "included; the time itself is taken with the launches queued, as in a step. *Share* is the useful products' rate "
+    "over that of a matrix product of 8192³; the floor is that rate, or every tensor once at the measured copy "
+    "bandwidth where this takes longer. *Error* is the worst of output, dq, dk and dv against float64, by norm and by "
+    "largest element, over that of SDPA on every sequence alone (at most 2 is passed). A mask over the packed row "
+    "(`sdpa_masked`) and flex's block mask are made beforehand, once for all layers."
 )
 READING = """\
 Every round of a case runs each contender once, in turn; times are medians with the 20% and 80% quantiles, gradients
@@ -47,7 +57,14 @@ def write(records: Sequence[Record], path: Path) -> None:
         if pictures.draw(here, f"{work}, {here[-1]['device']}", image, memory="peak beyond inputs and gradients"):
             parts.append(f"![{work}: time against memory]({image.name})")
         parts.append(_work_table(here))
-    if whole := [record for record in records if record["work"] not in WORKS]:
+    if layers := [record for record in records if record["work"] == ATTENTION]:
+        parts += ["## Packed attention", ATTENTION_QUESTION]
+        image = path.with_name(f"{path.stem}-{ATTENTION}.png")
+        title = f"packed attention, {layers[-1]['device']}"
+        if pictures.draw(layers, title, image, memory="peak beyond inputs and gradients"):
+            parts.append(f"![packed attention: time against memory]({image.name})")
+        parts.append(_attention_table(layers))
+    if whole := [record for record in records if record["work"] not in (*WORKS, ATTENTION)]:
         parts += ["## Whole steps", STEP_QUESTION]
         image = path.with_name(f"{path.stem}-steps.png")
         if pictures.draw(whole, f"whole steps, {whole[-1]['device']}", image, memory="whole peak", panel="work"):
@@ -116,6 +133,29 @@ def _step_table(records: Sequence[Record]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
             first = ""
     return "\n".join(lines + _remarks(records, "work"))
+
+
+def _attention_table(records: Sequence[Record]) -> str:
+    lines = [
+        "| layer, batch | path | ms (p20–p80) | synced | × floor | share | peak MiB | error |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for head in dict.fromkeys(record["head"] for record in records):
+        first = head.replace("x", " × ")
+        for record in _by_time(records, "head", head):
+            share = "–" if record["share_of_gemm"] is None else f"{record['share_of_gemm']:.0%}"
+            error = "–"
+            if "exact" in record:
+                error = f"{record['error_ratio']:.2f}, {record['max_error_ratio']:.2f}"
+                error += "" if record["exact"] else " **too large**"
+            ratio, peak = _ratio(record["median_ms"], record["floor_ms"]), _number(record["peak_mib"])
+            time = f"{record['median_ms']:.3f} ({record['p20_ms']:.3f}–{record['p80_ms']:.3f})"
+            cells = [first, _name(record), time, f"{record['synchronized_ms']:.3f}", ratio, share, peak, error]
+            lines.append(f"| {' | '.join(cells)} |")
+            first = ""
+    masks = [f"{r['mask_ms']:.2f} ms ({r['head']})" for r in records if "mask_ms" in r]
+    said = ["", f"- flex's block mask: {', '.join(masks)}"] if masks else []
+    return "\n".join(lines + _remarks(records, "head") + said)
 
 
 def _by_time(records: Sequence[Record], field: str, value: str) -> list[Record]:

@@ -24,12 +24,21 @@ COLORS = {
     "cce": "#9467bd",
     "cce_exact": "#c5b0d5",
     "quack": "#e377c2",
+    "sdpa_separate": "#7f7f7f",
+    "sdpa_padded": "#c7c7c7",
+    "sdpa_masked": "#8c564b",
+    "torch_varlen_grouped": "#1f77b4",
+    "flex": "#9467bd",
+    "flash_attn_2": "#98df8a",
+    "flash_attn_3": "#bcbd22",
+    "flash_attn_4": "#2ca02c",
 }
 OURS = {
     "compact": "#d62728",
     "compact_no_divergence": "#ff7f0e",
     "compact_given": "#ff7f0e",
     "compact_rule": "#d62728",
+    "compact_varlen": "#d62728",
 }
 
 

@@ -14,7 +14,10 @@ import torch
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy", "quack-kernels"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4"),
+)
 
 
 def device_name() -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+ATTENTION = "attention"  # the work of bench.attention, whose records name a layer and a batch as their head
+
 
 @dataclass(frozen=True)
 class Shape:

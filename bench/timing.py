@@ -26,6 +26,7 @@ class Runner:
     before: Round = lambda: None
     note: str = ""
     error: str | None = None
+    spin: int = 0  # cycles that a GPU waits before a round: its launches are then queued, as in a longer computation
     seconds: list[float] = field(default_factory=list)
 
     def times_ms(self) -> dict[str, float]:
@@ -94,6 +95,8 @@ def _timed(runner: Runner) -> float:
         runner.run()
         return time.perf_counter() - began
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if runner.spin:
+        torch.cuda._sleep(runner.spin)
     start.record()
     runner.run()
     end.record()

@@ -272,7 +272,8 @@ def attention_for(model_class: type[PreTrainedModel], config: PretrainedConfig, 
     """The attention implementation for packed training, none of which builds a mask over the packed row on a GPU.
 
     * Attention that is no more than causality, a window and dropout: ``compact_varlen``, on CPUs and on GPUs; on
-      GPUs in half precision ``flash_attention_3`` / ``flash_attention_2`` where installed.
+      GPUs in half precision ``flash_attention_3`` / ``flash_attention_2`` where installed (``flash_attention_4``,
+      a prerelease that compiles its kernels at the first batches, only where it is asked for by name).
     * Softcaps, attention sinks, chunked attention (Gemma 2, gpt-oss, Llama 4): ``flex_attention`` on GPUs
       (``flash_attention_2`` where installed and enough), ``eager`` or ``sdpa`` on CPUs.
 

@@ -37,7 +37,14 @@ class StudentConfig:
         "of the computation (weights that train stay float32); auto: bfloat16 on GPUs that have it, else float32",
     )
     attention: Literal[
-        "auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "compact_varlen", "eager"
+        "auto",
+        "sdpa",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "flex_attention",
+        "compact_varlen",
+        "eager",
     ] = option("auto", "implementation; auto: the fastest here that never makes a mask over the packed row")
     lora: LoraConfig | None = option(LoraConfig, "null: full fine-tuning")
     gradient_checkpointing: bool = option(False, "less memory for about a third more time")

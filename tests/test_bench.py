@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench import page, records
+from bench import attention, page, records
 from bench.batches import make_problem
 from bench.shapes import TINY, Shape
 from bench.targets import fastest_peer, verdicts
@@ -160,3 +160,41 @@ def test_the_accumulator_is_counted_where_a_low_precision_head_trains_in_several
     assert counted(workspace_mib=5) == 0
     assert counted(workspace_mib=4, trains_head=False) == 0
     assert counted(accumulates_fp32=True) > 0 and counted() == 0
+
+
+def test_packed_attention_adds_its_records_and_its_section(tmp_path):
+    path = tmp_path / f"{records.file_stem()}.json"
+    records.save([record("loss", "compact", 11.0)], path)
+    attention.main(["--out", str(tmp_path), "--rounds", "2", "--cases", "ragged", "--commit", "abc"])
+    found = {r["contender"]: r for r in records.load(path) if r["work"] == "attention"}
+    assert {"sdpa_separate", "sdpa_padded", "sdpa_masked", "compact_varlen", "flex"} <= found.keys()
+    for one in found.values():
+        assert "error" in one or one["median_ms"] > 0
+    for name in ("sdpa_padded", "sdpa_masked", "compact_varlen"):
+        assert found[name]["error_ratio"] < 2  # the largest single error may be noise where all are rounding alone
+    written = path.with_suffix(".md").read_text()
+    assert "## Packed attention" in written and "**compact_varlen**" in written and "## Whole steps" not in written
+    assert len([r for r in records.load(path) if r["work"] == "loss"]) == 1
+
+
+def test_a_path_passes_up_to_twice_the_error_of_sdpa_alone_in_norm_and_in_its_largest():
+    def errors(norm: float, largest: float) -> dict[str, list[float]]:
+        return {name: [norm if name == "dk" else 0.001, largest if name == "dv" else 0.01] for name in attention.NAMES}
+
+    alone = errors(0.001, 0.01)
+    assert attention.against(errors(0.0019, 0.019), alone)["exact"]
+    assert attention.against(errors(0.0021, 0.01), alone) == {
+        "error_ratio": 2.1,
+        "max_error_ratio": 1.0,
+        "exact": False,
+    }
+    assert not attention.against(errors(0.001, 0.021), alone)["exact"]
+
+
+def test_what_attention_must_do_is_counted_by_hand():
+    case = attention.Case(4, 2, 16, "2 sequences", (1, 3))
+    pairs = 1 + 6
+    assert case.flop == 7 * 2 * 16 * 4 * pairs  # q·k and p·v; again q·k, dp, dv, dq, dk
+    assert case.bytes_moved(2) == 2 * 16 * 4 * (6 * 4 + 6 * 2)
+    lengths = attention.ragged_lengths(32, 8192)
+    assert len(lengths) == 32 and sum(lengths) == 8192 and min(lengths) >= 1 and max(lengths) > 2 * 256

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from compact import student
 from compact.backbone import _last_attention, _tap
-from compact.config import LoraConfig, StudentConfig
+from compact.config import LoraConfig, StudentConfig, from_dict
 from compact.errors import UserError
 from compact.student import StudentOutput, add_lora, check, head, load_student, merged, prepare
 from compact_kernels.ragged import Ragged
@@ -378,6 +378,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     toy_tokenizer().save_pretrained(path)
     return str(path)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_a_flash_attention_that_is_not_here_is_an_error_that_names_it(folder, version):
+    if torch.cuda.is_available():
+        pytest.skip("it may be here")
+    name = f"flash_attention_{version}"
+    recipe = from_dict({"student": {"attention": name, "model": folder}})
+    with pytest.raises(UserError, match=f"^student.attention={name}: FlashAttention{version} .*installed"):
+        load_student(recipe.student, seed=0)
 
 
 def test_a_folder_loads_with_lora_ready_to_train(folder):
