@@ -101,7 +101,7 @@ class WeightedPass:
                 backend.scale_rows(unscaled, weight_c, inverse, head.slope, out, place)
             if gradients.weight is not None:
                 scaled = backend.scale_rows(x_c, weight_c, inverse, head.slope, torch.empty_like(x_c))
-                if gradients.weight.dtype == self.dtype:
+                if len(chunks) == 1 and gradients.weight.dtype == self.dtype:
                     torch.mm(rows_c.t(), scaled, out=gradients.weight)
                 else:
                     product(rows_c.t(), scaled, out=gradients.weight, accumulate=i > 0)
