@@ -41,9 +41,14 @@ def compile_layers(model: nn.Module) -> nn.Module:
         `model` itself.
 
     Raises:
-        UserError: another's torch.compile is in place already.
+        UserError: another's torch.compile is in place already, or the attention is ``flash_attention_4``.
     """
     inner = unwrap(model)
+    if inner.config._attn_implementation == "flash_attention_4":
+        raise UserError(
+            "student.compile: flash_attention_4 builds its kernels in Python when it is called, which torch.compile "
+            "would trace into; take student.attention=compact_varlen or auto, or student.compile=false"
+        )
     if any(module._compiled_call_impl is not None for module in inner.modules()):
         raise UserError(f"{type(inner).__name__} is compiled already: student.compile would compile it twice")
     # All layers share a code object, which holds no more graphs than this; beyond, torch runs it uncompiled.

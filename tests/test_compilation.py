@@ -161,6 +161,13 @@ def test_what_is_compiled_already_is_refused():
         compile_layers(model)
 
 
+def test_attention_that_cannot_be_traced_is_refused():
+    model = prepare(tiny("llama"))
+    model.config._attn_implementation_internal = "flash_attention_4"
+    with pytest.raises(UserError, match=r"student\.compile: flash_attention_4 .*student\.attention=compact_varlen"):
+        compile_layers(model)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("attention", ["compact_varlen", "flex_attention"])
 def test_on_a_gpu_half_precision_shares_graphs_too(monkeypatch, attention):
