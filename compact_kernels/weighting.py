@@ -50,6 +50,21 @@ class Weighting:
         """Whether α is known to read nothing but its own question, in a form that a fused pass understands."""
         return self.weights is not None or type(self.rule) is CompatibilityRule
 
+    def with_normalizers(self, normalizer: Tensor, divergence_normalizer: Tensor) -> Settled:
+        return Settled(
+            rule=self.rule,
+            weights=self.weights,
+            consensus=self.consensus,
+            difficulty_reference=self.difficulty_reference,
+            adaptability=self.adaptability,
+            divergence=self.divergence,
+            divergence_weight=self.divergence_weight,
+            sft_reduction=self.sft_reduction,
+            normalizer=normalizer,
+            divergence_normalizer=divergence_normalizer,
+            ignore_index=self.ignore_index,
+        )
+
 
 @dataclass(frozen=True)
 class Settled(Weighting):
@@ -135,11 +150,9 @@ def settled(weighting: Weighting, targets: Tensor, ragged: Ragged, dtype: torch.
             normalizer = questions
     if divergence_normalizer is None:
         divergence_normalizer = normalizer
-    both = {
-        "normalizer": _on_device(normalizer, targets, dtype),
-        "divergence_normalizer": _on_device(divergence_normalizer, targets, dtype),
-    }
-    return Settled(**{**vars(weighting), **both})
+    return weighting.with_normalizers(
+        _on_device(normalizer, targets, dtype), _on_device(divergence_normalizer, targets, dtype)
+    )
 
 
 def _on_device(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,9 +65,9 @@ def weighted_loss(
         call = WeightedPass(head, targets, ragged, weighting, folds, workspace_mib, dtype, trains)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call)
         decision, tokens = Decision(*rest[:5]), TokenStatistics(*rest[5:9])
-        both = {"normalizer": rest[9], "divergence_normalizer": rest[10]}
+        final = weighting.with_normalizers(rest[9], rest[10])
         folded = divergence.numel() > 0
-        return loss, sft, divergence if folded else None, decision, tokens, Settled(**{**vars(weighting), **both})
+        return loss, sft, divergence if folded else None, decision, tokens, final
     rows = hidden.index_select(0, ragged.rows)
     tokens = token_logprobs(rows, head, targets, ragged, weighting.ignore_index, workspace_mib)
     detached = TokenStatistics(*(statistic.detach() for statistic in tokens))
@@ -115,8 +115,7 @@ def _compiled_loss(
         dtype,
         wanted,
     )
-    both = {"normalizer": scalars[2], "divergence_normalizer": scalars[3]}
-    final = Settled(**{**vars(weighting), **both})
+    final = weighting.with_normalizers(scalars[2], scalars[3])
     alpha, adaptability, difficulty, counted = rationales.unbind()
     decision = Decision(alpha, adaptability, difficulty, counted, row_weight)
     return loss, scalars[0], scalars[1], decision, TokenStatistics(*tokens.unbind()), final
