@@ -90,7 +90,7 @@ def worth_it(mode: str, dtype: torch.dtype) -> bool:
 def test_every_mode_errs_at_most_twice_as_much_as_torch(mode, dtype, backend, monkeypatch):
     problem = make_problem("bias")
     options = run_mode(monkeypatch, mode, problem)
-    assert_as_good_as_torch(everything, problem, dtype, backend, **options)
+    assert_as_good_as_torch(everything, problem, dtype, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -107,7 +107,7 @@ def test_every_mode_is_exact_in_float64(mode, monkeypatch):
 def test_scale_softcap_and_temperature_go_through_every_pass(mode, dtype, backend, monkeypatch):
     problem = make_problem("capped", seed=1)
     options = run_mode(monkeypatch, mode, problem)
-    assert_as_good_as_torch(everything, problem, dtype, backend, **options)
+    assert_as_good_as_torch(everything, problem, dtype, **options)
 
 
 @pytest.mark.parametrize("normalizer", [None, 0.3, "tensor"])
@@ -117,7 +117,7 @@ def test_a_row_weighs_what_the_reduction_and_the_normalizer_say(mode, reduction,
     problem = make_problem(seed=2)
     options = run_mode(monkeypatch, mode, problem) | {"sft_reduction": reduction, "divergence_normalizer": 0.7}
     value = torch.tensor(0.3, device=DEVICE) if normalizer == "tensor" else normalizer
-    assert_as_good_as_torch(everything, problem, torch.float32, backend, normalizer=value, **options)
+    assert_as_good_as_torch(everything, problem, torch.float32, normalizer=value, **options)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "jsd"])
@@ -130,7 +130,7 @@ def test_the_divergence_is_part_of_every_mode(mode, divergence, dtype, backend, 
     # An answer's row whose target is ignored has no part in L_SFT, but in the divergence.
     problem = make_problem("bias" if divergence == "kl" else "plain", seed=3)
     options = run_mode(monkeypatch, mode, problem) | {"divergence": divergence, "divergence_weight": 0.8}
-    result = assert_as_good_as_torch(everything, problem, dtype, backend, **options)
+    result = assert_as_good_as_torch(everything, problem, dtype, **options)
     assert float(result["divergence"]) > 0
 
 
@@ -140,7 +140,7 @@ def test_the_divergence_keeps_its_own_normalizer(kind, reduction, backend, monke
     problem = make_problem(kind, seed=4)
     options = run_mode(monkeypatch, "by_question_in_chunks", problem) | {"sft_reduction": reduction}
     options |= {"normalizer": 0.11, "divergence_normalizer": torch.tensor(0.43, device=DEVICE)}
-    assert_as_good_as_torch(everything, problem, torch.float32, backend, divergence_weight=1.5, **options)
+    assert_as_good_as_torch(everything, problem, torch.float32, divergence_weight=1.5, **options)
 
 
 def test_the_options_of_the_rule_reach_it(backend, monkeypatch):
@@ -150,7 +150,7 @@ def test_the_options_of_the_rule_reach_it(backend, monkeypatch):
         "adaptability": AdaptabilityOptions(epsilon=0.4, span="all", length_norm="mean"),
         "difficulty_reference": torch.linspace(0.5, 2.0, problem.ragged.num_sequences, device=DEVICE),
     }
-    assert_as_good_as_torch(everything, problem, torch.float32, backend, **options)
+    assert_as_good_as_torch(everything, problem, torch.float32, **options)
 
 
 @pytest.mark.parametrize("mode", ["given", "by_question", "two_passes_any_rule"])
@@ -170,14 +170,14 @@ def test_two_passes_write_every_block_of_a_vocabulary_once(backend, monkeypatch)
     problem = make_problem("bias", vocabulary=600, width=9, seed=7)
     limit_rows(monkeypatch, 10)
     options = {"rule": batch_rule, "workspace_mib": 0}  # blocks of 256 columns
-    assert_as_good_as_torch(everything, problem, torch.float32, backend, **options)
+    assert_as_good_as_torch(everything, problem, torch.float32, **options)
 
 
 @pytest.mark.parametrize("mode", ["by_question", "two_passes_any_rule", "frozen_head_any_rule"])
 def test_an_upstream_gradient_scales_the_gradients(mode, backend, monkeypatch):
     problem = make_problem("bias", seed=8)
     options = run_mode(monkeypatch, mode, problem) | {"divergence_weight": 0.3}
-    assert_as_good_as_torch(everything, problem, torch.bfloat16, backend, upstream=-2.7, **options)
+    assert_as_good_as_torch(everything, problem, torch.bfloat16, upstream=-2.7, **options)
 
 
 def test_another_ignore_index_is_heeded(backend):
@@ -210,7 +210,7 @@ def test_statistics_alone_err_at_most_twice_as_much_as_torch(kind, dtype, backen
         assert not any(tensor.requires_grad for tensor in tokens)
         return tokens._asdict()
 
-    assert_as_good_as_torch(statistics, make_problem(kind, seed=11), dtype, backend)
+    assert_as_good_as_torch(statistics, make_problem(kind, seed=11), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,7 +223,7 @@ def test_statistics_alone_err_at_most_twice_as_much_as_torch(kind, dtype, backen
 def test_logprob_takes_any_upstream_gradient(kind, wants, which, dtype, backend, monkeypatch):
     limit_rows(monkeypatch, 10)
     problem = make_problem(kind, seed=12, layout=LAYOUT[1:])
-    assert_as_good_as_torch(logprob_gradients, problem, dtype, backend, wants=wants, which=which)
+    assert_as_good_as_torch(logprob_gradients, problem, dtype, wants=wants, which=which)
 
 
 def test_logprob_keeps_the_shape_of_a_batch(backend):
@@ -253,7 +253,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_tensors_own
             return everything(problem, implementation=implementation, **options)
 
     # The truth has not rounded the inputs to bfloat16, torch's own under autocast has.
-    assert_as_good_as_torch(cast, problem, torch.float32, backend, **options)
+    assert_as_good_as_torch(cast, problem, torch.float32, **options)
 
 
 def test_autocast_equals_a_conversion_by_hand(triton_kernels):

@@ -1,0 +1,382 @@
+"""The fused head at the edges: odd shapes and layouts, extreme logits, forbidden tokens, batches without targets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compact_kernels import Ragged, linear_logprob, linear_token_stats
+from tests.head_cases import (
+    CUDA,
+    DEVICE,
+    GRADIENTS,
+    LAYOUT,
+    Problem,
+    assert_as_good_as_torch,
+    choose_backend,
+    errors,
+    everything,
+    identity_problem,
+    leaves,
+    limit_rows,
+    logprob_gradients,
+    loss_of,
+    make_problem,
+    make_ragged,
+    on_device,
+    poison_fresh_memory,
+)
+
+INF = math.inf
+
+
+@pytest.fixture(params=["triton", "torch"])
+def backend(request) -> str:
+    return choose_backend(request)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch) -> None:
+    poison_fresh_memory(monkeypatch)
+
+
+def tokens_of(problem: Problem, **options: Any) -> dict[str, Tensor]:
+    tensors = (problem.hidden, problem.weight, problem.targets, problem.ragged)
+    return linear_token_stats(*tensors, **problem.head, **options)._asdict()
+
+
+def weighted(problem: Problem, **options: Any) -> dict[str, Tensor]:
+    """The loss with given weights, which no statistic can spoil."""
+    weights = torch.linspace(0.4, 1.1, problem.ragged.num_sequences, device=DEVICE)
+    return everything(problem, weights=weights, consensus=None, **options)
+
+
+# ---- shapes and layouts -----------------------------------------------------------------------------------------
+
+
+SIZES = [(1, 7), (2, 9), (31, 33), (64, 32), (257, 130), (1000, 7)]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "width", "dtype"),
+    [(*size, torch.float32) for size in SIZES] + [(31, 7, torch.bfloat16), (257, 33, torch.bfloat16)],
+)
+def test_any_vocabulary_and_any_width(vocabulary, width, dtype, backend):
+    layout = LAYOUT[1:] if dtype == torch.float32 else None  # a norm over few numbers says little in bfloat16
+    problem = make_problem("bias", vocabulary, width, layout=layout)
+    assert_as_good_as_torch(everything, problem, dtype, divergence_weight=0.3)
+    assert_as_good_as_torch(logprob_gradients, problem, dtype)
+
+
+@pytest.mark.parametrize("rows", [127, 128, 129, 1000] if CUDA else [31, 32, 33, 65])
+def test_any_number_of_rows(rows, backend):
+    ragged = make_ragged((((rows, 0),),), 40)
+    total = int(ragged.cu_seqlens[-1])
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (total, 40))
+    targets = torch.randint(40, (total,), generator=generator)
+    problem = on_device(Problem(hidden, weight, targets, ragged, torch.zeros(1)))
+    assert_as_good_as_torch(everything, problem, torch.float32)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def strided(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, torch.full_like(tensor, math.nan)], -1)[..., 0]
+
+
+def padded(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, torch.full_like(tensor, math.nan)], -1)[:, : tensor.shape[1]]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    flat = torch.cat([torch.full_like(tensor[:1, :1], math.nan).flatten(), tensor.flatten()])
+    return flat[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("wants", ["hw", "h"])
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+@pytest.mark.parametrize("layout", [transposed, strided, padded, misaligned])
+def test_any_layout_in_memory(layout, which, wants, backend):
+    ragged = Ragged.build(sequence_lengths=[9, 2], prompt_lengths=[1, 1], rationales_per_question=[1, 1])
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (11, 50))
+    targets = torch.randint(50, (11,), generator=generator)
+    problem = on_device(Problem(hidden, weight, targets, ragged, torch.zeros(2))).to(torch.float32)
+    for run in (weighted, logprob_gradients):
+        plain = run(problem, wants=wants)
+        moved = run(replace(problem, **{which: layout(getattr(problem, which))}), wants=wants)
+        for name, error in errors(moved, plain).items():
+            assert error <= 1e-6 * float(plain[name].norm()), name
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, padded, misaligned])
+@pytest.mark.parametrize("rule", ["by_question", "any_rule"])
+def test_any_layout_where_every_token_is_scored(layout, rule, backend):
+    # As nothing but a hand-made batch can: every position is a row, and the rows are not gathered.
+    count = 11
+    host = Ragged.build(sequence_lengths=[count + 1], prompt_lengths=[1], rationales_per_question=[1])
+    host = replace(host, cu_seqlens=torch.tensor([0, count], dtype=torch.int32))
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (count, 50))
+    targets = torch.randint(50, (count,), generator=generator)
+    problem = on_device(Problem(hidden, weight, targets, host, torch.zeros(1))).to(torch.float32)
+    options = {"rule": lambda statistics: torch.full_like(statistics.difficulty, 0.5)} if rule == "any_rule" else {}
+    for wants in ("hw", "h"):
+        plain = everything(problem, wants=wants, **options)
+        moved = everything(replace(problem, hidden=layout(problem.hidden)), wants=wants, **options)
+        for name, error in errors(moved, plain).items():
+            assert error <= 1e-6 * float(plain[name].norm()), (name, wants)
+
+
+# ---- extreme logits ---------------------------------------------------------------------------------------------
+
+
+def confident(columns: int = 40) -> Problem:
+    """Targets 15 to 35 nats above the others, whose own logits are random: 1 − p from 1e-5 to 1e-14."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, columns, generator=generator)
+    targets = torch.randint(columns, (9,), generator=generator)
+    logits.scatter_(1, targets[:, None], torch.linspace(15, 35, 9)[:, None].round(decimals=1))
+    return identity_problem(logits.bfloat16(), targets, layout=[4, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wants", ["h", "hw"], ids=["frozen", "trained"])
+@pytest.mark.parametrize("rule", ["given", "any_rule"])
+def test_a_confident_token_keeps_its_relative_precision(rule, wants, dtype, backend):
+    problem, count = confident().to(dtype), 9
+    rows = problem.ragged.rows
+    logits, targets = problem.hidden[rows].double(), problem.targets[rows][:, None]
+    # By hand, for float64's own log-softmax cancels here.
+    against = (logits - logits.gather(1, targets)).exp().scatter(1, targets, 0.0)  # p_v / p_target
+    mass = against.sum(1, keepdim=True)
+    gradient = (against / (1 + mass)).scatter(1, targets, -mass / (1 + mass))
+    assert float(mass.max()) < 1e-4 and float(mass.min()) < 1e-13
+
+    ones = torch.ones(2, device=DEVICE)
+    decided: dict[str, Any] = {"weights": ones} if rule == "given" else {"rule": lambda _: ones}
+    ours = everything(problem, wants=wants, sft_reduction="sum", normalizer=1.0, **decided)
+
+    def assert_close(actual: Tensor, exact: Tensor, allowed: float) -> None:
+        # Differences of up to 35 are rounded at 35·2^-24: 2e-6 relative in their exponential.
+        assert float(((actual.double() - exact).norm(dim=1) / exact.norm(dim=1)).max()) <= allowed
+
+    assert len(rows) == count
+    assert_close(ours["logprob"][:, None], -mass.log1p(), 1e-5)
+    assert_close(ours["grad_norm"][:, None], gradient.norm(dim=1, keepdim=True), 1e-5)
+    # The identity hands the logits' gradient to the hidden states, the target's entry too: rounded twice in bfloat16.
+    allowed = 1e-5 if dtype == torch.float32 else 2**-7
+    assert_close(ours["dhidden"][rows], gradient, allowed)
+    assert_close(ours["dhidden"][rows].gather(1, targets), gradient.gather(1, targets), allowed)
+
+
+def improbable(nll: tuple[float, ...], columns: int = 90) -> Problem:
+    """Rows whose target is so far below a random distribution of the others."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(len(nll), columns, generator=generator)
+    targets = torch.randint(columns, (len(nll),), generator=generator)
+    logits.scatter_(1, targets[:, None], -torch.tensor(nll)[:, None])
+    return identity_problem(logits, targets, layout=[len(nll) - 2, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "nll",
+    [
+        (1.0,) * 18 + (70.0,) + (2.0,) * 3,
+        (39.0, 41.0, 43.0, 45.0, 60.0, 88.0, 100.0, 1.0),
+        (64.0, 100.0, 200.0, 1000.0, 2500.0, 6000.0),
+    ],
+    ids=["one_row", "around_the_limit", "every_row"],
+)
+def test_a_target_may_be_as_improbable_as_it_likes(nll, dtype, backend):
+    problem = improbable(nll)
+    for wants in ("hw", "h"):
+        assert_as_good_as_torch(weighted, problem, dtype, wants=wants)
+    assert_as_good_as_torch(logprob_gradients, problem, dtype, wants="hw")
+
+
+@pytest.mark.parametrize("kind", ["bias", "capped"])
+def test_improbable_targets_go_through_bias_softcap_and_divergence(kind, backend, monkeypatch):
+    problem = make_problem(kind, seed=1)
+    options = problem.options | ({"softcap": 60.0} if kind == "capped" else {})
+    problem = replace(problem, weight=problem.weight * (12 if kind == "capped" else 6), options=options)
+    limit_rows(monkeypatch, 13 if not CUDA else 13 * 23)
+    result = assert_as_good_as_torch(everything, problem, torch.float32, divergence_weight=0.4)
+    assert float(result["logprob"].min()) < -44  # where the pivot changes
+
+
+@pytest.mark.parametrize("gap", [30.0, 60.0, 85.0, 120.0])
+def test_two_certain_answers_that_differ_are_as_far_apart_as_float32_can_tell(gap, backend):
+    logits = torch.zeros(2, 40)
+    logits[0, 3] = logits[1, 7] = gap
+    problem = identity_problem(logits, torch.tensor([3, 7]), layout=[1, 1])
+    host = Ragged.build(
+        sequence_lengths=[2, 2], prompt_lengths=[1, 1], rationales_per_question=[2], answer_spans=[(0, 1), (0, 1)]
+    )
+    problem = replace(problem, ragged=host.to(DEVICE)).to(torch.float32)
+    result = weighted(problem, divergence_weight=1.0)
+    truth = weighted(problem.to(torch.float64), divergence_weight=1.0, implementation="reference")
+    if gap < 87:
+        assert errors(result, truth)["divergence"] <= 1e-5 * float(truth["divergence"])
+    else:  # a probability below the smallest normal number, e^-87.3, counts as that
+        assert 87 / gap <= float(result["divergence"] / truth["divergence"]) <= 1
+    assert errors(result, truth)["dhidden"] <= 1e-5 * float(truth["dhidden"].norm())
+
+
+@pytest.mark.parametrize("shift", [-4096.0, 4096.0])
+def test_a_shift_of_all_logits_changes_nothing(shift, backend):
+    generator = torch.Generator().manual_seed(2)
+    logits = (torch.randn(9, 40, generator=generator) * 2 * 256).round() / 256  # exact in float32, shifted or not
+    targets = torch.randint(40, (9,), generator=generator)
+    targets[4] = -100
+    for wants in ("hw", "h"):
+        plain, moved = (
+            weighted(identity_problem(z, targets).to(torch.float32), wants=wants) for z in (logits, logits + shift)
+        )
+        moved.pop("dweight", None), plain.pop("dweight", None)  # which is a product with what was shifted
+        for name, error in errors(moved, plain).items():
+            assert error <= 2e-6 * float(plain[name].norm()), name
+
+
+def test_a_large_bias_errs_at_most_twice_as_much_as_torch(backend):
+    problem = make_problem("bias", seed=2)
+    assert problem.bias is not None
+    problem.bias.add_(4096.0)
+    assert_as_good_as_torch(weighted, problem, torch.float32)
+    assert_as_good_as_torch(logprob_gradients, problem, torch.float32)
+
+
+def only_row(row: int, values: Tensor) -> bool:
+    """Whether this entry and no other is NaN."""
+    return values.isnan().nonzero().flatten().tolist() == [row]
+
+
+# ---- forbidden tokens, NaN, ids out of range --------------------------------------------------------------------
+
+
+def with_forbidden(seed: int) -> Problem:
+    problem = make_problem("bias", seed=seed)
+    assert problem.bias is not None
+    answers = torch.cat([problem.targets, problem.ragged.evidence_ids])
+    free = [token for token in range(problem.bias.shape[0]) if token not in set(answers.tolist())]
+    problem.bias[free[::2]] = -INF
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("wants", "divergence", "dtype"),
+    [("hwb", "kl", torch.float32), ("hwb", "jsd", torch.bfloat16), ("h", "jsd", torch.float32)],
+)
+def test_forbidden_tokens_have_no_probability_and_no_gradient(wants, divergence, dtype, backend):
+    problem = with_forbidden(3)
+    options: dict[str, Any] = {"divergence": divergence, "divergence_weight": 0.4, "wants": wants}
+    result = assert_as_good_as_torch(everything, problem, dtype, **options)
+    if wants == "hwb":
+        assert not result["dbias"][problem.bias == -INF].any() and not result["dweight"][problem.bias == -INF].any()
+
+
+def test_forbidden_tokens_have_no_part_in_the_entropy(backend):
+    assert_as_good_as_torch(logprob_gradients, with_forbidden(4), torch.float32)
+
+
+@pytest.mark.parametrize("wants", ["hwb", ""])
+def test_a_forbidden_answer_is_known_to_be_impossible_and_spoils_nothing_else(wants, backend):
+    problem = with_forbidden(5)
+    forbidden = (problem.bias == -INF).nonzero()[0]
+    ids = problem.ragged.evidence_ids.clone()
+    ids[0] = forbidden[0]  # one of the two ids of the first rationale
+    host = replace(problem.ragged.host, evidence_ids=ids.cpu())
+    result = weighted(replace(problem, ragged=host.to(DEVICE)).to(torch.float32), wants=wants)
+    expected = weighted(problem.to(torch.float32), wants=wants)
+    own = slice(0, int(problem.ragged.host.cu_rows[1]))
+    assert (result["evidence"][own] < -1e30).all()
+    for name in expected:
+        if name not in ("evidence", "adaptability"):
+            assert torch.equal(result[name], expected[name]), name
+    assert torch.equal(result["evidence"][own.stop :], expected["evidence"][own.stop :])
+
+
+@pytest.mark.parametrize("wants", ["hw", "h", ""])
+def test_nan_in_gives_nan_out(wants, backend):
+    problem = make_problem(seed=6).to(torch.float32)
+    row = int(problem.ragged.rows[2])
+    problem.targets[row] = 5
+    problem.hidden[row, 3] = math.nan
+    result = weighted(problem, wants=wants)
+    assert result["loss"].isnan() and only_row(2, result["logprob"])
+    if wants:
+        assert result["dhidden"][row].isnan().all()
+        assert not result["dhidden"][row + 1 :].isnan().any()
+
+
+@pytest.mark.parametrize(("target", "wants"), [(-1, "hw"), (100, "h"), (2**40, "hw"), (2**40, "")])
+def test_a_target_out_of_range_gives_nan_and_reads_no_foreign_memory(target, wants, triton_kernels):
+    problem = make_problem(vocabulary=100, seed=7).to(torch.float32)
+    problem.targets[problem.ragged.rows[2]] = target
+    result = weighted(problem, wants=wants)
+    assert result["loss"].isnan() and only_row(2, result["logprob"])
+    logprob = linear_logprob(problem.hidden, problem.weight, problem.targets)[0]
+    assert int(logprob.isnan().sum()) == 1
+
+
+# ---- batches with nothing in them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence_weight", [0.0, 0.5])
+@pytest.mark.parametrize("rule", ["given", "by_question", "any_rule"])
+@pytest.mark.parametrize("wants", ["hwb", "h"])
+def test_a_batch_without_a_target_has_loss_zero_and_zero_gradients(wants, rule, divergence_weight, backend):
+    problem = make_problem("bias", seed=8, layout=LAYOUT[1:]).to(torch.float32)
+    options: dict[str, Any] = {"by_question": {}, "given": {"weights": torch.ones(3, device=DEVICE)}}.get(
+        rule, {"rule": lambda statistics: torch.ones_like(statistics.difficulty)}
+    )
+    # No span is left, so that the divergence is 0 too.
+    labels = torch.full((len(problem.targets),), -100)
+    shape = (problem.ragged.host.cu_seqlens, problem.ragged.host.cu_questions)
+    nothing_scored = replace(problem, ragged=Ragged.from_labels(labels, *shape).to(DEVICE), targets=labels.to(DEVICE))
+    all_ignored = replace(problem, targets=labels.to(DEVICE))
+    for batch in (nothing_scored, all_ignored):
+        count = batch.ragged.num_sequences
+        if "weights" in options:
+            options["weights"] = torch.ones(count, device=DEVICE)
+        with_divergence = divergence_weight if batch is nothing_scored else 0.0
+        for reduction in ("mean", "token"):
+            more = {"sft_reduction": reduction, "divergence_weight": with_divergence}
+            result = everything(batch, wants=wants, **options, **more)
+            assert result["loss"] == 0 and result["sft"] == 0 and result["divergence"] == 0
+            for name in GRADIENTS:
+                assert name not in result or not result[name].any(), name
+
+
+def test_logprobs_of_no_rows_are_connected_and_empty(backend):
+    problem = make_problem("bias").to(torch.float32)
+    problem = replace(problem, hidden=problem.hidden[:0], targets=problem.targets[:0])
+    for wants in ("hwb", "h"):
+        result = logprob_gradients(problem, wants=wants)
+        assert result["logprob"].shape == result["entropy"].shape == (0,)
+        for name in GRADIENTS:
+            assert name not in result or not result[name].any(), name
+
+
+def test_a_single_rationale_weighs_one_whatever_its_statistics(backend):
+    problem = make_problem(seed=9, layout=(((1, 1),), ((4, 0),)))
+    result = assert_as_good_as_torch(everything, problem, torch.float32, divergence_weight=0.5)
+    assert result["alpha"].tolist() == [1.0, 1.0] and result["divergence"] == 0
+
+
+def test_loss_of_leaves_that_are_not_asked_for_has_no_gradient(backend):
+    problem = make_problem("bias", seed=10, layout=LAYOUT[1:]).to(torch.float32)
+    for wants in ("h", "w", "b", "hb", "wb"):
+        part, wanted = leaves(problem, wants)
+        loss_of(part).loss.backward()
+        for name in ("hidden", "weight", "bias"):
+            assert (getattr(part, name).grad is not None) == (name in wanted), (wants, name)
