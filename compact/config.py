@@ -153,6 +153,7 @@ class CompactConfig:
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )
+    workspace_mib: int = option(512, "MiB of logits that exist at once; fewer are slower", ge=1)
 
     def validate(self) -> None:
         """Check every field, and that nothing set here would be ignored.

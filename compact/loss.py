@@ -78,7 +78,7 @@ def distillation_loss(
         reference = None
         if strategy is not None and config.difficulty.kind == "ifd":
             alone = batch["unconditional"]
-            reference = _mean_loss(forward(model, alone), alone)
+            reference = _mean_loss(forward(model, alone), alone, config.workspace_mib)
     questions, tokens = Denominators.of(ragged) if denominators is None else denominators
     per_question = replicas / _at_least_one(questions)
     own_kind = Strategy.divergence if strategy is None else strategy.divergence
@@ -105,6 +105,7 @@ def distillation_loss(
         bias=lm_head.bias,
         logit_scale=lm_head.logit_scale,
         softcap=lm_head.softcap,
+        workspace_mib=config.workspace_mib,
     )
     return result, context
 
@@ -145,7 +146,7 @@ def _targets(batch: Mapping[str, Any]) -> Tensor:
     return F.pad(batch["labels"][0, 1:], (0, 1), value=-100)
 
 
-def _mean_loss(output: StudentOutput, batch: Mapping[str, Any]) -> Tensor:
+def _mean_loss(output: StudentOutput, batch: Mapping[str, Any], workspace_mib: int) -> Tensor:
     """(S,) mean negative log-likelihood a token."""
     ragged: Ragged = batch["ragged"]
     lm_head = output.head
@@ -157,6 +158,7 @@ def _mean_loss(output: StudentOutput, batch: Mapping[str, Any]) -> Tensor:
         bias=lm_head.bias,
         logit_scale=lm_head.logit_scale,
         softcap=lm_head.softcap,
+        workspace_mib=workspace_mib,
     )
     return -segment_sum(tokens.logprob, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)
 

@@ -1,6 +1,6 @@
 """Eq. 9 and MIND's JSD on rows of unnormalised probabilities, in plain torch: what CPUs and float64 take.
 
-The mathematics is that of :mod:`compact_kernels.divergence_kernels`; the rows are those of `ragged.span_rows`, in order.
+The mathematics is that of :mod:`compact_kernels.divergence_kernels`; the rows are those of `ragged.span_rows`.
 """
 
 from __future__ import annotations

@@ -63,11 +63,14 @@ class CompatibilityRule:
     def __call__(self, statistics: Statistics) -> Tensor:
         """α, (S,), summing to one over each question."""
         ragged = statistics.ragged
-        score = (
-            self.adaptability * question_zscore(statistics.adaptability, ragged)
-            + self.consensus * question_zscore(statistics.consensus, ragged)
-            - self.difficulty * question_zscore(statistics.difficulty, ragged)
-        )
+        score = torch.zeros_like(statistics.difficulty)
+        for beta, metric in (
+            (self.adaptability, statistics.adaptability),
+            (self.consensus, statistics.consensus),
+            (-self.difficulty, statistics.difficulty),
+        ):
+            if beta:  # a metric that nobody weighs may be infinite
+                score = score + beta * question_zscore(metric, ragged)
         return question_softmax(score / self.temperature, ragged)
 
 

@@ -10,15 +10,20 @@ from torch import Tensor
 from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
-from compact_kernels import Statistics
-from compact_kernels.rule import question_of_sequence, question_softmax, segment_sum
+from compact_kernels import CompatibilityRule, Statistics
+from compact_kernels.rule import question_of_sequence, segment_sum
 
 
 class Uniform(Strategy):
-    """Every rationale of a question weighs the same."""
+    """Every rationale of a question weighs the same: COMPACT's rule with no metric weighed."""
+
+    rule = CompatibilityRule(adaptability=0, consensus=0, difficulty=0)
 
     def weights(self, statistics: Statistics, context: Context) -> Tensor:
-        return question_softmax(torch.zeros_like(statistics.difficulty), statistics.ragged)
+        return self.rule(statistics)
+
+    def bind(self, context: Context) -> CompatibilityRule:
+        return self.rule
 
 
 class LowestLoss(Strategy):
