@@ -81,9 +81,13 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
         )
 
 
-def check_targets(targets: Tensor, ragged: Ragged) -> None:
+def check_ids(targets: Tensor) -> None:
     if targets.dtype != torch.int64:
         raise ValueError(f"targets has dtype {targets.dtype}; token ids are int64")
+
+
+def check_targets(targets: Tensor, ragged: Ragged) -> None:
+    check_ids(targets)
     if torch.compiler.is_compiling():
         return
     total = ragged.sizes.cu_seqlens[-1]

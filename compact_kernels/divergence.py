@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ class DivergencePass:
 
     def value(self, hidden: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """D (Q,) and C (G,), float32."""
-        x, head = self.rows(hidden), self._head()
+        x, head = self.rows(hidden), self.head.in_dtype(self.head.weight, self.head.bias, self.dtype)
         dtype = torch.promote_types(self.dtype, torch.float32)
         out = (hidden.new_empty(self.ragged.num_questions, dtype=dtype), x.new_empty(len(x), dtype=dtype))
         for chunk in self.chunks:
@@ -151,10 +151,10 @@ class DivergencePass:
         self, hidden: Tensor, alpha: Tensor, scores: Tensor, upstream: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Σ_q upstream_q ∂D_q by hidden (T, D), weight (V, D) and bias (V,): those `wanted`; sums in float32."""
-        x, head = self.rows(hidden), self._head()
+        x, head = self.rows(hidden), self.head.in_dtype(self.head.weight, self.head.bias, self.dtype)
         dtype = torch.promote_types(self.dtype, torch.float32)
         gain = alpha * upstream.to(dtype)[question_of_sequence(self.ragged)] * head.slope
-        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
         grad_weight = torch.zeros(head.weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
         grad_bias = torch.zeros(head.vocabulary, dtype=dtype, device=hidden.device) if wanted[2] else None
         positions = self._positions()
@@ -195,12 +195,6 @@ class DivergencePass:
 
     def _positions(self) -> Tensor:
         return self.ragged.rows[self.ragged.span_rows]
-
-    def _head(self) -> LinearHead:
-        bias = self.head.bias
-        return replace(
-            self.head, weight=self.head.weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype)
-        )
 
 
 class AnswerDivergence(torch.autograd.Function):

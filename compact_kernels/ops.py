@@ -200,6 +200,7 @@ def linear_logprob(
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
+    arguments.check_ids(targets)
     arguments.check_head(hidden, head_weight, bias)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from compact_kernels.head.rows import in_rows
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class LinearHead:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
+
+    def in_dtype(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LinearHead:
+        """The same head with these tensors, in the dtype that computes."""
+        return replace(self, weight=in_rows(weight, dtype), bias=None if bias is None else bias.to(dtype))
 
     @property
     def vocabulary(self) -> int:

@@ -81,7 +81,7 @@ def question_chunks(ragged: Ragged, capacity: int) -> tuple[Chunk, ...] | None:
 
 def vocabulary_blocks(vocabulary: int, num_rows: int, workspace_mib: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     """Even ranges of columns such that (num_rows, width) gradient rows fit the workspace, 256 columns at least."""
-    width = max(256, (workspace_mib << 20) // (dtype.itemsize * max(num_rows, 1)))
-    even = math.ceil(vocabulary / math.ceil(vocabulary / width))
-    width = math.ceil(even / 256) * 256
+    most = max(1, (workspace_mib << 20) // (dtype.itemsize * max(num_rows, 1)) // 256)  # tiles of 256 columns
+    tiles = math.ceil(vocabulary / 256)
+    width = 256 * math.ceil(tiles / math.ceil(tiles / most))
     return [(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]

@@ -52,6 +52,12 @@ class RowStatistics(NamedTuple):
         return TokenStatistics(*self[:4])
 
 
+def in_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix in `dtype`, the elements of a row side by side; itself if it is so."""
+    matrix = matrix.to(dtype)
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
 def row_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
     """An uninitialised (rows, V) matrix whose rows start at multiples of 128 bytes."""
     return like.new_empty(rows, -(-vocabulary // 64) * 64)[:, :vocabulary]

@@ -7,7 +7,7 @@ vocabulary by block, so that every part of the weight's gradient is written once
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import row_chunks, rows_that_fit, vocabulary_blocks
-from compact_kernels.head.rows import Answers, RowStatistics, product, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, row_buffer
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class TokenPass:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
     ) -> tuple[RowStatistics, Tensor | None]:
         """Statistics of the rows x (n, D), and if `keep` the gradient of each row's −log-prob, (n, D)."""
-        head, x_d = self._head(weight, bias), x.to(self.dtype)
+        head, x_d = self.head.in_dtype(weight, bias, self.dtype), in_rows(x, self.dtype)
         backend = backend_for(x, self.dtype)
         chunks = row_chunks(x.shape[0], rows_that_fit(self.workspace_mib, head.vocabulary, self.dtype))
-        kept = torch.empty_like(x) if keep else None
+        kept = x.new_empty(x.shape) if keep else None
         size = max((chunk.last - chunk.first for chunk in chunks), default=0)
         buffer = row_buffer(size, head.vocabulary, x_d) if keep else None
         table = RowStatistics.table(x.shape[0], x)
@@ -68,7 +68,7 @@ class TokenPass:
         ∂/∂z_v = g·(1[v = y] − p_v) − h·p_v (log p_v + H), and log p = u − log ΣE with u = z − pivot, p = exp(u)/ΣE:
         exp(u)·(a + b·u) with two numbers a row, but for the target's entry, which g·(1 − p) would cancel in.
         """
-        head, x_d = self._head(weight, bias), x.to(self.dtype)
+        head, x_d = self.head.in_dtype(weight, bias, self.dtype), in_rows(x, self.dtype)
         backend = backend_for(x, self.dtype)
         counted = self.targets != self.ignore_index
         zeros = torch.zeros_like(rows.total)
@@ -85,7 +85,7 @@ class TokenPass:
         wants_x, wants_weight, wants_bias = wanted
         sum_dtype = torch.promote_types(self.dtype, torch.float32)
         grad_x = torch.zeros(x.shape, dtype=sum_dtype, device=x.device) if wants_x else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_weight = weight.new_empty(weight.shape) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
         ones = x_d.new_ones(1, x.shape[0])
         blocks = vocabulary_blocks(head.vocabulary, x.shape[0], self.workspace_mib, self.dtype)
@@ -103,9 +103,6 @@ class TokenPass:
             if grad_bias is not None:
                 grad_bias[first:last] = product(ones, block)[0]
         return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias
-
-    def _head(self, weight: Tensor, bias: Tensor | None) -> LinearHead:
-        return replace(self.head, weight=weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype))
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -134,7 +131,7 @@ class TokenLogprobs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if kept is not None and entropy is None:
                 backend = backend_for(x, ctx.call.dtype)
-                return backend.scale_rows(kept, logprob, None, -1.0, torch.empty_like(x)), None, None, None
+                return backend.scale_rows(kept, logprob, None, -1.0, x.new_empty(x.shape)), None, None, None
             return (
                 *ctx.call.backward(x, weight, bias, RowStatistics(*rows), logprob, entropy, ctx.wanted),
                 None,

@@ -22,7 +22,7 @@ from compact_kernels import arguments
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk, weighted_chunks
-from compact_kernels.head.rows import Answers, RowStatistics, product, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, row_buffer
 from compact_kernels.head.tokens import TokenPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics, segment_sum
@@ -67,8 +67,8 @@ class WeightedPass:
         folded: bool,
     ) -> Result:
         ragged, every_row = self.ragged, self.ragged.num_rows == hidden.shape[0]
-        head = replace(self.head, weight=weight.to(self.dtype), bias=None if bias is None else bias.to(self.dtype))
-        x = self._rows(hidden).to(self.dtype)
+        head = self.head.in_dtype(weight, bias, self.dtype)
+        x = in_rows(self._rows(hidden), self.dtype)
         answers = Answers.of_batch(ragged)
         table = RowStatistics.table(ragged.num_rows, x)
         buffer = row_buffer(max((chunk.last - chunk.first for chunk in chunks), default=0), head.vocabulary, x)
@@ -143,7 +143,7 @@ class WeightedPass:
             grad_x = gradients.hidden
             if grad_x is not None and len(grad_x) < len(hidden):
                 gradients = gradients._replace(
-                    hidden=torch.zeros_like(hidden).index_copy_(0, self.ragged.rows, grad_x)
+                    hidden=hidden.new_zeros(hidden.shape).index_copy_(0, self.ragged.rows, grad_x)
                 )
         return self._result(weighting, decision, rows, None, gradients)
 
@@ -180,8 +180,8 @@ class WeightedPass:
         dtype = torch.promote_types(self.dtype, torch.float32)
         alone = chunks == 1 and weight.dtype == self.dtype
         return Gradients(
-            torch.zeros_like(hidden) if wanted[0] else None,
-            torch.empty_like(weight, dtype=self.dtype if alone else dtype) if wanted[1] else None,
+            torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None,
+            weight.new_empty(weight.shape, dtype=self.dtype if alone else dtype) if wanted[1] else None,
             weight.new_empty(1, weight.shape[0], dtype=dtype) if wanted[2] else None,
         )
 
