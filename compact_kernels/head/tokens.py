@@ -78,7 +78,7 @@ class TokenPass:
             h = entropy_gradient.to(zeros.dtype)
             slope = slope - h * (rows.entropy - rows.total.log())
             curve = -h / rows.total * head.slope
-            at_target = at_target - h * (1 - rows.others) * (rows.logprob + rows.entropy)
+            at_target = at_target - h * rows.target_mass / rows.total * (rows.logprob + rows.entropy)
         slope = slope / rows.total * head.slope
         at_target = at_target * rows.target_slope * head.slope
 

@@ -67,7 +67,7 @@ def statistics(
         inverse_sum=counted.to(others.dtype),
         pivot=pivot.squeeze(1),
         total=total.squeeze(1),
-        target_mass=(1 - others) * total.squeeze(1),
+        target_mass=u.gather(1, column).squeeze(1).exp(),
         target_slope=capped_slope(z.gather(1, column).squeeze(1), head),
     )
     torch.stack(rows, out=table[:, first_row : first_row + x.shape[0]])
