@@ -111,8 +111,7 @@ def test_scale_softcap_and_temperature_go_through_every_pass(mode, dtype, backen
 
 
 @pytest.mark.parametrize(
-    ("mode", "normalizer"),
-    [("given_by_fives", None), ("given_by_fives", 0.3), ("given_by_fives", "tensor"), ("two_passes_any_rule", None)],
+    ("mode", "normalizer"), [("given_by_fives", None), ("given_by_fives", "tensor"), ("two_passes_any_rule", 0.3)]
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "token"])
 def test_a_row_weighs_what_the_reduction_and_the_normalizer_say(mode, reduction, normalizer, backend, monkeypatch):
@@ -124,8 +123,8 @@ def test_a_row_weighs_what_the_reduction_and_the_normalizer_say(mode, reduction,
 
 @pytest.mark.parametrize(
     ("mode", "divergence", "dtype"),
-    [(mode, "kl", torch.float32) for mode in MODES]
-    + [(mode, "jsd", torch.float32) for mode in ("by_question", "frozen_head", "two_passes_any_rule")]
+    [(mode, "kl", torch.float32) for mode in MODES if "large" not in mode and mode != "given"]
+    + [(mode, "jsd", torch.float32) for mode in ("by_question", "two_passes_any_rule")]
     + [("by_question", divergence, torch.bfloat16) for divergence in ("kl", "jsd")]
     + [("by_question", "kl", torch.float16)],
 )
@@ -137,8 +136,7 @@ def test_the_divergence_is_part_of_every_mode(mode, divergence, dtype, backend, 
     assert float(result["divergence"]) > 0
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "token"])
-@pytest.mark.parametrize("kind", ["plain", "capped"])
+@pytest.mark.parametrize(("kind", "reduction"), [("plain", "mean"), ("plain", "token"), ("capped", "sum")])
 def test_the_divergence_keeps_its_own_normalizer(kind, reduction, backend, monkeypatch):
     problem = make_problem(kind, seed=4)
     options = run_mode(monkeypatch, "by_question_in_chunks", problem) | {"sft_reduction": reduction}
@@ -156,10 +154,10 @@ def test_the_options_of_the_rule_reach_it(backend, monkeypatch):
     assert_as_good_as_torch(everything, problem, torch.float32, **options)
 
 
-@pytest.mark.parametrize("mode", ["given", "by_question", "two_passes_any_rule"])
+@pytest.mark.parametrize("mode", ["by_question", "two_passes_any_rule"])
 def test_chunks_change_nothing_but_rounding(mode, backend, monkeypatch):
     problem = make_problem("bias", seed=6).to(torch.float32)
-    options = run_mode(monkeypatch, mode, problem) | {"divergence_weight": 0.0 if mode == "given" else 0.6}
+    options = run_mode(monkeypatch, mode, problem) | {"divergence_weight": 0.6}
     most = problem.ragged.num_rows
     limit_rows(monkeypatch, most)
     whole = everything(problem, **options)
@@ -176,7 +174,7 @@ def test_two_passes_write_every_block_of_a_vocabulary_once(backend, monkeypatch)
     assert_as_good_as_torch(everything, problem, torch.float32, **options)
 
 
-@pytest.mark.parametrize("mode", ["by_question", "two_passes_any_rule", "frozen_head_any_rule"])
+@pytest.mark.parametrize("mode", ["by_question", "frozen_head_any_rule"])
 def test_an_upstream_gradient_scales_the_gradients(mode, backend, monkeypatch):
     problem = make_problem("bias", seed=8)
     options = run_mode(monkeypatch, mode, problem) | {"divergence_weight": 0.3}
@@ -191,7 +189,7 @@ def test_another_ignore_index_is_heeded(backend):
         assert torch.equal(value, usual[name]), name
 
 
-@pytest.mark.parametrize("mode", ["by_question_in_chunks", "two_passes_any_rule"])
+@pytest.mark.parametrize("mode", ["by_question_in_chunks"])
 def test_two_runs_agree_to_the_last_bit(mode, backend, monkeypatch):
     problem = make_problem("bias", seed=10).to(torch.bfloat16)
     options = run_mode(monkeypatch, mode, problem) | {"divergence_weight": 0.3}
@@ -203,7 +201,7 @@ def test_two_runs_agree_to_the_last_bit(mode, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["plain", "bias", "capped"])
+@pytest.mark.parametrize("kind", ["plain", "capped"])
 def test_statistics_alone_err_at_most_twice_as_much_as_torch(kind, dtype, backend, monkeypatch):
     limit_rows(monkeypatch, 10)
 
@@ -218,11 +216,9 @@ def test_statistics_alone_err_at_most_twice_as_much_as_torch(kind, dtype, backen
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("wants", "which"),
-    [("h", "l"), ("h", "le"), ("hwb", "l"), ("hwb", "e")],
-    ids=["frozen_logprob", "frozen_both", "trained_logprob", "trained_entropy"],
+    ("kind", "wants", "which"),
+    [("plain", "h", "l"), ("plain", "hwb", "le"), ("capped", "h", "l"), ("capped", "h", "le"), ("capped", "hwb", "e")],
 )
-@pytest.mark.parametrize("kind", ["plain", "capped"])
 def test_logprob_takes_any_upstream_gradient(kind, wants, which, dtype, backend, monkeypatch):
     limit_rows(monkeypatch, 10)
     problem = make_problem(kind, seed=12, layout=LAYOUT[1:])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compact_kernels import Ragged, linear_logprob, linear_token_stats
+from compact_kernels import Ragged, Statistics, linear_logprob, linear_token_stats
 from tests.head_cases import (
     CUDA,
     DEVICE,
@@ -22,10 +22,8 @@ from tests.head_cases import (
     errors,
     everything,
     identity_problem,
-    leaves,
     limit_rows,
     logprob_gradients,
-    loss_of,
     make_problem,
     make_ragged,
     on_device,
@@ -59,7 +57,7 @@ def weighted(problem: Problem, **options: Any) -> dict[str, Tensor]:
 # ---- shapes and layouts -----------------------------------------------------------------------------------------
 
 
-SIZES = [(1, 7), (2, 9), (31, 33), (64, 32), (257, 130), (1000, 7)]
+SIZES = [(1, 7), (2, 9), (31, 33), (257, 130), (1000, 7)]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +99,7 @@ def misaligned(tensor: Tensor) -> Tensor:
     return flat[1:].view(tensor.shape)
 
 
-@pytest.mark.parametrize("wants", ["hw", "h"])
-@pytest.mark.parametrize("which", ["hidden", "weight"])
+@pytest.mark.parametrize(("which", "wants"), [("hidden", "hw"), ("hidden", "h"), ("weight", "hw")])
 @pytest.mark.parametrize("layout", [transposed, strided, padded, misaligned])
 def test_any_layout_in_memory(layout, which, wants, backend):
     ragged = Ragged.build(sequence_lengths=[9, 2], prompt_lengths=[1, 1], rationales_per_question=[1, 1])
@@ -117,9 +114,8 @@ def test_any_layout_in_memory(layout, which, wants, backend):
             assert error <= 1e-6 * float(plain[name].norm()), name
 
 
-@pytest.mark.parametrize("layout", [transposed, strided, padded, misaligned])
-@pytest.mark.parametrize("rule", ["by_question", "any_rule"])
-def test_any_layout_where_every_token_is_scored(layout, rule, backend):
+@pytest.mark.parametrize("layout", [transposed, strided])
+def test_any_layout_where_every_token_is_scored(layout, backend):
     # As nothing but a hand-made batch can: every position is a row, and the rows are not gathered.
     count = 11
     host = Ragged.build(sequence_lengths=[count + 1], prompt_lengths=[1], rationales_per_question=[1])
@@ -128,10 +124,9 @@ def test_any_layout_where_every_token_is_scored(layout, rule, backend):
     hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (count, 50))
     targets = torch.randint(50, (count,), generator=generator)
     problem = on_device(Problem(hidden, weight, targets, host, torch.zeros(1))).to(torch.float32)
-    options = {"rule": lambda statistics: torch.full_like(statistics.difficulty, 0.5)} if rule == "any_rule" else {}
     for wants in ("hw", "h"):
-        plain = everything(problem, wants=wants, **options)
-        moved = everything(replace(problem, hidden=layout(problem.hidden)), wants=wants, **options)
+        plain = everything(problem, wants=wants)
+        moved = everything(replace(problem, hidden=layout(problem.hidden)), wants=wants)
         for name, error in errors(moved, plain).items():
             assert error <= 1e-6 * float(plain[name].norm()), (name, wants)
 
@@ -318,7 +313,7 @@ def test_nan_in_gives_nan_out(wants, backend):
         assert not result["dhidden"][row + 1 :].isnan().any()
 
 
-@pytest.mark.parametrize(("target", "wants"), [(-1, "hw"), (100, "h"), (2**40, "hw"), (2**40, "")])
+@pytest.mark.parametrize(("target", "wants"), [(-1, "h"), (100, "hw"), (2**40, "hw")])
 def test_a_target_out_of_range_gives_nan_and_reads_no_foreign_memory(target, wants, triton_kernels):
     problem = make_problem(vocabulary=100, seed=7).to(torch.float32)
     problem.targets[problem.ragged.rows[2]] = target
@@ -331,30 +326,28 @@ def test_a_target_out_of_range_gives_nan_and_reads_no_foreign_memory(target, wan
 # ---- batches with nothing in them -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence_weight", [0.0, 0.5])
+def ones(statistics: Statistics) -> Tensor:
+    return torch.ones_like(statistics.difficulty)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token"])
 @pytest.mark.parametrize("rule", ["given", "by_question", "any_rule"])
 @pytest.mark.parametrize("wants", ["hwb", "h"])
-def test_a_batch_without_a_target_has_loss_zero_and_zero_gradients(wants, rule, divergence_weight, backend):
+def test_a_batch_without_a_target_has_loss_zero_and_zero_gradients(wants, rule, reduction, backend):
     problem = make_problem("bias", seed=8, layout=LAYOUT[1:]).to(torch.float32)
-    options: dict[str, Any] = {"by_question": {}, "given": {"weights": torch.ones(3, device=DEVICE)}}.get(
-        rule, {"rule": lambda statistics: torch.ones_like(statistics.difficulty)}
-    )
-    # No span is left, so that the divergence is 0 too.
-    labels = torch.full((len(problem.targets),), -100)
+    ignored = torch.full_like(problem.targets, -100)
     shape = (problem.ragged.host.cu_seqlens, problem.ragged.host.cu_questions)
-    nothing_scored = replace(problem, ragged=Ragged.from_labels(labels, *shape).to(DEVICE), targets=labels.to(DEVICE))
-    all_ignored = replace(problem, targets=labels.to(DEVICE))
-    for batch in (nothing_scored, all_ignored):
-        count = batch.ragged.num_sequences
-        if "weights" in options:
-            options["weights"] = torch.ones(count, device=DEVICE)
-        with_divergence = divergence_weight if batch is nothing_scored else 0.0
-        for reduction in ("mean", "token"):
-            more = {"sft_reduction": reduction, "divergence_weight": with_divergence}
-            result = everything(batch, wants=wants, **options, **more)
-            assert result["loss"] == 0 and result["sft"] == 0 and result["divergence"] == 0
-            for name in GRADIENTS:
-                assert name not in result or not result[name].any(), name
+    all_ignored = replace(problem, targets=ignored)
+    none_scored = replace(all_ignored, ragged=Ragged.from_labels(ignored, *shape).to(DEVICE))
+    rules: dict[str, Any] = {"given": {"weights": torch.ones_like(problem.consensus)}, "any_rule": {"rule": ones}}
+    options = rules.get(rule, {})
+    # Ignored targets leave the answers' divergence; without rows there are no answers either.
+    for batch, divergence_weight in ((all_ignored, 0.0), (none_scored, 0.5)):
+        more = {"sft_reduction": reduction, "divergence_weight": divergence_weight}
+        result = everything(batch, wants=wants, **options, **more)
+        assert result["loss"] == 0 and result["sft"] == 0 and result["divergence"] == 0
+        for name in GRADIENTS:
+            assert name not in result or not result[name].any(), name
 
 
 def test_logprobs_of_no_rows_are_connected_and_empty(backend):
@@ -371,12 +364,3 @@ def test_a_single_rationale_weighs_one_whatever_its_statistics(backend):
     problem = make_problem(seed=9, layout=(((1, 1),), ((4, 0),)))
     result = assert_as_good_as_torch(everything, problem, torch.float32, divergence_weight=0.5)
     assert result["alpha"].tolist() == [1.0, 1.0] and result["divergence"] == 0
-
-
-def test_loss_of_leaves_that_are_not_asked_for_has_no_gradient(backend):
-    problem = make_problem("bias", seed=10, layout=LAYOUT[1:]).to(torch.float32)
-    for wants in ("h", "w", "b", "hb", "wb"):
-        part, wanted = leaves(problem, wants)
-        loss_of(part).loss.backward()
-        for name in ("hidden", "weight", "bias"):
-            assert (getattr(part, name).grad is not None) == (name in wanted), (wants, name)
