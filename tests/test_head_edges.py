@@ -44,8 +44,7 @@ def poison(monkeypatch) -> None:
 
 
 def tokens_of(problem: Problem, **options: Any) -> dict[str, Tensor]:
-    tensors = (problem.hidden, problem.weight, problem.targets, problem.ragged)
-    return linear_token_stats(*tensors, **problem.head, **options)._asdict()
+    return stats_of(problem, **options)._asdict()
 
 
 def weighted(problem: Problem, **options: Any) -> dict[str, Tensor]:
@@ -186,7 +185,7 @@ def improbable(nll: tuple[float, ...], columns: int = 90) -> Problem:
 @pytest.mark.parametrize(
     "nll",
     [
-        (1.0,) * 18 + (70.0,) + (2.0,) * 3,
+        (1.0,) * 8 + (70.0,) + (2.0,) * 3,
         (39.0, 41.0, 43.0, 45.0, 60.0, 88.0, 100.0, 1.0),
         (64.0, 100.0, 200.0, 1000.0, 2500.0, 6000.0),
     ],
@@ -250,7 +249,7 @@ def test_a_large_bias_errs_at_most_twice_as_much_as_torch(backend):
     assert_as_good_as_torch(logprob_gradients, problem, torch.float32)
 
 
-def only_row(row: int, values: Tensor) -> bool:
+def only_row(row: int, values: Any) -> bool:
     """Whether this entry and no other is NaN."""
     return values.isnan().nonzero().flatten().tolist() == [row]
 

@@ -90,7 +90,7 @@ def test_the_workspace_is_counted_in_rows_of_logits_padded_to_128_bytes():
     assert planner.rows_that_fit(0, 100, torch.float32) == 1
 
 
-ROW_MIB = {"vocabulary": 1 << 19, "dtype": torch.bfloat16}  # one row of logits takes one MiB
+ROW_MIB: dict[str, Any] = {"vocabulary": 1 << 19, "dtype": torch.bfloat16}  # one row of logits takes one MiB
 
 
 def test_weights_given_beforehand_let_rows_share_a_chunk_and_a_rule_or_a_divergence_keeps_questions_whole():

@@ -138,7 +138,7 @@ def _epilogue(
     if MODE == GRADIENT:
         factor = tl.load(slope_ptr + rows, mask=in_rows, other=0.0)[:, None]
         if HAS_CURVE:  # E·u is 0 for a forbidden token, whose logit is −∞
-            factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(u, -3.0e38)
+            factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(u, -1.0e4)
         out_desc.store([row0, column0], (tl.exp2(u) * factor * slope).to(out_desc.dtype))
         return pivot, pivot, pivot
     target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - first_column - column0).to(tl.int32)

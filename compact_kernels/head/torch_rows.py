@@ -92,8 +92,8 @@ def gradient_block(
     u = z - rows.pivot[:, None]
     gradient = u.exp()
     factor = slope[:, None]
-    if curve is not None:
-        factor = factor + curve[:, None] * u.clamp_min(torch.finfo(z.dtype).min)
+    if curve is not None:  # exp(u)·u is 0 for a forbidden token, whose logit is −∞
+        factor = factor + curve[:, None] * u.clamp_min(-1e4)
     gradient *= factor
     if head.softcap is not None:
         gradient *= capped_slope(z, head)
