@@ -160,8 +160,8 @@ def leaves(problem: Problem, wants: str) -> tuple[Problem, dict[str, Tensor]]:
 
 def loss_of(problem: Problem, **options: Any) -> Any:
     options.setdefault("consensus", problem.consensus)
-    tensors = (problem.hidden, problem.weight, problem.targets, problem.ragged)
-    return compatibility_loss(*tensors, **problem.head, **options)
+    hidden, weight, targets = problem.hidden, problem.weight, problem.targets
+    return compatibility_loss(hidden, weight, targets, problem.ragged, **problem.head, **options)
 
 
 def logprob_of(problem: Problem, **options: Any) -> tuple[Tensor, Tensor]:

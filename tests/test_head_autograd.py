@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def small(seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
     return make_problem("bias", seed=seed, layout=LAYOUT[1:]).to(dtype)
 
 
-def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_around_the_op_changes_nothing(use_reentrant, op,
 
     plain = torch.autograd.grad(part(*wanted.values()), list(wanted.values()))
     checkpoint(part, *wanted.values(), use_reentrant=use_reentrant).backward()
-    assert same(plain, tuple(leaf.grad for leaf in wanted.values()))
+    assert same(plain, [leaf.grad for leaf in wanted.values() if leaf.grad is not None])
 
 
 @OPS
@@ -148,9 +148,9 @@ def test_an_upstream_tensor_scales_the_gradients_and_has_its_own(op, wants, back
 def test_gradients_accumulate_over_calls(wants, backend):
     problem, wanted = leaves(small(), wants)
     by_question(problem).backward()
-    once = [leaf.grad.clone() for leaf in wanted.values()]
+    once = [leaf.grad.clone() for leaf in wanted.values() if leaf.grad is not None]
     by_question(problem).backward()
-    for before, leaf in zip(once, wanted.values()):
+    for before, leaf in zip(once, wanted.values(), strict=True):
         torch.testing.assert_close(leaf.grad, 2 * before)
 
 
@@ -238,7 +238,8 @@ def test_a_distributed_head_is_refused_by_name(tmp_path):
     try:
         mesh = device_mesh.init_device_mesh(DEVICE, (1,))
         problem = small()
-        for name, whole in (("hidden", problem.hidden), ("head_weight", problem.weight), ("bias", problem.bias)):
+        tensors = (problem.hidden, problem.weight, problem.weight[:, 0])
+        for name, whole in zip(("hidden", "head_weight", "bias"), tensors):
             part = tensor.DTensor.from_local(whole, mesh, [tensor.Shard(0)], run_check=False)
             refused(f"{name} is a DTensor", **{name: part})
     finally:

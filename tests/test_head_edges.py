@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compact_kernels import Ragged, Statistics, linear_logprob, linear_token_stats
+from compact_kernels import Ragged, Statistics, linear_logprob
 from tests.head_cases import (
     CUDA,
     DEVICE,
@@ -41,10 +41,6 @@ def backend(request) -> str:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch) -> None:
     poison_fresh_memory(monkeypatch)
-
-
-def tokens_of(problem: Problem, **options: Any) -> dict[str, Tensor]:
-    return stats_of(problem, **options)._asdict()
 
 
 def weighted(problem: Problem, **options: Any) -> dict[str, Tensor]:
