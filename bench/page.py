@@ -54,14 +54,14 @@ def write(records: Sequence[Record], path: Path) -> None:
         here = [record for record in records if record["work"] == work]
         parts += [f"## {work}", WORKS[work].question]
         image = path.with_name(f"{path.stem}-{work}.png")
-        if pictures.draw(here, f"{work}, {here[-1]['device']}", image, memory="peak beyond inputs and gradients"):
+        if pictures.draw(here, f"{work}, {here[-1]['device']}", image, memory="peak beyond inputs and gradients, dW included"):
             parts.append(f"![{work}: time against memory]({image.name})")
         parts.append(_work_table(here))
     if layers := [record for record in records if record["work"] == ATTENTION]:
         parts += ["## Packed attention", ATTENTION_QUESTION]
         image = path.with_name(f"{path.stem}-{ATTENTION}.png")
         title = f"packed attention, {layers[-1]['device']}"
-        if pictures.draw(layers, title, image, memory="peak beyond inputs and gradients"):
+        if pictures.draw(layers, title, image, memory="peak beyond inputs and gradients, dW included"):
             parts.append(f"![packed attention: time against memory]({image.name})")
         parts.append(_attention_table(layers))
     if whole := [record for record in records if record["work"] not in (*WORKS, ATTENTION)]:

@@ -94,7 +94,7 @@ def _panel(axis: Any, records: Sequence[Record], handles: dict[str, Any]) -> Non
         color = OURS.get(base, "#ff7f0e") if is_ours(record) else COLORS.get(base, "black")
         below, above = record["median_ms"] - record["p20_ms"], record["p80_ms"] - record["median_ms"]
         handles[name] = axis.errorbar(
-            max(record["peak_mib"], 1.0),
+            _held(record),
             record["median_ms"],
             yerr=[[below], [above]],
             marker="*" if is_ours(record) else "o",
@@ -109,9 +109,14 @@ def _panel(axis: Any, records: Sequence[Record], handles: dict[str, Any]) -> Non
     if floors:
         handles["floor"] = axis.axhline(floors[0], color="black", linestyle=":", linewidth=1.2)
     _scale(axis, "y", [record["median_ms"] for record in records] + floors, lambda value: f"{value:g}")
-    _scale(axis, "x", [max(record["peak_mib"], 1.0) for record in records], _mib)
+    _scale(axis, "x", [_held(record) for record in records], _mib)
     axis.grid(True, which="major", alpha=0.25)
     axis.tick_params(labelsize=8)
+
+
+def _held(record: dict[str, Any]) -> float:
+    """MiB held at once, the float32 buffer of a head's gradient included; 1 at least, for the logarithm."""
+    return max(record["peak_mib"] + (record.get("dw_accum_mib") or 0.0), 1.0)
 
 
 def _scale(axes: Any, which: str, values: Sequence[float], label: Callable[[float], str]) -> None:
