@@ -11,6 +11,8 @@ from bench.shapes import ATTENTION
 from bench.targets import Verdict, fastest_peer, is_ours, verdicts
 from bench.works import WORKS
 
+MEMORY = "peak beyond inputs and gradients, dW included"
+
 STEP_QUESTION = (
     "A whole training step without optimizer on one packed batch of which 30% are prompt tokens: COMPACT with eq. 2 "
     "to 11 against plain fine-tuning with each peer's loss on the same backbone, attention and packing. Names that "
@@ -54,14 +56,14 @@ def write(records: Sequence[Record], path: Path) -> None:
         here = [record for record in records if record["work"] == work]
         parts += [f"## {work}", WORKS[work].question]
         image = path.with_name(f"{path.stem}-{work}.png")
-        if pictures.draw(here, f"{work}, {here[-1]['device']}", image, memory="peak beyond inputs and gradients, dW included"):
+        if pictures.draw(here, f"{work}, {here[-1]['device']}", image, memory=MEMORY):
             parts.append(f"![{work}: time against memory]({image.name})")
         parts.append(_work_table(here))
     if layers := [record for record in records if record["work"] == ATTENTION]:
         parts += ["## Packed attention", ATTENTION_QUESTION]
         image = path.with_name(f"{path.stem}-{ATTENTION}.png")
         title = f"packed attention, {layers[-1]['device']}"
-        if pictures.draw(layers, title, image, memory="peak beyond inputs and gradients, dW included"):
+        if pictures.draw(layers, title, image, memory=MEMORY):
             parts.append(f"![packed attention: time against memory]({image.name})")
         parts.append(_attention_table(layers))
     if whole := [record for record in records if record["work"] not in (*WORKS, ATTENTION)]:

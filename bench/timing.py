@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,7 @@ from bench.shapes import Scale
 
 Round = Callable[[], object]
 CASE_SECONDS = 25.0
+WARMUP_SECONDS = 40
 
 
 @dataclass
@@ -74,8 +77,9 @@ def time_rounds(runners: list[Runner], rounds: int, warmup: int = 3, say: Callab
     """
     for runner in runners:
         began = time.perf_counter()
-        for _ in range(warmup):
-            attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
+        with _patience(runner):
+            for _ in range(warmup):
+                attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
         say(f"    {runner.name}: warm after {time.perf_counter() - began:.1f} s{_tail(runner)}")
     alive = [runner for runner in runners if runner.error is None]
     one_round = sum(runner.seconds[-1] for runner in alive)
@@ -84,6 +88,24 @@ def time_rounds(runners: list[Runner], rounds: int, warmup: int = 3, say: Callab
     for _ in range(min(rounds, max(5, int(CASE_SECONDS / max(one_round, 1e-9))))):
         for runner in alive:
             attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
+
+
+@contextmanager
+def _patience(runner: Runner) -> Iterator[None]:
+    """Raises in what takes too long to warm up: a peer may tune its kernels for minutes at a shape it has not met."""
+
+    def out_of_patience(*_: object) -> None:
+        raise TimeoutError(f"took more than {WARMUP_SECONDS} s to warm up")
+
+    before = signal.signal(signal.SIGALRM, out_of_patience)
+    signal.alarm(WARMUP_SECONDS)
+    try:
+        yield
+    except TimeoutError as error:  # it came between two attempts
+        runner.error = one_line(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _timed(runner: Runner) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -198,3 +199,14 @@ def test_what_attention_must_do_is_counted_by_hand():
     assert case.bytes_moved(2) == 2 * 16 * 4 * (6 * 4 + 6 * 2)
     lengths = attention.ragged_lengths(32, 8192)
     assert len(lengths) == 32 and sum(lengths) == 8192 and min(lengths) >= 1 and max(lengths) > 2 * 256
+
+
+def test_a_contender_that_never_warms_up_is_given_up(monkeypatch):
+    from bench import timing
+
+    monkeypatch.setattr(timing, "WARMUP_SECONDS", 1)
+    slow = timing.Runner("slow", lambda: time.sleep(30))
+    quick = timing.Runner("quick", lambda: None)
+    timing.time_rounds([slow, quick], rounds=5, say=lambda _: None)
+    assert "took more than 1 s" in str(slow.error)
+    assert quick.error is None and len(quick.seconds) == 5

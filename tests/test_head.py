@@ -17,10 +17,12 @@ from compact_kernels import (
     linear_token_stats,
 )
 from tests.head_cases import (
+    CUDA,
     DEVICE,
     DTYPES,
     LARGEST_QUESTION,
     LAYOUT,
+    LONG,
     assert_as_good_as_torch,
     choose_backend,
     errors,
@@ -73,8 +75,7 @@ def run_mode(monkeypatch: Any, mode: str, problem: Any) -> dict[str, Any]:
     """The options of the mode's call; limits the workspace as it asks."""
     options, wants, rows = MODES[mode]
     if rows is not None:
-        scale = problem.ragged.num_rows // 22  # of the questions' sizes, on a GPU
-        limit_rows(monkeypatch, rows if scale == 1 else rows * 23)
+        limit_rows(monkeypatch, rows * LONG if CUDA else rows)
     return {"wants": wants} | (options(problem) if callable(options) else options)
 
 

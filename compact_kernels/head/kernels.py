@@ -1,16 +1,20 @@
 """Triton kernels of the linear head: a matrix product whose epilogue is the softmax.
 
 Logits never reach memory. For a row with hidden state x, z = the head's logits and a *pivot* column (the target), the
-product's epilogue turns a tile of accumulators into E = exp(z − z_pivot) at once, because the pivot's logit is one dot
-product and known beforehand. bfloat16 has float32's exponents, so E needs no maximum: it is stored as it is, and
-whatever depends on the whole row, 1/ΣE and the rationale's weight, becomes one factor a row that the following products
-carry (dX = v ⊙ (E W), dW = Eᵀ (v ⊙ X)). Rows whose ΣE leaves the safe range (a target less probable than e⁻⁴⁰) are
-done again, slowly, with their true maximum as pivot; nothing waits for the host to find that out.
+product's epilogue turns a tile of accumulators into E = exp(z − z_pivot) at once, because the pivot's logit is one
+dot product and known beforehand. bfloat16 has float32's exponents, so E needs no maximum: it is stored as it is, and
+whatever depends on the whole row, 1/ΣE and the rationale's weight, becomes one factor a row that the following
+products carry (dX = v ⊙ (E W), dW = Eᵀ (v ⊙ X)). Rows whose ΣE leaves the safe range (a target less probable than
+e⁻⁴³) are done again, slowly, with their true maximum as pivot; nothing waits for the host to find that out.
 
 Statistics are sums over v ≠ target, so a confident token (p → 1) loses nothing to cancellation:
 S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), the entropy and ‖p − e_y‖ follow.
 
-A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e. Offsets are int64 where rows and columns multiply.
+A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e. Offsets are int64 where
+rows and columns multiply.
+
+Measured on an H100 (bf16, 4096 rows, all statistics, E stored): 0.87, 0.86 and 0.93 of cuBLAS's plain product at
+151936 × 896, 128256 × 2048 and 152064 × 3584; without storing 0.93, 0.91 and 0.94.
 """
 
 from __future__ import annotations
@@ -181,7 +185,7 @@ def probe_kernel(
     HAS_ANSWERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The few logits of a row that are asked for by name: its target's (column 0 where there is none) and its answer's."""
+    """The few logits of a row that are asked for by name: its target's (or column 0's) and its answer's."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     # An id out of range must not read foreign memory; what it gives is NaN, as the host cannot be asked to raise.
@@ -359,7 +363,7 @@ def _few_logits(
     x_ptr, weight_ptr, bias_ptr, rows, first, num_rows, vocabulary, dim, x_stride, weight_stride, inner, outer,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Logits of 64 columns of a few rows, −∞ beyond the vocabulary, and the softcap's slope: a slow way, seldom taken."""
+    """Logits of 64 columns of a few rows, −∞ beyond the vocabulary, and the softcap's slope: slow, seldom needed."""
     v = first + tl.arange(0, 64)
     in_rows = rows < num_rows
     in_columns = v < vocabulary

@@ -1,8 +1,8 @@
 """Per-token log-probs as a differentiable output: any upstream gradient, any rule, α from the whole batch.
 
-With a frozen head one pass is enough: a row's gradient is its upstream number times (e_y − p) W, which the forward pass
-leaves behind. Otherwise, and for the entropy's gradient, the logits are made again in the backward pass, block of
-vocabulary by block, so that every part of the weight's gradient is written once and rounded once.
+With a frozen head one pass is enough: a row's gradient is its upstream number times (e_y − p) W, which the forward
+pass leaves behind. Otherwise, and for the entropy's gradient, the logits are made again in the backward pass, block
+of vocabulary by block, so that every part of the weight's gradient is written once and rounded once.
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ def gradient_block(
     first_column: int,
     block: Tensor,
 ) -> None:
-    """Fill `block` (n, width), columns first_column … : exp(u)·(slope + curve·u), u = z − pivot; the target's entry is given."""
+    """Fill `block` (n, width), columns first_column …, with exp(u)·(slope + curve·u), u = z − pivot.
+
+    The target's entry is given.
+    """
     width = block.shape[1]
     columns = slice(first_column, first_column + width)
     bias = None if head.bias is None else head.bias[columns]

@@ -106,7 +106,9 @@ def gradient_block(
     first_column: int,
     block: Tensor,
 ) -> None:
-    """Fill `block` (n, width), columns first_column … : exp(u)·(slope + curve·u), u = z − pivot; the target's entry is given.
+    """Fill `block` (n, width), columns first_column …, with exp(u)·(slope + curve·u), u = z − pivot.
+
+    The target's entry is given.
 
     slope, curve, target_gradient: (n,) float32; a row whose target is ignored has no entry of its own.
     """
@@ -150,7 +152,7 @@ def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """The matrix itself, or a copy that the GPU's tile loads can address: rows of contiguous, 16-byte aligned memory."""
+    """The matrix itself, or a copy that tile loads can address: contiguous rows that start at multiples of 16 bytes."""
     size = matrix.element_size()
     if matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0:
         return matrix
