@@ -12,9 +12,6 @@ S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), th
 
 A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e. Offsets are int64 where
 rows and columns multiply.
-
-Measured on an H100 (bf16, 4096 rows, all statistics, E stored): 0.87, 0.86 and 0.93 of cuBLAS's plain product at
-151936 × 896, 128256 × 2048 and 152064 × 3584; without storing 0.93, 0.91 and 0.94.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """The matrix itself, or a copy that tile loads can address: contiguous rows that start at multiples of 16 bytes."""
+    """The matrix itself, or a copy that tile loads can address: rows start at multiples of 16 bytes."""
     size = matrix.element_size()
     if matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0:
         return matrix
