@@ -81,6 +81,18 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
         )
 
 
+def check_numbers(
+    logit_scale: float, softcap: float | None, temperature: float, workspace_mib: int, implementation: str = "auto"
+) -> None:
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be above 0" + (", or None" if name == "softcap" else ""))
+    if workspace_mib < 0:
+        raise ValueError(f"workspace_mib is {workspace_mib}; 0 is the least, one row of logits at a time")
+    if implementation not in ("auto", "reference"):
+        raise ValueError(f"implementation is {implementation!r}; it is auto or reference")
+
+
 def check_ids(targets: Tensor) -> None:
     if targets.dtype != torch.int64:
         raise ValueError(f"targets has dtype {targets.dtype}; token ids are int64")

@@ -51,6 +51,7 @@ def answer_divergence(
         raise ValueError(f"kind is {kind!r}; it is kl or jsd")
     arguments.check_packed(hidden, ragged)
     arguments.check_head(hidden, head_weight, bias)
+    arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib)
     arguments.check_per_rationale("alpha", alpha, ragged)
     dtype = product_dtype(hidden, head_weight)
     if torch.compiler.is_compiling():

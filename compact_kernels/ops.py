@@ -100,6 +100,7 @@ def compatibility_loss(
     )
     arguments.check_packed(hidden, ragged)
     arguments.check_head(hidden, head_weight, bias)
+    arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
     arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     row_targets = targets.reshape(-1).index_select(0, ragged.rows)
@@ -168,6 +169,7 @@ def linear_token_stats(
     """
     arguments.check_packed(hidden, ragged)
     arguments.check_head(hidden, head_weight, bias)
+    arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
     arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     row_targets = targets.reshape(-1).index_select(0, ragged.rows)
@@ -202,6 +204,7 @@ def linear_logprob(
         raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
     arguments.check_ids(targets)
     arguments.check_head(hidden, head_weight, bias)
+    arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if implementation == "reference":
