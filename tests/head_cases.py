@@ -205,7 +205,11 @@ def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
 
 
 def assert_as_good_as_torch(
-    function: Callable[..., dict[str, Tensor]], problem: Problem, dtype: torch.dtype, **options: Any
+    function: Callable[..., dict[str, Tensor]],
+    problem: Problem,
+    dtype: torch.dtype,
+    floor: float = FLOOR,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The rule: in every output at most twice the error of the reference in the same dtype, by float64's measure."""
     problem = problem.to(dtype)
@@ -214,8 +218,8 @@ def assert_as_good_as_torch(
     result = function(problem, **options)
     ours = errors(result, truth)
     for name, exact in truth.items():
-        floor, size = divergence_floor(dtype) if name == "divergence" else FLOOR, float(exact.double().norm())
-        allowed = 2 * plain[name] + floor * size
+        least, size = divergence_floor(dtype) if name == "divergence" else floor, float(exact.double().norm())
+        allowed = 2 * plain[name] + least * size
         assert ours[name] <= allowed, f"{name}: error {ours[name]:.3g}, torch's {plain[name]:.3g}, norm {size:.3g}"
     return result
 
