@@ -39,6 +39,7 @@ def answer_divergence(
     kl:  Σ_k α_k Σ_{j≠k} α_j KL(P_k ‖ P_j)      (eq. 9–11)
     jsd: Σ_{i<j} α_i α_j JSD(P_i ‖ P_j)          (MIND)
     each the mean over the answer's rows. Pairs whose spans differ in length are left out. α is detached.
+    A probability below e⁻⁸⁷, float32's smallest number, counts as that.
 
     Args:
         hidden: (T, D). head_weight: (V, D). alpha: (S,).

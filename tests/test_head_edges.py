@@ -26,6 +26,7 @@ from tests.head_cases import (
     identity_problem,
     limit_rows,
     logprob_gradients,
+    logprob_of,
     make_problem,
     make_ragged,
     on_device,
@@ -363,3 +364,11 @@ def test_a_single_rationale_weighs_one_whatever_its_statistics(backend):
     problem = make_problem(seed=9, layout=(((1, 1),), ((4, 0),)))
     result = assert_as_good_as_torch(everything, problem, torch.float32, divergence_weight=0.5)
     assert result["alpha"].tolist() == [1.0, 1.0] and result["divergence"] == 0
+
+
+def test_a_forbidden_target_has_an_infinite_loss(backend):
+    problem = make_problem("bias", ignored=0.0)
+    row = problem.ragged.rows[0]
+    problem.bias[problem.targets[row]] = -torch.inf
+    logprob, _ = logprob_of(problem.to(torch.float32))
+    assert logprob[row] == -torch.inf

@@ -321,13 +321,13 @@ def finish_kernel(
         t = tl.where(unsafe, t_again, t)
 
     counted = target != ignore_index
-    own = _difference(z, pivot, inner, SOFTCAP)  # 0 unless the pivot is the row's maximum
-    mass = tl.exp2(own)
-    own = tl.maximum(own, -3.0e38)  # a forbidden target: 0·(−∞) is NaN
+    target_u = _difference(z, pivot, inner, SOFTCAP)  # 0 unless the pivot is the row's maximum
+    mass = tl.exp2(target_u)
+    own = tl.maximum(target_u, -1.0e4)  # a forbidden target: 0·(−∞) is NaN
     total = s + mass
     others = s / total
     log_total = tl.where(own == 0.0, _log1p(s), tl.log(total))
-    logprob = tl.where(own == 0.0, -log_total, own * LN2 - log_total)
+    logprob = tl.where(own == 0.0, -log_total, target_u * LN2 - log_total)
     # Relative to the pivot, u₂ is 0 at the pivot and `own` at the target.
     entropy = log_total - (t + mass * own) * LN2 / total
     norm = tl.sqrt(others * others + q / total / total)
