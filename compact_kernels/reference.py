@@ -88,18 +88,7 @@ def answer_divergence(
     temperature: float = 1.0,
     workspace_mib: int = 256,
 ) -> Tensor:
-    """How much the rationales of a question disagree about the answer, on the rows that predict it.
-
-    kl:  Σ_k α_k Σ_{j≠k} α_j KL(P_k ‖ P_j)      (eq. 9–11)
-    jsd: Σ_{i<j} α_i α_j JSD(P_i ‖ P_j)          (MIND)
-    each the mean over the answer's rows. Pairs whose spans differ in length are left out. α is detached.
-
-    Args:
-        hidden: (T, D). head_weight: (V, D). alpha: (S,).
-
-    Returns:
-        (Q,) nats, differentiable in `hidden` and the head.
-    """
+    """Eq. 9 and MIND's JSD (Q,), as :func:`compact_kernels.answer_divergence` describes them."""
     if kind not in ("kl", "jsd"):
         raise ValueError(f"kind is {kind!r}; it is kl or jsd")
     arguments.check_packed(hidden, ragged)
