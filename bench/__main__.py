@@ -40,6 +40,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     unknown = set(parsed.heads) - {shape.label for shape in scale().heads}
     if unknown and not parsed.tiny:
         parser.error(f"--heads {' '.join(sorted(unknown))}: choose from {' '.join(s.label for s in scale().heads)}")
+    names = {contender.name for work in WORKS.values() for contender in work.contenders} | {"compact", *steps.ARMS}
+    known = names | {name + ending for name in names for ending in MODES}
+    if unknown := {*parsed.contenders, *parsed.without} - known:
+        parser.error(f"no contender {' '.join(sorted(unknown))}: choose from {' '.join(sorted(names))}")
+    if parsed.rounds < 1:
+        parser.error(f"--rounds {parsed.rounds}: at least 1")
     return parsed
 
 

@@ -127,7 +127,10 @@ def consensus_vectors(output: StudentOutput, batch: Mapping[str, Any], config: C
 
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> StudentOutput:
     """The student's one forward pass over a packed batch, through whatever wraps it."""
-    return model(**{name: batch[name] for name in MODEL_INPUTS}, compact=batch["ragged"])
+    output = model(**{name: batch[name] for name in MODEL_INPUTS}, compact=batch["ragged"])
+    if not isinstance(output, StudentOutput):
+        raise UserError(f"{type(model).__name__} was not prepared: call compact.student.prepare(model) first")
+    return output
 
 
 def _consensus(output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig) -> Tensor:

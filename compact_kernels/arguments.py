@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, Statistics
+
+DEBUG = os.environ.get("COMPACT_KERNELS_DEBUG") == "1"
 
 
 def check_loss(
@@ -34,7 +37,16 @@ def check_loss(
     ):
         if vector is not None:
             check_per_rationale(name, vector, ragged)
+    for name, value in (("normalizer", normalizer), ("divergence_normalizer", divergence_normalizer)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it is one number")
+        if isinstance(value, float | int) and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if not 0 <= divergence_weight < float("inf"):
+        raise ValueError(f"divergence_weight is {divergence_weight}; it must not be negative")
     rule = CompatibilityRule() if rule is None else rule
+    if not callable(rule):
+        raise ValueError(f"rule is {rule!r}; it is a function of Statistics, or CompatibilityRule(...)")
     if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and consensus is None:
         raise ValueError(
             "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
@@ -107,9 +119,39 @@ def check_targets(targets: Tensor, ragged: Ragged) -> None:
         raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
 
 
+def check_rows(targets: Tensor, ragged: Ragged) -> None:
+    if targets.numel() != ragged.num_rows:
+        raise ValueError(f"there are {targets.numel()} targets for {ragged.num_rows} scored rows")
+
+
+def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragged | None, ignore_index: int) -> None:
+    """Ids in range and numbers finite: what lies on a device is read only if COMPACT_KERNELS_DEBUG=1."""
+    if torch.compiler.is_compiling():
+        return
+    if ragged is not None and ragged.host.evidence_ids.numel():
+        ids = ragged.host.evidence_ids
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"ragged.evidence_ids span {int(ids.min())} … {int(ids.max())}; the head has {vocabulary}"
+            )
+    if targets.device.type != "cpu" and not DEBUG:
+        return
+    counted = targets[targets != ignore_index]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocabulary:
+        span = f"{int(counted.min())} … {int(counted.max())}"
+        raise ValueError(f"targets span {span}; ids are 0 … {vocabulary - 1}, or {ignore_index} where there is none")
+    if DEBUG and not bool(hidden.isfinite().all()):
+        rows = (~hidden.isfinite()).reshape(-1, hidden.shape[-1]).any(-1).nonzero()[:5, 0].tolist()
+        raise ValueError(f"hidden is not finite in rows {rows} …")
+
+
 def check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
+    if isinstance(values, DTensor):
+        raise ValueError(f"{name} is a DTensor; pass the whole tensor of this rank's rationales")
     if values.shape != (ragged.num_sequences,):
         raise ValueError(f"{name} has shape {tuple(values.shape)}, the batch has {ragged.num_sequences} rationales")
+    if values.device != ragged.device:
+        raise ValueError(f"{name} is on {values.device}, ragged on {ragged.device}")
 
 
 def check_query_key(query: Tensor, key: Tensor, ragged: Ragged) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
 # Kernels run on CPUs in Triton's interpreter, slowly, if that is asked for before this is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -23,9 +23,4 @@ def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     if (dtype or tensor.dtype) not in DTYPES:
         return False
     device = tensor.device.type
-    return (device in ("cuda", "xpu") or (device == "cpu" and INTERPRETED)) and _triton_found()
-
-
-@cache
-def _triton_found() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return (device in ("cuda", "xpu") or (device == "cpu" and INTERPRETED)) and TRITON_FOUND

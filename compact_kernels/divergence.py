@@ -7,13 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from compact_kernels import arguments, divergence_torch
 from compact_kernels.dispatch import triton_applies
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import product_dtype
-from compact_kernels.head.rows import RowStatistics, product, row_buffer
+from compact_kernels.head.rows import RowStatistics, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.torch_rows import capped_slope
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import question_of_sequence
@@ -32,7 +31,7 @@ def answer_divergence(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    workspace_mib: int = 256,
+    workspace_mib: int = 512,
 ) -> Tensor:
     """How much the rationales of a question disagree about the answer, on the rows that predict it.
 
@@ -213,8 +212,8 @@ class AnswerDivergence(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("answer_divergence")
         hidden, weight, bias, alpha, scores = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             found = ctx.call.gradients(hidden, alpha, scores, upstream, ctx.needs_input_grad[:3])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compact_kernels import arguments
 from compact_kernels.divergence import DivergencePass, question_chunks
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
@@ -173,7 +174,10 @@ def token_logprobs(
     keep: bool,  # the gradient of every row's −log-prob is kept, and the entropy has none
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs (n,), entropies (n,), the other statistics (8, n), kept gradients (n, D) or nothing)."""
-    answers = Answers.of_batch(Ragged.of_tensors(shape, host)) if shape else None
+    ragged = Ragged.of_tensors(shape, host) if shape else None
+    if ragged is not None:
+        arguments.check_rows(targets, ragged)
+    answers = None if ragged is None else Answers.of_batch(ragged)
     call = TokenPass(_head(weight, bias, head), targets, answers, ignore_index, workspace_mib, dtype, True)
     rows, kept = call.forward(x, weight, bias, keep)
     return rows.logprob.clone(), rows.entropy.clone(), torch.stack(rows[2:]), _or_empty(kept, x)
@@ -365,6 +369,7 @@ def _divergence_beside(
     """D_q and the gradients of Σ_q upstream_q D_q that are wanted."""
     hidden, weight, bias = owners
     assert hidden is not None and weight is not None
+    arguments.check_packed(hidden, ragged)
     chunks = question_chunks(ragged, weight.shape[0], workspace_mib)
     call = DivergencePass(_head(weight, bias, head), ragged, kind, dtype, chunks)  # type: ignore[arg-type]
     alpha = alpha.to(torch.promote_types(dtype, torch.float32))

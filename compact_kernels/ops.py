@@ -84,7 +84,10 @@ def compatibility_loss(
         :class:`CompatibilityOutput`. A batch without a scored row has loss 0 and zero gradients.
 
     Raises:
-        ValueError: naming the argument and the sizes that do not fit.
+        ValueError: naming the argument and the sizes that do not fit. Ids out of range and numbers that are not
+            finite are looked for on a device only if the environment has COMPACT_KERNELS_DEBUG=1; they give NaN
+            otherwise.
+        RuntimeError: a second derivative is asked for.
     """
     rule = arguments.check_loss(
         rule,
@@ -103,6 +106,7 @@ def compatibility_loss(
     arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
     arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
     row_targets = targets.reshape(-1).index_select(0, ragged.rows)
     weighting = Weighting(
         rule=rule,
@@ -172,6 +176,7 @@ def linear_token_stats(
     arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
     arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
     row_targets = targets.reshape(-1).index_select(0, ragged.rows)
     if implementation == "reference":
         return reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)[1]
@@ -206,6 +211,7 @@ def linear_logprob(
     arguments.check_head(hidden, head_weight, bias)
     arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    arguments.check_values(hidden, targets, head.vocabulary, None, ignore_index)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if implementation == "reference":
         logprob, entropy = reference.logprob(head, flat, flat_targets, ignore_index, workspace_mib)
@@ -215,6 +221,7 @@ def linear_logprob(
     return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
+@torch.no_grad()
 def question_consensus(
     query: Tensor,
     key: Tensor,
@@ -233,7 +240,7 @@ def question_consensus(
             same weighted digraph without self-loops, as networkx defines them.
 
     Returns:
-        (S,) float32 (float64 for float64 input); 0 for a rationale alone.
+        (S,) float32 (float64 for float64 input), without a gradient; 0 for a rationale alone.
     """
     if torch.compiler.is_compiling():
         shape, host = ragged.tensors(), ragged.host.tensors()

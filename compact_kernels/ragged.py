@@ -184,6 +184,7 @@ class Ragged:
 
     @cached_property
     def _sizes(self) -> Sizes:
+        self._check()
         return Sizes(
             cu_seqlens=self.cu_seqlens.tolist(),
             cu_questions=self.cu_questions.tolist(),
@@ -192,6 +193,36 @@ class Ragged:
             most_rationales=int(self.cu_questions.diff().max()) if self.num_questions else 0,
             longest_answer=int(self.cu_evidence.diff().max()) if self.num_sequences else 0,
         )
+
+    def _check(self) -> None:
+        """That the parts fit each other, on the host, once a batch: kernels trust them.
+
+        Raises:
+            ValueError: naming the field and the sizes.
+        """
+        rationales, rows = self.num_sequences, self.num_rows
+        for name, count, total, least in (
+            ("cu_seqlens", rationales, int(self.cu_seqlens[-1]), 1),
+            ("cu_questions", self.num_questions, rationales, 1),
+            ("cu_rows", rationales, rows, 0),
+            ("cu_evidence", rationales, self.evidence_ids.numel(), 0),
+            ("cu_span", rationales, self.span_rows.numel(), 0),
+        ):
+            offsets = getattr(self, name)
+            fits = offsets.numel() == count + 1 and int(offsets[0]) == 0 and int(offsets[-1]) == total
+            if not fits or bool((offsets.diff() < least).any()):
+                steps = "rising" if least else "not falling"
+                raise ValueError(
+                    f"ragged.{name} must have {count + 1} entries, {steps} from 0 to {total}, got {offsets.tolist()}"
+                )
+        for name, entries in (("body_lengths", rationales), ("thinking", rows)):
+            if getattr(self, name).numel() != entries:
+                raise ValueError(f"ragged.{name} has {getattr(self, name).numel()} entries, expected {entries}")
+        tokens = int(self.cu_seqlens[-1])
+        for name, below in (("rows", tokens), ("span_rows", rows)):
+            places = getattr(self, name)
+            if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < below:
+                raise ValueError(f"ragged.{name} must lie in 0 … {below - 1}")
 
     @property
     def device(self) -> torch.device:

@@ -60,6 +60,10 @@ class CompatibilityRule:
     difficulty: float = 1.0  # β3
     temperature: float = 1.0  # τ
 
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"the rule's temperature is {self.temperature}; it must be above 0")
+
     def __call__(self, statistics: Statistics) -> Tensor:
         """α, (S,), summing to one over each question."""
         ragged = statistics.ragged

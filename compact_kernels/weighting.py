@@ -157,5 +157,5 @@ def settled(weighting: Weighting, targets: Tensor, ragged: Ragged, dtype: torch.
 
 def _on_device(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=dtype)
+        return value.detach().to(device=like.device, dtype=dtype).reshape(())
     return torch.full((), value, dtype=dtype, device=like.device)

@@ -88,9 +88,8 @@ def test_a_kept_graph_gives_the_same_gradients_twice(op, wants, backend):
 @WANTS
 def test_a_second_derivative_is_refused(op, wants, backend):
     problem, wanted = leaves(small(), wants)
-    gradients = torch.autograd.grad(op(problem).square(), list(wanted.values()), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradients[0].sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(op(problem), list(wanted.values()), create_graph=True)
 
 
 @OPS

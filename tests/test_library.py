@@ -192,15 +192,19 @@ def test_compiled_divergence_and_consensus_are_the_eager_ones():
         torch.testing.assert_close(actual, expected)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("op", ["compatibility_loss", "linear_logprob", "answer_divergence"])
+def test_a_second_derivative_is_refused(op):
     batch, hidden, weight, bias, _ = tensors()
-    output = compatibility_loss(
-        hidden, weight, batch.targets, batch.ragged, bias=bias, rule=CompatibilityRule(consensus=0)
-    )
-    scale = torch.ones((), requires_grad=True)
-    gradient = torch.autograd.grad(output.loss * scale, hidden, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    if op == "compatibility_loss":
+        rule = CompatibilityRule(consensus=0)
+        value = compatibility_loss(hidden, weight, batch.targets, batch.ragged, bias=bias, rule=rule).loss
+    elif op == "linear_logprob":
+        value = linear_logprob(hidden, weight, batch.targets, bias=bias)[0].sum()
+    else:
+        alpha = torch.ones(batch.ragged.num_sequences)
+        value = answer_divergence(hidden, weight, batch.ragged, alpha, bias=bias).sum()
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(value, hidden, create_graph=True)
 
 
 def test_ragged_survives_being_taken_apart():

@@ -138,7 +138,7 @@ def test_blocks_of_the_vocabulary_cover_every_column_once_and_fit(vocabulary, ro
 def test_no_more_logits_exist_than_the_workspace_holds(layout, wants, given, monkeypatch):
     from compact_kernels.head import tokens, torch_rows, weighted
 
-    vocabulary, mib = 1 << 16, 1  # room for four rows
+    vocabulary, mib = 1 << 16, 4  # room for four rows, which plain torch works on in four copies
     seen = []
 
     def measured(function: Any) -> Any:
@@ -167,4 +167,4 @@ def test_no_more_logits_exist_than_the_workspace_holds(layout, wants, given, mon
     ).loss
     if wants:
         loss.backward()
-    assert 3 * vocabulary * 4 <= max(seen) <= mib << 20
+    assert 3 * vocabulary * 4 <= max(seen) <= (mib << 20) // 4

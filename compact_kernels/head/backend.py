@@ -18,3 +18,8 @@ def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
 
         return triton_rows
     return torch_rows
+
+
+def logits_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype) -> int:
+    """The part of the workspace that the products' own logits may take, where a backend works on copies of them."""
+    return workspace_mib * dtype.itemsize // backend.bytes_per_logit(dtype)

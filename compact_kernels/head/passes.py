@@ -12,7 +12,7 @@ from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
-from compact_kernels.weighting import Decision, Settled, Weighting, settled
+from compact_kernels.weighting import Decision, Settled, Weighting, decide, settled
 
 
 def product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
@@ -56,10 +56,10 @@ def weighted_loss(
     The divergence is None where the pass could not take it along: the caller adds it.
     """
     dtype = product_dtype(hidden, head.weight)
-    backend = backend_for(hidden, dtype)
     if weighting.by_question and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
     if weighting.by_question:
+        backend = backend_for(hidden, dtype)
         folds = backend.folds_divergence(head)
         trains = torch.is_grad_enabled()
         call = WeightedPass(head, targets, ragged, weighting, folds, workspace_mib, dtype, trains)
@@ -72,7 +72,7 @@ def weighted_loss(
     tokens = token_logprobs(rows, head, targets, ragged, weighting.ignore_index, workspace_mib)
     detached = TokenStatistics(*(statistic.detach() for statistic in tokens))
     final = settled(weighting, targets, ragged, detached.logprob.dtype)
-    decision = backend.decide_batch(detached, targets, ragged, final)
+    decision, _ = decide(detached, targets, ragged, final)
     loss = -(decision.row_weight * tokens.logprob).sum()
     return loss, loss.detach(), None, decision, detached, final
 

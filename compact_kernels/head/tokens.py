@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from compact_kernels.head.backend import backend_for
+from compact_kernels.head.backend import backend_for, logits_mib
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import row_chunks, rows_that_fit, vocabulary_blocks
-from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class TokenPass:
         """Statistics of the rows x (n, D), and if `keep` the gradient of each row's −log-prob, (n, D)."""
         head, x_d = self.head.in_dtype(weight, bias, self.dtype), in_rows(x, self.dtype)
         backend = backend_for(x, self.dtype)
-        chunks = row_chunks(x.shape[0], rows_that_fit(self.workspace_mib, head.vocabulary, self.dtype))
+        workspace = logits_mib(backend, self.workspace_mib, self.dtype)
+        chunks = row_chunks(x.shape[0], rows_that_fit(workspace, head.vocabulary, self.dtype))
         kept = x.new_empty(x.shape) if keep else None
         size = max((chunk.last - chunk.first for chunk in chunks), default=0)
         buffer = row_buffer(size, head.vocabulary, x_d) if keep else None
@@ -88,7 +88,8 @@ class TokenPass:
         grad_weight = weight.new_empty(weight.shape) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
         ones = x_d.new_ones(1, x.shape[0])
-        blocks = vocabulary_blocks(head.vocabulary, x.shape[0], self.workspace_mib, self.dtype)
+        workspace = logits_mib(backend, self.workspace_mib, self.dtype)
+        blocks = vocabulary_blocks(head.vocabulary, x.shape[0], workspace, self.dtype)
         buffer = row_buffer(x.shape[0], max(last - first for first, last in blocks), x_d)
         for first, last in blocks:
             block = buffer[:, : last - first]
@@ -123,8 +124,8 @@ class TokenLogprobs(torch.autograd.Function):
         return rows.logprob.clone(), rows.entropy.clone(), rows.evidence, rows.grad_norm
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, logprob: Tensor | None, entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("the head's log-prob")
         x, weight, bias, kept, *rows = ctx.saved_tensors
         if logprob is None and entropy is None:
             return None, None, None, None

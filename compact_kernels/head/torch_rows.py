@@ -16,6 +16,11 @@ from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
 
 
+def bytes_per_logit(dtype: torch.dtype) -> int:
+    """What a logit takes while a chunk is worked on: three numbers of at least float32, one of the products' dtype."""
+    return 3 * torch.promote_types(dtype, torch.float32).itemsize + dtype.itemsize
+
+
 def statistics(
     x: Tensor,
     head: LinearHead,
@@ -33,10 +38,13 @@ def statistics(
     z = head(x)  # (n, V)
     counted = targets != ignore_index
     column = targets.where(counted, 0)[:, None]
+    slope = None if head.softcap is None or buffer is None else capped_slope(z, head)
+    target_slope = capped_slope(z.gather(1, column).squeeze(1), head)
     pivot = z.amax(-1, keepdim=True)
-    u = z - pivot  # z − log-sum-exp would round at the size of the logits
-    total = u.exp().sum(-1, keepdim=True)
-    logp = u - total.log()
+    logp = z.sub_(pivot)  # z − log-sum-exp would round at the size of the logits
+    target_mass = logp.gather(1, column).squeeze(1).exp()
+    total = logp.exp().sum(-1, keepdim=True)
+    logp -= total.log()
     logprob = logp.gather(1, column).squeeze(1)
     if answers is None:
         evidence = torch.zeros_like(logprob)
@@ -46,17 +54,17 @@ def statistics(
         owner = torch.searchsorted(answers.cu_rows[1:].long(), row, right=True)
         asked = asked[owner]
         evidence = logp.gather(1, ids[owner]).where(asked, 0.0).sum(-1) / asked.sum(-1).clamp_min(1)
-    p = logp.exp()
+    p = logp.exp_()
     entropy = torch.special.entr(p).sum(-1)
     p.scatter_(1, column, 0.0)  # the others: p_target − 1 = −Σ of them, without cancellation for confident tokens
     others = p.sum(-1)
-    grad_norm = (others.square() + p.square().sum(-1)).sqrt()
+    grad_norm = (others.square() + torch.linalg.vector_norm(p, dim=-1).square()).sqrt()
     # log p of a confident token is −log1p of what the others weigh against it.
     logprob = torch.where(others < 0.5, torch.log1p(-others.clamp_max(0.5)), logprob)
     if buffer is not None:
         p.scatter_(1, column, -others[:, None])
-        if head.softcap is not None:
-            p *= capped_slope(z, head)
+        if slope is not None:
+            p *= slope
         buffer.copy_(p)
     rows = RowStatistics(
         logprob=logprob.where(counted, 0.0),
@@ -67,8 +75,8 @@ def statistics(
         inverse_sum=counted.to(others.dtype),
         pivot=pivot.squeeze(1),
         total=total.squeeze(1),
-        target_mass=u.gather(1, column).squeeze(1).exp(),
-        target_slope=capped_slope(z.gather(1, column).squeeze(1), head),
+        target_mass=target_mass,
+        target_slope=target_slope,
     )
     torch.stack(rows, out=table[:, first_row : first_row + x.shape[0]])
 

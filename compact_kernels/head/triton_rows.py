@@ -50,6 +50,11 @@ def _multiprocessors(device: torch.device) -> int:
     return 4 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def bytes_per_logit(dtype: torch.dtype) -> int:
+    """What a logit takes while a chunk is worked on: it is stored once, exponentiated."""
+    return dtype.itemsize
+
+
 def statistics(
     x: Tensor,
     head: LinearHead,

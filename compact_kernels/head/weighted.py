@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from compact_kernels import arguments
-from compact_kernels.head.backend import backend_for
+from compact_kernels.head.backend import backend_for, logits_mib
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk, weighted_chunks
-from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.tokens import TokenPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics, segment_sum
@@ -45,13 +44,15 @@ class WeightedPass:
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> Result:
         """Loss, statistics and the gradients that are `wanted` of (hidden, weight, bias)."""
         arguments.check_packed(hidden, self.ragged)
+        arguments.check_rows(self.targets, self.ragged)
         backend = backend_for(hidden, self.dtype)
         given = self.weighting.weights is not None
         if not any(wanted):
             return self._whole_batch(backend, hidden, weight, bias, wanted)
         folded = self.folds and bool(self.weighting.divergence_weight)
+        workspace = logits_mib(backend, self.workspace_mib, self.dtype)
         sizes = {"given": given, "divergence": folded}
-        chunks = weighted_chunks(self.ragged, weight.shape[0], self.dtype, self.workspace_mib, **sizes)
+        chunks = weighted_chunks(self.ragged, weight.shape[0], self.dtype, workspace, **sizes)
         if chunks is None:
             return self._whole_batch(backend, hidden, weight, bias, wanted)
         return self._by_chunk(backend, hidden, weight, bias, wanted, chunks, folded)
@@ -222,10 +223,10 @@ class WeightedLoss(torch.autograd.Function):
         return (result.loss, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None
+        refuse_second_derivative("compatibility_loss")
         hidden, weight, bias, alpha = ctx.saved_tensors
         # The gradients are handed over, not kept: a second backward pass (retain_graph) computes them again.
         gradients, ctx.gradients = ctx.gradients, None
