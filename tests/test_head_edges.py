@@ -314,7 +314,10 @@ def test_nan_in_gives_nan_out(wants, backend):
 
 
 @pytest.mark.parametrize(("target", "wants"), [(-1, "h"), (100, "hw"), (2**40, "hw")])
-def test_a_target_out_of_range_gives_nan_and_reads_no_foreign_memory(target, wants, triton_kernels):
+def test_a_target_out_of_range_gives_nan_and_reads_no_foreign_memory(monkeypatch, target, wants, triton_kernels):
+    from compact_kernels import arguments
+
+    monkeypatch.setattr(arguments, "check_values", lambda *_: None)  # as on a GPU, where ids are not looked at
     problem = make_problem(vocabulary=100, seed=7).to(torch.float32)
     problem.targets[problem.ragged.rows[2]] = target
     result = weighted(problem, wants=wants)

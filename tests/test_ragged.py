@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import fields
 from typing import Any
 
@@ -154,3 +155,20 @@ def test_a_pinned_batch_is_the_same_batch():
     pinned = ragged.pin_memory()
     assert pinned.rows.is_pinned() and contents(pinned) == contents(ragged)
     assert contents(pinned.to("cuda", non_blocking=True).host) == contents(ragged)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cu_questions", [0, 2]),
+        ("cu_questions", [0, 2, 2, 3]),
+        ("cu_rows", [0, 2, 4, 5]),
+        ("cu_seqlens", [0, 4, 4, 10]),
+        ("rows", [0, 1, 2, 3, 4, 99]),
+    ],
+)
+def test_parts_that_do_not_fit_are_named_before_a_kernel_reads_them(field, value):
+    ragged = Ragged.build(sequence_lengths=[3, 3, 4], prompt_lengths=[1, 1, 2], rationales_per_question=[2, 1])
+    broken = dataclasses.replace(ragged, **{field: torch.tensor(value, dtype=getattr(ragged, field).dtype)})
+    with pytest.raises(ValueError, match=f"ragged.{field}"):
+        _ = broken.sizes
