@@ -128,18 +128,15 @@ def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragge
     """Ids in range and numbers finite: what lies on a device is read only if COMPACT_KERNELS_DEBUG=1."""
     if torch.compiler.is_compiling():
         return
-    if ragged is not None and ragged.host.evidence_ids.numel():
-        ids = ragged.host.evidence_ids
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(
-                f"ragged.evidence_ids span {int(ids.min())} … {int(ids.max())}; the head has {vocabulary}"
-            )
+    span = None if ragged is None else ragged.sizes.evidence_range
+    if span is not None and not 0 <= span[0] <= span[1] < vocabulary:
+        raise ValueError(f"ragged.evidence_ids span {span[0]} … {span[1]}; the head has {vocabulary}")
     if targets.device.type != "cpu" and not DEBUG:
         return
     counted = targets[targets != ignore_index]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocabulary:
-        span = f"{int(counted.min())} … {int(counted.max())}"
-        raise ValueError(f"targets span {span}; ids are 0 … {vocabulary - 1}, or {ignore_index} where there is none")
+        found = f"{int(counted.min())} … {int(counted.max())}"
+        raise ValueError(f"targets span {found}; ids are 0 … {vocabulary - 1}, or {ignore_index} where there is none")
     if DEBUG and not bool(hidden.isfinite().all()):
         rows = (~hidden.isfinite()).reshape(-1, hidden.shape[-1]).any(-1).nonzero()[:5, 0].tolist()
         raise ValueError(f"hidden is not finite in rows {rows} …")

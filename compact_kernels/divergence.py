@@ -108,7 +108,8 @@ class Chunk(NamedTuple):
 def question_chunks(ragged: Ragged, vocabulary: int, workspace_mib: int) -> tuple[Chunk, ...]:
     """As many whole questions at a time as fit the workspace in float32, but at least one."""
     capacity = (workspace_mib << 20) // (4 * max(vocabulary, 1))
-    ends = ragged.host.cu_span[ragged.host.cu_questions.long()].tolist()  # span entries before each question
+    sizes = ragged.sizes
+    ends = [sizes.cu_span[rationale] for rationale in sizes.cu_questions]  # span entries before each question
     chunks, first = [], 0
     for question in range(ragged.num_questions):
         following = question + 1

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from compact_kernels import arguments
 from compact_kernels.divergence import DivergencePass, question_chunks
-from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.rows import Answers, RowStatistics
 from compact_kernels.head.tokens import TokenPass
@@ -68,10 +67,7 @@ def weighted_loss(
         divergence_normalizer=divergence_normalizer,
         ignore_index=ignore_index,
     )
-    folds = backend_for(hidden, dtype).folds_divergence(_head(weight, bias, head))
-    call = WeightedPass(
-        _head(weight, bias, head), targets, ragged, weighting, folds, workspace_mib, dtype, any(wanted)
-    )
+    call = WeightedPass(_head(weight, bias, head), targets, ragged, weighting, workspace_mib, dtype, any(wanted))
     with torch.autocast(hidden.device.type, enabled=False):
         result = call.run(hidden, weight, bias, (wanted[0], wanted[1], wanted[2]))
     loss, divergence = result.loss, result.divergence

@@ -18,7 +18,7 @@ from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
-from compact_kernels.weighting import Decision, Weighting, decide, settled
+from compact_kernels.weighting import Weighting, decide, metrics, settled
 
 DEFAULT_WORKSPACE_MIB = 512
 Implementation = Literal["auto", "reference"]
@@ -101,13 +101,8 @@ def compatibility_loss(
         divergence_normalizer,
         ragged,
     )
-    arguments.check_packed(hidden, ragged)
-    arguments.check_head(hidden, head_weight, bias)
-    arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
-    arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
-    arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
-    row_targets = targets.reshape(-1).index_select(0, ragged.rows)
+    row_targets = _scored(hidden, head, targets, ragged, ignore_index, workspace_mib, implementation)
     weighting = Weighting(
         rule=rule,
         weights=weights,
@@ -131,7 +126,7 @@ def compatibility_loss(
         loss, sft, mixed, decision, tokens, final = weighted_loss(
             hidden, head, row_targets, ragged, weighting, workspace_mib
         )
-        statistics = _statistics(ragged, tokens, decision, weighting)
+        statistics = metrics(tokens, ragged, weighting, *decision[1:4])
     if divergence_weight and mixed is None:  # not part of the pass
         divergence_of = reference.answer_divergence if implementation == "reference" else answer_divergence
         per_question = divergence_of(
@@ -171,13 +166,8 @@ def linear_token_stats(
 
     Arguments as in :func:`compatibility_loss`; each statistic is (N,).
     """
-    arguments.check_packed(hidden, ragged)
-    arguments.check_head(hidden, head_weight, bias)
-    arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib, implementation)
-    arguments.check_targets(targets, ragged)
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
-    arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
-    row_targets = targets.reshape(-1).index_select(0, ragged.rows)
+    row_targets = _scored(hidden, head, targets, ragged, ignore_index, workspace_mib, implementation)
     if implementation == "reference":
         return reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)[1]
     rows = hidden.index_select(0, ragged.rows)
@@ -253,15 +243,19 @@ def question_consensus(
     return reference.question_consensus(query, key, ragged, temperature=temperature, centrality=centrality)
 
 
-def _statistics(ragged: Ragged, tokens: TokenStatistics, decision: Decision, weighting: Weighting) -> Statistics:
-    consensus = weighting.consensus
-    return Statistics(
-        ragged=ragged,
-        tokens=tokens,
-        adaptability=decision.adaptability,
-        consensus=torch.zeros_like(decision.alpha)
-        if consensus is None
-        else consensus.detach().to(decision.alpha.dtype),
-        difficulty=decision.difficulty,
-        targets_per_rationale=decision.targets_per_rationale,
-    )
+def _scored(
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    ragged: Ragged,
+    ignore_index: int,
+    workspace_mib: int,
+    implementation: Implementation,
+) -> Tensor:
+    """The scored rows' targets (N,) of a packed batch whose arguments fit each other."""
+    arguments.check_packed(hidden, ragged)
+    arguments.check_head(hidden, head.weight, head.bias)
+    arguments.check_numbers(head.logit_scale, head.softcap, head.temperature, workspace_mib, implementation)
+    arguments.check_targets(targets, ragged)
+    arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
+    return targets.reshape(-1).index_select(0, ragged.rows)

@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
     cu_span: list[int]
     most_rationales: int  # the largest K
     longest_answer: int  # the largest m
+    evidence_range: tuple[int, int] | None  # least and greatest of the answers' ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +186,7 @@ class Ragged:
     @cached_property
     def _sizes(self) -> Sizes:
         self._check()
+        ids = self.evidence_ids
         return Sizes(
             cu_seqlens=self.cu_seqlens.tolist(),
             cu_questions=self.cu_questions.tolist(),
@@ -192,6 +194,7 @@ class Ragged:
             cu_span=self.cu_span.tolist(),
             most_rationales=int(self.cu_questions.diff().max()) if self.num_questions else 0,
             longest_answer=int(self.cu_evidence.diff().max()) if self.num_sequences else 0,
+            evidence_range=(int(ids.min()), int(ids.max())) if ids.numel() else None,
         )
 
     def _check(self) -> None:

@@ -104,21 +104,34 @@ def decide(
     difficulty = -segment_sum(tokens.logprob, ragged.cu_rows) / counted.clamp_min(1)
     if weighting.difficulty_reference is not None:
         difficulty = difficulty / weighting.difficulty_reference
-    consensus = weighting.consensus
-    statistics = Statistics(
-        ragged=ragged,
-        tokens=tokens,
-        adaptability=sequence_adaptability(tokens.evidence, ragged, weighting.adaptability),
-        consensus=torch.zeros_like(difficulty) if consensus is None else consensus.detach().to(difficulty.dtype),
-        difficulty=difficulty,
-        targets_per_rationale=counted,
-    )
+    adaptability = sequence_adaptability(tokens.evidence, ragged, weighting.adaptability)
+    statistics = metrics(tokens, ragged, weighting, adaptability, difficulty, counted)
     alpha = weighting.rule(statistics) if weighting.weights is None else weighting.weights
     if alpha.shape != difficulty.shape:
         raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
     alpha = alpha.detach().to(difficulty.dtype)
     row_weight = given_row_weight(alpha, counted, ragged, weighting)
-    return Decision(alpha, statistics.adaptability, difficulty, counted, row_weight), statistics
+    return Decision(alpha, adaptability, difficulty, counted, row_weight), statistics
+
+
+def metrics(
+    tokens: TokenStatistics,
+    ragged: Ragged,
+    weighting: Weighting,
+    adaptability: Tensor,
+    difficulty: Tensor,
+    targets_per_rationale: Tensor,
+) -> Statistics:
+    """A batch as a strategy sees it, the consensus given with the weighting or zeros."""
+    consensus = weighting.consensus
+    return Statistics(
+        ragged=ragged,
+        tokens=tokens,
+        adaptability=adaptability,
+        consensus=torch.zeros_like(difficulty) if consensus is None else consensus.detach().to(difficulty.dtype),
+        difficulty=difficulty,
+        targets_per_rationale=targets_per_rationale,
+    )
 
 
 def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragged, weighting: Settled) -> Tensor:

@@ -12,7 +12,7 @@ from compact_kernels.head import torch_rows
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
-    """The module with statistics, gradient_block, decide, add_divergence, scale_rows and rescale for a device."""
+    """The module that does the row passes on a tensor's device; both have the same functions."""
     if triton_applies(tensor, dtype):
         from compact_kernels.head import triton_rows
 

@@ -59,7 +59,6 @@ def logits_kernel(
     sums_ptr,  # (3, tiles, num_rows) float32
     num_rows,
     dim,
-    vocabulary,
     first_column,  # of the head: the stored columns are first_column … first_column + width − 1
     width,
     inner,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.rows import Answers
 from compact_kernels.head.tokens import TokenLogprobs, TokenPass
@@ -59,10 +58,7 @@ def weighted_loss(
     if weighting.by_question and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
     if weighting.by_question:
-        backend = backend_for(hidden, dtype)
-        folds = backend.folds_divergence(head)
-        trains = torch.is_grad_enabled()
-        call = WeightedPass(head, targets, ragged, weighting, folds, workspace_mib, dtype, trains)
+        call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled())
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call)
         decision, tokens = Decision(*rest[:5]), TokenStatistics(*rest[5:9])
         final = weighting.with_normalizers(rest[9], rest[10])

@@ -173,11 +173,6 @@ def decide(
     out.row_weight[rows] = decision.row_weight
 
 
-def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled) -> Decision:
-    """The decision for the whole batch at once."""
-    return weighting_module.decide(tokens, targets, ragged, weighting)[0]
-
-
 def folds_divergence(head: LinearHead) -> bool:
     """Whether the weighted pass can take the answers' divergence along: not here."""
     return False

@@ -13,7 +13,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compact_kernels import divergence_triton, rule_triton
-from compact_kernels import weighting as weighting_module
 from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
@@ -186,7 +185,7 @@ def _product(
     inner, outer = head.base2
     kernels.logits_kernel[(min(programs, count),)](
         left, _tiled(head.weight, tiles.n, tiles.k), left if out is None else _tiled(out, tiles.m, tiles.n // 2),
-        head.bias, columns, pivot, slope, curve, sums, n, dim, head.vocabulary, first_column, width, inner, outer,
+        head.bias, columns, pivot, slope, curve, sums, n, dim, first_column, width, inner, outer,
         MODE=mode.value, SOFTCAP=head.softcap is not None, HAS_BIAS=head.bias is not None,
         HAS_CURVE=curve is not None, BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16,
         PROGRAMS=programs, UPCAST=_upcast(x), num_warps=tiles.warps, num_stages=tiles.stages,
@@ -224,15 +223,6 @@ def decide(
         weights=weighting.weights,
         out=out,
     )
-
-
-def decide_batch(tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled) -> Decision:
-    """The decision for the whole batch at once; a rule of one's own runs in plain torch."""
-    if not weighting.by_question:
-        return weighting_module.decide(tokens, targets, ragged, weighting)[0]
-    out = Decision.empty(ragged)
-    decide(Chunk(0, ragged.num_rows, 0, ragged.num_questions), tokens, targets, ragged, weighting, out)
-    return out
 
 
 def folds_divergence(head: LinearHead) -> bool:

@@ -36,7 +36,6 @@ class WeightedPass:
     targets: Tensor  # (N,) of the scored rows
     ragged: Ragged
     weighting: Weighting
-    folds: bool  # the divergence may be part of this pass
     workspace_mib: int
     dtype: torch.dtype  # of the products
     trains: bool  # gradients may be asked for
@@ -49,7 +48,7 @@ class WeightedPass:
         given = self.weighting.weights is not None
         if not any(wanted):
             return self._whole_batch(backend, hidden, weight, bias, wanted)
-        folded = self.folds and bool(self.weighting.divergence_weight)
+        folded = bool(self.weighting.divergence_weight) and backend.folds_divergence(self.head)
         workspace = logits_mib(backend, self.workspace_mib, self.dtype)
         sizes = {"given": given, "divergence": folded}
         chunks = weighted_chunks(self.ragged, weight.shape[0], self.dtype, workspace, **sizes)
@@ -114,8 +113,7 @@ class WeightedPass:
                 if gradient is not None:
                     gradient.zero_()
         if not chunks or not chunks[0].last_question:  # α was given, and rows taken as they came
-            everything = Chunk(0, ragged.num_rows, 0, ragged.num_questions)
-            backend.decide(everything, rows.tokens, self.targets, ragged, weighting, decision)
+            self._decide_all(backend, rows, weighting, decision)
         return self._result(weighting, decision, rows, divergence if folded else None, gradients)
 
     def _whole_batch(
@@ -133,7 +131,8 @@ class WeightedPass:
         frozen = wanted == (True, False, False) and self.dtype != torch.float16
         rows, unweighted = call.forward(x, weight, bias, frozen)
         weighting = settled(self.weighting, self.targets, self.ragged, rows.total.dtype)
-        decision = backend.decide_batch(rows.tokens, self.targets, self.ragged, weighting)
+        decision = Decision.empty(self.ragged, rows.total.dtype)
+        self._decide_all(backend, rows, weighting, decision)
         gradients = Gradients(None, None, None)
         if any(wanted):
             if unweighted is not None:
@@ -165,6 +164,10 @@ class WeightedPass:
         divergence = per_question.sum() * weighting.divergence_normalizer
         loss = sft + weighting.divergence_weight * divergence
         return Result(loss, sft, divergence, decision, rows.tokens, weighting, gradients)
+
+    def _decide_all(self, backend: ModuleType, rows: RowStatistics, weighting: Settled, out: Decision) -> None:
+        everything = Chunk(0, self.ragged.num_rows, 0, self.ragged.num_questions)
+        backend.decide(everything, rows.tokens, self.targets, self.ragged, weighting, out)
 
     def _room_for_decision(self, weighting: Settled, table: Tensor) -> tuple[Decision, Tensor]:
         decision = Decision.empty(self.ragged, table.dtype)
