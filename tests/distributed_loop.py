@@ -34,6 +34,7 @@ def main() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
     if dist.get_rank() == 0:
         print("passed: the loop under ddp", flush=True)
+    dist.barrier()  # a rank that leaves while the other still talks to it can hang it
     dist.destroy_process_group()
 
 
