@@ -11,8 +11,9 @@ A = Σ α, L = Σ α log p and P = Σ α p over the class at one position,
     kl:   t_kv = A log p_kv − L_v                    C_k = Σ_v p_kv t_kv    ∂/∂z_k = α_k [p_k (t_k − C_k) + A p_k − P]
     jsd:  t_kv = ½ Σ_i α_i log(2 p_kv / (p_kv + p_iv))    (same)                 ∂/∂z_k = α_k  p_k (t_k − C_k)
 
-so the gradient over α_k is finite at α_k = 0. A program holds one tile of vocabulary for all rationales of a class, so
-every element is read once.
+so the gradient over α_k is finite at α_k = 0. Both A log p_k − L and A p_k − P are taken relative to the rationale of
+the largest α, which changes neither: α may be 1 and 0.001, and that rationale's own term is all rounding otherwise.
+A program holds one tile of vocabulary for all rationales of a class, so every element is read once.
 """
 
 import triton
@@ -95,6 +96,14 @@ def _pair(t, p, other, alpha, FAST: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def _above_mean(values, alpha, total, K: tl.constexpr):
+    """A·values − Σ α values over the class, (K, BLOCK), exact where a rationale has nearly all of α."""
+    heaviest = tl.arange(0, K) == tl.argmax(alpha, 0)
+    values -= tl.sum(tl.where(heaviest[:, None], values, 0.0), 0)[None, :]
+    return total * values - tl.sum(alpha[:, None] * values, 0)[None, :]
+
+
+@triton.jit
 def _score(e, inverse, alpha, total, JSD: tl.constexpr, FAST: tl.constexpr, K: tl.constexpr):
     """p and t of the docstring above, (K, BLOCK); `inverse` is 1/S."""
     p = e * inverse[:, None]
@@ -109,7 +118,7 @@ def _score(e, inverse, alpha, total, JSD: tl.constexpr, FAST: tl.constexpr, K: t
                 t = _pair(t, positive, other, alpha, FAST, K)
     else:
         logp = _log2(tl.maximum(e, TINY), FAST) + tl.log2(inverse)[:, None]
-        t = (total * LN2) * logp - tl.sum((alpha * LN2)[:, None] * logp, 0)[None, :]
+        t = _above_mean(logp, alpha * LN2, total * LN2, K)
     return p, t
 
 
@@ -282,7 +291,7 @@ def gradient_kernel(
         if JSD:
             dz = p * (t - score[:, None])
         else:
-            dz = p * (t + (total - score)[:, None]) - tl.sum(alpha[:, None] * p, 0)[None, :]
+            dz = p * (t - score[:, None]) + _above_mean(p, alpha, total, K)
         if shift_ptr is not None:
             shift = tl.load(shift_ptr + row, mask=m_k, other=0.0)
             tanh = (tl.log(tl.maximum(e, TINY)) + shift[:, None]) * inverse_cap

@@ -55,7 +55,7 @@ def replace_by_gradient_(
         p, t = _score(buffer, sums, entries - first_row, weight, kind)
         dz = p * (t - scores[entries][..., None])
         if kind == "kl":
-            dz += weight.sum() * p - (weight[:, None, None] * p).sum(0)
+            dz += _above_mean(p, weight)
         rows[entries - first_row] = dz * (gain[members] / entries.shape[1])[:, None, None]
     buffer.copy_(rows)
 
@@ -81,9 +81,15 @@ def _score(buffer: Tensor, sums: Tensor, rows: Tensor, weight: Tensor, kind: str
     p = e / total
     logp = e.clamp_min(torch.finfo(e.dtype).tiny).log() - total.log()
     if kind == "kl":
-        return p, weight.sum() * logp - (weight[:, None, None] * logp).sum(0)
+        return p, _above_mean(logp, weight)
     t = torch.zeros_like(p)
     for other in range(len(weight)):
         mixed = torch.logaddexp(logp, logp[other]) - math.log(2.0)
         t += 0.5 * weight[other] * (logp - mixed)
     return p, t
+
+
+def _above_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """A·values − Σ α values over a class, (k, m, V), exact where one rationale has nearly all of α."""
+    values = values - values[weight.argmax()]
+    return weight.sum() * values - (weight[:, None, None] * values).sum(0)

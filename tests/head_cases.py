@@ -32,7 +32,7 @@ FLOOR = 4e-6 if CUDA else 1e-6  # a GPU's exponential errs by 2^-22, and the ter
 
 
 def divergence_floor(dtype: torch.dtype) -> float:
-    """The same for D = Σ α_k α_j KL, a scalar: one α may be a hundredth of the other, and α's rounding is relative to
+    """The same for D = Σ α_k α_j KL, a scalar: one α may be a hundredth of the other, and its rounding is relative to
     the larger one; bfloat16 reads it from probabilities that are stored in it (2^-9 each, many of them)."""
     return max(1e-5, torch.finfo(dtype).eps / 8)
 

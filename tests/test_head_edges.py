@@ -201,7 +201,9 @@ def test_a_target_may_be_as_improbable_as_it_likes(nll, dtype, backend):
 def test_improbable_targets_go_through_bias_softcap_and_divergence(kind, backend, monkeypatch):
     problem = make_problem(kind, seed=3)
     options = problem.options | ({"softcap": 60.0} if kind == "capped" else {})
-    problem = replace(problem, weight=problem.weight * (11 if kind == "capped" else 8), options=options)
+    # Far below e^-44 in some rows, and above e^-87, where the divergence takes what is smaller as equal, in all.
+    sharper = 11 if kind == "capped" else 4 if CUDA else 8
+    problem = replace(problem, weight=problem.weight * sharper, options=options)
     limit_rows(monkeypatch, LARGEST_QUESTION * LONG if CUDA else LARGEST_QUESTION)
     # An entropy is a difference of two numbers near 44 where the target is so improbable: 2^-19 each.
     result = assert_as_good_as_torch(everything, problem, torch.float32, floor=1e-5, divergence_weight=0.4)
