@@ -33,6 +33,7 @@ from tests.head_cases import (
     loss_of,
     make_problem,
     poison_fresh_memory,
+    round_bfloat16,
 )
 
 
@@ -196,6 +197,32 @@ def test_two_runs_agree_to_the_last_bit(mode, backend, monkeypatch):
     options = run_mode(monkeypatch, mode, problem) | {"divergence_weight": 0.3}
     one, other = everything(problem, **options), everything(problem, **options)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("width", [24, 300])  # tiles can be stored to rows of 16 bytes' multiple, and not
+@pytest.mark.parametrize("mode", ["by_question_in_chunks", "given_by_fives"])
+def test_a_trained_head_gets_its_gradient_over_chunks_in_bfloat16(mode, width, backend, monkeypatch):
+    problem = make_problem("plain", width=width, seed=15)
+    options = run_mode(monkeypatch, mode, problem) | {"wants": "hw"}
+    assert_as_good_as_torch(everything, problem, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 7, 8), (33, 130, 40), (70, 301, 136), (64, 32, 64)])
+def test_the_last_product_adds_and_rounds_once(rows, vocabulary, width, triton_kernels, monkeypatch):
+    from compact_kernels.head.rows import row_buffer
+    from compact_kernels.head.triton_rows import last_product
+
+    if not CUDA:
+        round_bfloat16(monkeypatch)
+    scale = 8 if CUDA else 1
+    rows, vocabulary, width = rows * scale, vocabulary * scale + 1, width * scale
+    generator = torch.Generator().manual_seed(rows)
+    e, x, sums = (torch.randn(*size, generator=generator) for size in ((rows, vocabulary), (rows, width), (1, 1)))
+    e, x, sums = e.bfloat16().to(DEVICE), x.bfloat16().to(DEVICE), sums.to(DEVICE).repeat(vocabulary, width)
+    stored = row_buffer(rows, vocabulary, e).copy_(e)
+    truth = sums.double() + e.double().T @ x.double()
+    bound = truth.abs() * 2**-8 + rows * 1e-5
+    assert bool(((last_product(stored, x, sums, torch.bfloat16).double() - truth).abs() <= bound).all())
 
 
 # ---- linear_token_stats and linear_logprob ----------------------------------------------------------------------

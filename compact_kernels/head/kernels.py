@@ -10,8 +10,9 @@ e⁻⁴³) are done again, slowly, with their true maximum as pivot; nothing wai
 Statistics are sums over v ≠ target, so a confident token (p → 1) loses nothing to cancellation:
 S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), the entropy and ‖p − e_y‖ follow.
 
-A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e. Offsets are int64 where
-rows and columns multiply.
+A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e, one fused operation on a raw
+logit: E is relative to the pivot's logit as it was rounded, and u₂ of the target then is a rounding error, not 0.
+Offsets are int64 where rows and columns multiply.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ def _logit(raw, inner, outer, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _difference(z, pivot, inner, SOFTCAP: tl.constexpr):
-    """u₂ = (z − pivot)·log₂e. The raw logits are subtracted before they are scaled: exact where both are large."""
+    """u₂ = (z − pivot)·log₂e, rounded once: all of a row share the rounding of pivot·inner."""
     if SOFTCAP:
         return z - pivot
     else:
-        return (z - pivot) * inner
+        return tl.fma(z, inner, -(pivot * inner))
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_column"])
@@ -53,10 +54,11 @@ def logits_kernel(
     out_desc,  # (num_rows, width)
     bias_ptr,  # (V,)
     column_ptr,  # (num_rows,) int64  the target's column, left out of the sums
+    flags_ptr,  # (tiles_m, tiles_n) int8  whether a tile holds such a column
     pivot_ptr,  # (num_rows,) float32  the pivot's logit
     slope_ptr,  # (num_rows,) float32  a    (GRADIENT)
     curve_ptr,  # (num_rows,) float32  b    (GRADIENT)
-    sums_ptr,  # (3, tiles, num_rows) float32
+    sums_ptr,  # (tiles_n, num_rows, 4) float32  ΣE, ΣE·u₂, ΣE², and nothing
     num_rows,
     dim,
     first_column,  # of the head: the stored columns are first_column … first_column + width − 1
@@ -85,6 +87,13 @@ def logits_kernel(
         tile_n = (tile % group_size) // rows_in_group
         row0 = tile_m * BLOCK_M
         column0 = tile_n * BLOCK_N
+        # What the epilogue needs is fetched before the product, which hides the way.
+        rows = row0 + tl.arange(0, BLOCK_M)
+        in_rows = rows < num_rows
+        pivot = tl.load(pivot_ptr + rows, mask=in_rows, other=0.0)
+        special = column0 + BLOCK_N > width
+        if MODE != GRADIENT:
+            special |= tl.load(flags_ptr + tile_m * tiles_n + tile_n) != 0
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in tl.range(0, tl.cdiv(dim, BLOCK_K)):
@@ -95,34 +104,30 @@ def logits_kernel(
             else:
                 acc = tl.dot(x, w.T, acc)
 
-        rows = row0 + tl.arange(0, BLOCK_M)
-        in_rows = rows < num_rows
-        pivot = tl.load(pivot_ptr + rows, mask=in_rows, other=0.0)
         # Half a tile at a time: its temporaries fit the registers, and its way to memory half the room.
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         s, q, t = _epilogue(
-            left, rows, in_rows, pivot, row0, column0,
+            left, rows, in_rows, pivot, special, row0, column0,
             out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
             first_column, width, inner, outer,
             MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         s2, q2, t2 = _epilogue(
-            right, rows, in_rows, pivot, row0, column0 + BLOCK_N // 2,
+            right, rows, in_rows, pivot, special, row0, column0 + BLOCK_N // 2,
             out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
             first_column, width, inner, outer,
             MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         if MODE != GRADIENT:
-            place = sums_ptr + tile_n.to(tl.int64) * num_rows + rows
-            plane = tiles_n.to(tl.int64) * num_rows
-            tl.store(place, s + s2, mask=in_rows)
-            tl.store(place + plane, q + q2, mask=in_rows)
-            tl.store(place + 2 * plane, t + t2, mask=in_rows)
+            # Side by side, so that they change threads once: (s, t), (q, –) of a row.
+            sums = tl.join(tl.join(s + s2, q + q2), tl.join(t + t2, t + t2)).reshape(BLOCK_M, 4)
+            place = (tile_n.to(tl.int64) * num_rows + rows)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            tl.store(sums_ptr + place, sums, mask=in_rows[:, None])
 
 
 @triton.jit
 def _epilogue(
-    acc, rows, in_rows, pivot, row0, column0,
+    acc, rows, in_rows, pivot, special, row0, column0,
     out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
     first_column, width, inner, outer,
     MODE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CURVE: tl.constexpr,
@@ -141,17 +146,69 @@ def _epilogue(
             factor += tl.load(curve_ptr + rows, mask=in_rows, other=0.0)[:, None] * tl.maximum(u, -1.0e4)
         out_desc.store([row0, column0], (tl.exp2(u) * factor * slope).to(out_desc.dtype))
         return pivot, pivot, pivot
-    target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - first_column - column0).to(tl.int32)
-    special = tl.max(((target >= 0) & (target < COLUMNS)).to(tl.int32), 0) > 0
     if HAS_BIAS:
         u = tl.maximum(u, -1.0e4)  # a forbidden token: E = 0, and 0·(−∞) is NaN
-    if special | (column0 + COLUMNS > width):
+    if special:
+        target = (tl.load(column_ptr + rows, mask=in_rows, other=-1) - column0).to(tl.int32)
         kept = (tl.arange(0, COLUMNS)[None, :] != target[:, None]) & (columns < width)[None, :]
         u = tl.where(kept, u, -1.0e4)
     e = tl.exp2(u)
     if MODE == EXPONENTIALS:
         out_desc.store([row0, column0], (e * slope).to(out_desc.dtype))
     return tl.sum(e, 1), tl.sum(e * e, 1), tl.sum(e * u, 1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def last_product_kernel(
+    e_desc,  # (num_rows, V)
+    x_desc,  # (num_rows, D)
+    sums_ptr,  # (V, D) float32
+    out_desc,  # (V, D)
+    num_rows,
+    vocabulary,
+    dim,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out = sums + Eᵀ X, rounded once: the last of the products that add up, which need not be read again."""
+    tiles_m = tl.cdiv(vocabulary, BLOCK_M)
+    tiles_n = tl.cdiv(dim, BLOCK_N)
+    group_size = GROUP_M * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        group = tile // group_size
+        rows_in_group = min(tiles_m - group * GROUP_M, GROUP_M)
+        row0 = (group * GROUP_M + (tile % group_size) % rows_in_group) * BLOCK_M
+        column0 = ((tile % group_size) // rows_in_group) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in tl.range(0, tl.cdiv(num_rows, BLOCK_K)):
+            e = e_desc.load([k * BLOCK_K, row0])
+            x = x_desc.load([k * BLOCK_K, column0])
+            if UPCAST:
+                acc = tl.dot(e.to(tl.float32).T, x.to(tl.float32), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(e.T, x, acc)
+        # A quarter at a time: the sums change threads on their way in, and the room for that is small.
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        first, second = left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+        third, fourth = right.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+        _add_and_store(first, sums_ptr, out_desc, row0, column0, vocabulary, dim)
+        _add_and_store(second, sums_ptr, out_desc, row0, column0 + BLOCK_N // 4, vocabulary, dim)
+        _add_and_store(third, sums_ptr, out_desc, row0, column0 + BLOCK_N // 2, vocabulary, dim)
+        _add_and_store(fourth, sums_ptr, out_desc, row0, column0 + 3 * (BLOCK_N // 4), vocabulary, dim)
+
+
+@triton.jit
+def _add_and_store(acc, sums_ptr, out_desc, row0, column0, num_rows, num_columns):
+    rows = row0 + tl.arange(0, acc.shape[0])
+    columns = column0 + tl.arange(0, acc.shape[1])
+    place = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    acc += tl.load(sums_ptr + place, mask=mask, other=0.0)
+    out_desc.store([row0, column0], acc.to(out_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rationales"])
@@ -164,6 +221,7 @@ def probe_kernel(
     answer_ptr,  # (A,) int64  ids of the gold answers
     cu_answer_ptr,  # (S+1,) int32
     column_ptr,  # (num_rows,) int64  out: the target, or 0 where there is none
+    flags_ptr,  # (tiles of rows, tiles of columns) int8, zeros  out: 1 where one of these columns is
     z_ptr,  # (num_rows,) float32  out: its logit
     slope_ptr,  # (num_rows,) float32  out: dz/draw there, without its constant
     evidence_ptr,  # (num_rows,) float32  out: mean logit of the answer's ids, +∞ where there is none
@@ -179,6 +237,8 @@ def probe_kernel(
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ANSWERS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The few logits of a row that are asked for by name: its target's (or column 0's) and its answer's."""
@@ -193,6 +253,7 @@ def probe_kernel(
     )  # fmt: skip
     z = tl.where(known | (target == ignore_index), z, float("nan"))
     tl.store(column_ptr + row, column)
+    tl.store(flags_ptr + row // TILE_M * tl.cdiv(vocabulary, TILE_N) + column // TILE_N, 1)
     tl.store(z_ptr + row, z)
     if SOFTCAP:
         tl.store(slope_ptr + row, slope)
@@ -237,7 +298,7 @@ def _one_logit(
 
 @triton.jit(do_not_specialize=["num_rows", "parts", "table_stride"])
 def finish_kernel(
-    sums_ptr,  # (3, parts, num_rows) float32
+    sums_ptr,  # (parts, num_rows, 4) float32
     target_ptr,  # (num_rows,) int64
     column_ptr,  # (num_rows,) int64
     z_ptr,  # (num_rows,) float32  the logit of the target, which is the pivot
@@ -273,14 +334,13 @@ def finish_kernel(
     s = tl.zeros((ROWS,), dtype=tl.float32)
     q = tl.zeros((ROWS,), dtype=tl.float32)
     t = tl.zeros((ROWS,), dtype=tl.float32)
-    plane = parts.to(tl.int64) * num_rows
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        place = sums_ptr + part.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        place = sums_ptr + (part.to(tl.int64)[:, None] * num_rows + rows[None, :]) * 4
         mask = (part < parts)[:, None] & inside[None, :]
         s += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
-        q += tl.sum(tl.load(place + plane, mask=mask, other=0.0), 0)
-        t += tl.sum(tl.load(place + 2 * plane, mask=mask, other=0.0), 0)
+        t += tl.sum(tl.load(place + 1, mask=mask, other=0.0), 0)
+        q += tl.sum(tl.load(place + 2, mask=mask, other=0.0), 0)
     target = tl.load(target_ptr + rows, mask=inside, other=0)
     column = tl.load(column_ptr + rows, mask=inside, other=0)
     z = tl.load(z_ptr + rows, mask=inside, other=0.0)
@@ -320,13 +380,13 @@ def finish_kernel(
         t = tl.where(unsafe, t_again, t)
 
     counted = target != ignore_index
-    target_u = _difference(z, pivot, inner, SOFTCAP)  # 0 unless the pivot is the row's maximum
+    target_u = _difference(z, pivot, inner, SOFTCAP)  # about 0 unless the pivot is the row's maximum
     mass = tl.exp2(target_u)
     own = tl.maximum(target_u, -1.0e4)  # a forbidden target: 0·(−∞) is NaN
     total = s + mass
     others = s / total
-    log_total = tl.where(own == 0.0, _log1p(s), tl.log(total))
-    logprob = tl.where(own == 0.0, -log_total, target_u * LN2 - log_total)
+    logprob = tl.where(unsafe, target_u * LN2 - tl.log(total), -_log1p(s / mass))
+    log_total = tl.where(unsafe, tl.log(total), own * LN2 - logprob)
     # Relative to the pivot, u₂ is 0 at the pivot and `own` at the target.
     entropy = log_total - (t + mass * own) * LN2 / total
     norm = tl.sqrt(others * others + q / total / total)

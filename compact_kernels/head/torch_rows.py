@@ -10,7 +10,7 @@ from torch import Tensor
 from compact_kernels import weighting as weighting_module
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
-from compact_kernels.head.rows import Answers, RowStatistics
+from compact_kernels.head.rows import Answers, RowStatistics, product
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
@@ -114,6 +114,11 @@ def gradient_block(
     column = column.where(here, 0)[:, None]
     value = target_gradient[:, None].to(block.dtype).where(here[:, None], block.gather(1, column))
     block.scatter_(1, column, value)
+
+
+def last_product(rows: Tensor, x: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums + rowsᵀ x in `dtype`: rows (n, V), x (n, D), sums (V, D)."""
+    return product(rows.t(), x, out=sums, accumulate=True).to(dtype)
 
 
 def scale_rows(

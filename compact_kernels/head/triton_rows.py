@@ -16,7 +16,7 @@ from compact_kernels import divergence_triton, rule_triton
 from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
-from compact_kernels.head.rows import Answers, RowStatistics
+from compact_kernels.head.rows import Answers, RowStatistics, product
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
 from compact_kernels.weighting import Decision, Settled
@@ -77,19 +77,20 @@ def statistics(
     parts = triton.cdiv(vocabulary, tiles.n)
     z, slope, probed = x.new_empty((3, n), dtype=torch.float32)
     columns = torch.empty_like(targets)
+    flags = torch.zeros((triton.cdiv(n, tiles.m), parts), dtype=torch.int8, device=x.device)
     inner, outer = head.base2
     softcap, has_bias = head.softcap is not None, head.bias is not None
     ids, cu_ids, cu_rows = answers[:3] if answers is not None else (targets, targets, targets)
     kernels.probe_kernel[(n,)](
         x, head.weight, head.bias, targets, cu_rows, ids, cu_ids,
-        columns, z, slope, probed, first_row, cu_ids.numel() - 1, vocabulary, x.shape[1], ignore_index,
+        columns, flags, z, slope, probed, first_row, cu_ids.numel() - 1, vocabulary, x.shape[1], ignore_index,
         x.stride(0), head.weight.stride(0), inner, outer,
         SOFTCAP=softcap, HAS_BIAS=has_bias, HAS_ANSWERS=answers is not None,
-        BLOCK_D=min(1024, triton.next_power_of_2(x.shape[1])), num_warps=4,
+        TILE_M=tiles.m, TILE_N=tiles.n, BLOCK_D=min(1024, triton.next_power_of_2(x.shape[1])), num_warps=4,
     )  # fmt: skip
-    sums = x.new_empty((3, parts, n), dtype=torch.float32)
+    sums = x.new_empty((parts, n, 4), dtype=torch.float32)
     mode = kernels.STATISTICS if buffer is None else kernels.EXPONENTIALS
-    _product(x, head, buffer, columns, z, None, None, sums, 0, vocabulary, mode)
+    _product(x, head, buffer, columns, flags, z, None, None, sums, 0, vocabulary, mode)
     kernels.finish_kernel[(triton.cdiv(n, 16),)](
         sums, targets, columns, z, slope, probed, table, buffer, x, head.weight, head.bias,
         n, parts, table.stride(0), buffer.stride(0) if buffer is not None else 0, ignore_index,
@@ -120,10 +121,28 @@ def gradient_block(
     if n == 0:
         return
     curve = None if curve is None else curve * LN2
-    _product(x, head, block, targets, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
+    _product(x, head, block, None, None, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
     kernels.target_kernel[(triton.cdiv(n, 128),)](
         block, targets, target_gradient, n, first_column, width, block.stride(0), ROWS=128
     )
+
+
+def last_product(rows: Tensor, x: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums + rowsᵀ x, rounded once to `dtype`; rows (n, V) lie in a :func:`row_buffer`, x is (n, D), sums (V, D)."""
+    vocabulary, dim = sums.shape
+    if rows.dtype != dtype or dim * dtype.itemsize % 16:  # tiles cannot be stored to such rows
+        return product(rows.t(), x, out=sums, accumulate=True).to(dtype)
+    tiles, programs = _tiles(x.dtype, x.device), _multiprocessors(x.device)
+    m, n = tiles.m, tiles.n
+    if n > m and dim % n and dim % n <= n // 2:  # the last tile would be half empty
+        m, n = n, m
+    out = sums.new_empty(sums.shape, dtype=dtype)
+    kernels.last_product_kernel[(min(programs, triton.cdiv(vocabulary, m) * triton.cdiv(dim, n)),)](
+        _tiled(rows, tiles.k, m), _tiled(x, tiles.k, n), sums, _tiled(out, m, n // 4), len(rows), vocabulary, dim,
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=tiles.k, GROUP_M=8, PROGRAMS=programs, UPCAST=_upcast(x),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out
 
 
 def scale_rows(
@@ -169,7 +188,8 @@ def _product(
     x: Tensor,
     head: LinearHead,
     out: Tensor | None,
-    columns: Tensor,
+    columns: Tensor | None,
+    flags: Tensor | None,
     pivot: Tensor,
     slope: Tensor | None,
     curve: Tensor | None,
@@ -185,7 +205,7 @@ def _product(
     inner, outer = head.base2
     kernels.logits_kernel[(min(programs, count),)](
         left, _tiled(head.weight, tiles.n, tiles.k), left if out is None else _tiled(out, tiles.m, tiles.n // 2),
-        head.bias, columns, pivot, slope, curve, sums, n, dim, first_column, width, inner, outer,
+        head.bias, columns, flags, pivot, slope, curve, sums, n, dim, first_column, width, inner, outer,
         MODE=mode.value, SOFTCAP=head.softcap is not None, HAS_BIAS=head.bias is not None,
         HAS_CURVE=curve is not None, BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16,
         PROGRAMS=programs, UPCAST=_upcast(x), num_warps=tiles.warps, num_stages=tiles.stages,

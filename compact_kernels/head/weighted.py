@@ -103,6 +103,9 @@ class WeightedPass:
                 scaled = backend.scale_rows(x_c, weight_c, inverse, head.slope, torch.empty_like(x_c))
                 if len(chunks) == 1 and gradients.weight.dtype == self.dtype:
                     torch.mm(rows_c.t(), scaled, out=gradients.weight)
+                elif i == len(chunks) - 1 and weight.dtype == self.dtype != gradients.weight.dtype:
+                    summed = backend.last_product(rows_c, scaled, gradients.weight, weight.dtype)
+                    gradients = gradients._replace(weight=summed)
                 else:
                     product(rows_c.t(), scaled, out=gradients.weight, accumulate=i > 0)
             if gradients.bias is not None:
