@@ -10,8 +10,8 @@ e⁻⁴³) are done again, slowly, with their true maximum as pivot; nothing wai
 Statistics are sums over v ≠ target, so a confident token (p → 1) loses nothing to cancellation:
 S = ΣE, Q = ΣE², U = ΣE·(z − z_pivot), from which log p = −log1p(S), the entropy and ‖p − e_y‖ follow.
 
-A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e, one fused operation on a raw
-logit: E is relative to the pivot's logit as it was rounded, and u₂ of the target then is a rounding error, not 0.
+A logit z is held raw, as h Wᵀ + b, or with a softcap as z·log₂e; u₂ = (z − z_pivot)·log₂e, one fused operation on raw
+logits: E is relative to the pivot's logit as it was rounded, and u₂ of the target then is a rounding error, not 0.
 Offsets are int64 where rows and columns multiply.
 """
 

@@ -121,7 +121,7 @@ def gradient_block(
     if n == 0:
         return
     curve = None if curve is None else curve * LN2
-    _product(x, head, block, None, None, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
+    _product(x, head, block, targets, None, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
     kernels.target_kernel[(triton.cdiv(n, 128),)](
         block, targets, target_gradient, n, first_column, width, block.stride(0), ROWS=128
     )
@@ -188,7 +188,7 @@ def _product(
     x: Tensor,
     head: LinearHead,
     out: Tensor | None,
-    columns: Tensor | None,
+    columns: Tensor,
     flags: Tensor | None,
     pivot: Tensor,
     slope: Tensor | None,
