@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -299,3 +303,22 @@ def test_autocast_equals_a_conversion_by_hand(triton_kernels):
         loss_of(mixed).loss.backward()
     gradients = [leaf.grad for leaf in wanted.values()]
     assert [g.dtype for g in gradients if g is not None] == [torch.bfloat16, torch.float32]
+
+
+# ---- compilation ------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = {"logits_kernel", "probe_kernel", "finish_kernel", "last_product_kernel", "target_kernel"}
+    kernels |= {"scale_rows_kernel", "rescale_kernel", "value_kernel", "reduce_kernel", "gradient_kernel"}
+    assert set(run.stdout.split()) == kernels | {"_decide_kernel", "_in_degree_kernel"}

@@ -1,0 +1,70 @@
+"""Compiles every Triton kernel for a Hopper GPU as the ops launch it, without one: run in a process of its own.
+
+What the interpreter lets pass, the compiler may not: a missing pointer, a type that changes in a branch. Launches stop
+at the binary, so the numbers that come out mean nothing. Prints the kernels' names.
+"""
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from compact_kernels import CompatibilityRule, Ragged, compatibility_loss, dispatch, linear_logprob, question_consensus
+from compact_kernels.head import triton_rows
+
+
+class Hopper:
+    """What compilation asks of a driver."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+compiled = set()
+
+
+def only_compile(kernel, *arguments, grid, warmup, **options):
+    compiled.add(kernel.fn.__name__)
+    return JITFunction_run(kernel, *arguments, grid=grid, warmup=True, **options)
+
+
+def main() -> None:
+    batch = Ragged.build(
+        sequence_lengths=[40, 50, 45, 38],
+        prompt_lengths=[3] * 4,
+        rationales_per_question=[2, 2],
+        evidence_ids=[[5, 6]] * 4,
+        answer_spans=[(20, 3)] * 4,
+    )
+    tokens = int(batch.cu_seqlens[-1])
+    targets, consensus = torch.randint(4096, (tokens,)), torch.rand(4)
+    question_consensus(torch.randn(4, 8, 16), torch.randn(4, 8, 16), batch)
+    # Compilation takes seconds each: bfloat16 by question in two chunks and in two passes, a capped head with a bias.
+    for options in ({}, {"divergence_weight": 0.1}, {"rule": lambda statistics: CompatibilityRule()(statistics)}):
+        hidden = torch.randn(tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(4096, 64, dtype=torch.bfloat16, requires_grad=True)
+        loss = compatibility_loss(
+            hidden, weight, targets, batch, consensus=consensus, workspace_mib=0 if "rule" in options else 1, **options
+        ).loss
+        loss.backward()
+    hidden = torch.randn(tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(4096, dtype=torch.bfloat16)
+    logprob, entropy = linear_logprob(hidden, weight.detach(), targets, bias=bias, softcap=30.0)
+    (logprob.sum() + entropy.sum()).backward()
+    print(*sorted(compiled))
+
+
+driver.set_active(Hopper())
+JITFunction_run, JITFunction.run = JITFunction.run, only_compile
+dispatch.INTERPRETED = True  # CPU tensors take the kernels
+triton_rows._INTERPRETED = False  # as on a GPU …
+triton_rows._tiles = lambda dtype, device: triton_rows._Tiles(128, 256, 64, 8, 3)  # … of this kind
+triton_rows._multiprocessors = lambda device: 132
+if __name__ == "__main__":
+    main()
