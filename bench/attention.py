@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import inspect
 import itertools
 import random
 import statistics
@@ -193,18 +192,6 @@ def varlen(problem: Problem) -> Attend:
     return run
 
 
-def varlen_grouped(problem: Problem) -> Attend:
-    """torch's varlen kernel with grouped heads as they are, where it takes them."""
-    _need_gpu()
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"window_size": (-1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    offsets, longest = problem.offsets, problem.longest
-    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest, **options))
-
-
 def flex(problem: Problem) -> Attend:
     """Flex attention as transformers compiles it; the block mask, which all layers share, is made beforehand."""
     _need_gpu()
@@ -280,7 +267,6 @@ def paths() -> dict[str, Callable[[Problem], Attend]]:
         "sdpa_padded": padded,
         "sdpa_masked": masked,
         "compact_varlen": varlen,
-        "torch_varlen_grouped": varlen_grouped,
         "flex": flex,
         **(found or {"flash_attn_4": flash("flash_attn_4")}),
     }

@@ -120,7 +120,7 @@ PEERS: dict[str, Peer] = {
     "liger": Peer(_liger(), note="head gradient accumulated in bf16"),
     "liger_fp32": Peer(_liger(accum_dtype=torch.float32), accumulates_fp32=True),
     "liger_16": Peer(_liger(chunk_mem_const=16), note="chunk_mem_const=16; head gradient accumulated in bf16"),
-    "cce": Peer(_cce(exact=False), note="small gradients are dropped"),
+    "cce": Peer(_cce(exact=False), note="drops small gradients, of which these logits have few: exact takes as long"),
     "cce_exact": Peer(_cce(exact=True)),
     "quack": Peer(_quack, weights=False, accumulates_fp32=True),
 }

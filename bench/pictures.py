@@ -27,7 +27,6 @@ COLORS = {
     "sdpa_separate": "#7f7f7f",
     "sdpa_padded": "#c7c7c7",
     "sdpa_masked": "#8c564b",
-    "torch_varlen_grouped": "#1f77b4",
     "flex": "#9467bd",
     "flash_attn_2": "#98df8a",
     "flash_attn_3": "#bcbd22",

@@ -136,7 +136,7 @@ class _Case:
         ours = self.find(work, name)
         if ours is None or "error" in ours or ours["peak_mib"] is None:
             return Verdict(work, self.head, promise, limit, "MiB", None, _missing(name, ours))
-        return Verdict(work, self.head, promise, limit, "MiB", ours["peak_mib"], "the workspace: peak without dW")
+        return Verdict(work, self.head, promise, limit, "MiB", ours["peak_mib"], "peak without dW")
 
     def leanest(self, work: str, promise: str, limit: float, name: str) -> Verdict:
         """GiB of peak memory over the peer of the same mode that needs least."""

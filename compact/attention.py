@@ -15,14 +15,16 @@ Importing this module registers two functions with transformers' ``AttentionInte
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -31,6 +33,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from compact.errors import UserError
 
 HALF = (torch.float16, torch.bfloat16)
+# Newer torch wants to be told that heads are grouped; 2.11 takes them as they are.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass
@@ -126,16 +130,11 @@ def _varlen(
     offsets: Tensor,
     longest: int | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = query.shape[1] // key.shape[1]
-    # (1, H, T, d) -> (T, H, d); heads are repeated by hand because only newer torch has enable_gqa.
-    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (T, H, d)
     longest = int(offsets.diff().max()) if longest is None else longest
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    output = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window)
+    sizes = (offsets, offsets, longest, longest)
+    output = varlen_attn(query, key, value, *sizes, scale=scaling, window_size=window, **GROUPED)
     return cast(Tensor, output).unsqueeze(0)
 
 
