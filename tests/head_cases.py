@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels import Ragged, compatibility_loss, linear_logprob
+from compact_kernels.native import LIBRARY
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -233,7 +234,8 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 
 
 def choose_backend(request: pytest.FixtureRequest) -> str:
-    """The body of a fixture with params "triton" and "torch": who does the row passes and the divergence."""
+    """The body of a fixture with params among "triton", "native" and "torch": who does the row passes and the
+    divergence."""
     if request.param == "triton":
         request.getfixturevalue("triton_kernels")
         if not CUDA:
@@ -244,6 +246,11 @@ def choose_backend(request: pytest.FixtureRequest) -> str:
 
     for module in (backend, divergence):
         request.getfixturevalue("monkeypatch").setattr(module, "triton_applies", lambda *_: False)
+    if request.param == "native":
+        if CUDA or not LIBRARY.loaded:
+            pytest.skip("needs CPU tensors" if CUDA else f"needs the native library: {LIBRARY.reason}")
+        return "native"
+    request.getfixturevalue("monkeypatch").setattr(backend, "native_applies", lambda *_: False)
     return "torch"
 
 

@@ -49,6 +49,13 @@ class LinearHead:
         return [float(self.logit_scale), float(self.softcap or 0.0), float(self.temperature)]
 
     @property
+    def natural(self) -> tuple[float, float]:
+        """(inner, outer): z is raw·inner and outer 0, or with a softcap tanh(raw·inner)·outer."""
+        if self.softcap is None:
+            return self.slope, 0.0
+        return self.logit_scale / self.softcap, self.softcap / self.temperature
+
+    @property
     def base2(self) -> tuple[float, float]:
         """(inner, outer): z·log₂e is raw·inner, or with a softcap tanh(raw·inner)·outer."""
         if self.softcap is None:

@@ -15,6 +15,13 @@ from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
 
+CHUNK_MIB = 1 << 30  # the more logits at once, the better
+
+
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits and gradient rows are held in, where the head computes in `dtype`."""
+    return dtype
+
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
     """What a logit takes while a chunk is worked on: three numbers of at least float32, one of the products' dtype."""

@@ -49,6 +49,14 @@ def _multiprocessors(device: torch.device) -> int:
     return 4 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+CHUNK_MIB = 1 << 30  # the more logits at once, the better
+
+
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits and gradient rows are held in, where the head computes in `dtype`."""
+    return dtype
+
+
 def bytes_per_logit(dtype: torch.dtype) -> int:
     """What a logit takes while a chunk is worked on: it is stored once, exponentiated."""
     return dtype.itemsize
