@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from compact_kernels.native import LIBRARY
+from compact_kernels.native import LIBRARY, cuda_trouble
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,3 +32,8 @@ def native_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """True for float32 and bfloat16 on a CPU, where the native library is loaded."""
     computes = dtype or tensor.dtype
     return LIBRARY.loaded and tensor.device.type == "cpu" and computes in (torch.float32, torch.bfloat16)
+
+
+def native_cuda_applies(tensor: Tensor) -> bool:
+    """True for float32, bfloat16 and float16 on a GPU that the native library has code for."""
+    return tensor.is_cuda and tensor.dtype in DTYPES and not cuda_trouble(tensor.get_device())

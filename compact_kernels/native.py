@@ -5,6 +5,7 @@ Set COMPACT_KERNELS_NATIVE=0 to do without. Whatever is wrong with the library, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -82,10 +83,31 @@ def _open(path: Path, record: dict[str, Any]) -> str:
 
 LIBRARY = load()
 
+
+@functools.cache
+def cuda_trouble(device: int) -> str:
+    """Why the library's CUDA part cannot run on a device; empty if it can."""
+    if not LIBRARY.loaded:
+        return "the native library is not loaded"
+    if not LIBRARY.cuda:
+        return LIBRARY.record.get("no_cuda", "the library was built without its CUDA part")
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return torch.ops.compact_native.cuda_trouble(device)
+
+
 if LIBRARY.loaded:  # what they write is an argument: in a traced graph there is nothing to make
 
     @torch.library.register_fake("compact_native::row_statistics")
     def _(z, targets, bias, answer_ids, cu_answers, cu_rows, inner, outer, ignore_index, table, first_row, store):
+        return None
+
+    @torch.library.register_fake("compact_native::decide_questions")
+    def _(*arguments):
+        return None
+
+    @torch.library.register_fake("compact_native::question_in_degree")
+    def _(query, key, cu_questions, scale, most_rationales, degree):
         return None
 
     @torch.library.register_fake("compact_native::gradient_block")

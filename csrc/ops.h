@@ -24,4 +24,19 @@ void gradient_block(
 
 std::string cpu_capability();
 
+// The CUDA part, where it is built.
+
+void decide_questions(
+    Tensor logprob, Tensor evidence, Tensor targets, Tensor thinking, Tensor cu_questions, Tensor cu_rows, Tensor body,
+    std::optional<Tensor> consensus, std::optional<Tensor> reference, std::optional<Tensor> weights,
+    Tensor normalizer, Tensor alpha, Tensor adaptability, Tensor difficulty, Tensor counted, Tensor row_weight,
+    int64_t first_question, int64_t last_question, int64_t ignore_index, double beta_adaptability,
+    double beta_consensus, double beta_difficulty, double temperature, double epsilon, bool body_only,
+    bool per_body_token, bool per_target);
+
+void question_in_degree(
+    Tensor query, Tensor key, Tensor cu_questions, double scale, int64_t most_rationales, Tensor degree);
+
+std::string cuda_trouble(int64_t device);
+
 }  // namespace compact

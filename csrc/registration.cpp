@@ -15,6 +15,20 @@ STABLE_TORCH_LIBRARY(compact_native, m) {
   m.def(
       "gradient_block(Tensor(a!) z, Tensor targets, Tensor? bias, float inner, float outer, Tensor pivot, Tensor "
       "slope, Tensor? curve, Tensor target_gradient, int first_column) -> ()");
+  // Eq. 3, 6 and 7 for questions first … last − 1: metrics, α (S,) and row weights (N,), in one launch.
+  m.def(
+      "decide_questions(Tensor logprob, Tensor evidence, Tensor targets, Tensor thinking, Tensor cu_questions, "
+      "Tensor cu_rows, Tensor body, Tensor? consensus, Tensor? reference, Tensor? weights, Tensor normalizer, "
+      "Tensor(a!) alpha, Tensor(b!) adaptability, Tensor(c!) difficulty, Tensor(d!) counted, Tensor(e!) row_weight, "
+      "int first_question, int last_question, int ignore_index, float beta_adaptability, float beta_consensus, "
+      "float beta_difficulty, float temperature, float epsilon, bool body_only, bool per_body_token, "
+      "bool per_target) -> ()");
+  // Eq. 4–5: degree (S,) of the graphs of all questions, from query and key (S, H, d), in one launch.
+  m.def(
+      "question_in_degree(Tensor query, Tensor key, Tensor cu_questions, float scale, int most_rationales, "
+      "Tensor(a!) degree) -> ()");
+  // Why the CUDA part cannot run on a device; empty if it can.
+  m.def("cuda_trouble(int device) -> str");
   // Which of the CPU's instruction sets the ops use.
   m.def("cpu_capability() -> str");
 }
@@ -24,6 +38,18 @@ STABLE_TORCH_LIBRARY_IMPL(compact_native, CPU, m) {
   m.impl("gradient_block", TORCH_BOX(&compact::gradient_block));
 }
 
+#ifdef COMPACT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(compact_native, CUDA, m) {
+  m.impl("decide_questions", TORCH_BOX(&compact::decide_questions));
+  m.impl("question_in_degree", TORCH_BOX(&compact::question_in_degree));
+}
+#else
+namespace compact {
+std::string cuda_trouble(int64_t) { return "the library was built without its CUDA part"; }
+}  // namespace compact
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(compact_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_trouble", TORCH_BOX(&compact::cuda_trouble));
   m.impl("cpu_capability", TORCH_BOX(&compact::cpu_capability));
 }
