@@ -40,7 +40,10 @@ def library() -> list[tuple[str, str]]:
         return [("native library", f"not used: {known.reason}"), ("COMPACT_KERNELS_NATIVE", switch)]
     made = f"built with torch {known.record.get('torch')} and {known.record.get('compiler')}"
     instructions = torch.ops.compact_native.cpu_capability()
-    found = [("native library", f"{native.FOLDER / '_native.so'}, {made}"), ("CPU part", f"instructions: {instructions}")]
+    found = [
+        ("native library", f"{native.FOLDER / '_native.so'}, {made}"),
+        ("CPU part", f"instructions: {instructions}"),
+    ]
     if known.cuda:
         found.append(("CUDA part", f"built for {', '.join(known.record['cuda_archs'])} (the last one as PTX too)"))
         for device in range(torch.cuda.device_count()):
@@ -59,7 +62,13 @@ def ways() -> list[tuple[str, str]]:
             tensor = torch.empty(0, dtype=dtype, device=device)
             statistics = torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device)
             head = NAMES[backend_for(tensor).__name__.rpartition(".")[2]]
-            launches = "CUDA" if native_cuda_applies(statistics) else "Triton" if triton_applies(statistics) else "plain torch"
+            launches = (
+                "CUDA"
+                if native_cuda_applies(statistics)
+                else "Triton"
+                if triton_applies(statistics)
+                else "plain torch"
+            )
             divergence = "Triton" if triton_applies(tensor) else "C++" if native_applies(tensor) else "plain torch"
             line = f"head: {head}; rule and consensus: {launches}; divergence: {divergence}"
             found.append((f"{device} {str(dtype)[6:]}", line))

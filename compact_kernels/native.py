@@ -102,6 +102,13 @@ if LIBRARY.loaded:  # what they write is an argument: in a traced graph there is
     def _(z, targets, bias, answer_ids, cu_answers, cu_rows, inner, outer, ignore_index, table, first_row, store):
         return None
 
+    @torch.library.register_fake("compact_native::answer_divergence")
+    def _(
+        rows, sums, cu_questions, cu_span, alpha, first_question, last_question, first_row, jsd, per_question, scores,
+        gain,
+    ):  # fmt: skip
+        return None
+
     @torch.library.register_fake("compact_native::decide_questions")
     def _(*arguments):
         return None

@@ -22,6 +22,11 @@ void gradient_block(
     Tensor z, Tensor targets, std::optional<Tensor> bias, double inner, double outer, Tensor pivot, Tensor slope,
     std::optional<Tensor> curve, Tensor target_gradient, int64_t first_column);
 
+void answer_divergence(
+    Tensor rows, Tensor sums, Tensor cu_questions, Tensor cu_span, Tensor alpha, int64_t first_question,
+    int64_t last_question, int64_t first_row, bool jsd, Tensor per_question, Tensor scores,
+    std::optional<Tensor> gain);
+
 std::string cpu_capability();
 
 // The CUDA part, where it is built.

@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY(compact_native, m) {
   m.def(
       "gradient_block(Tensor(a!) z, Tensor targets, Tensor? bias, float inner, float outer, Tensor pivot, Tensor "
       "slope, Tensor? curve, Tensor target_gradient, int first_column) -> ()");
+  // Eq. 9 or MIND's JSD on the answer rows E (n, V) of questions first … last − 1, Σ E in sums: values D (Q,) and
+  // scores C (G,). With a gain (S,) instead: E becomes gain·(∂D/∂z)/α, and scores are read.
+  m.def(
+      "answer_divergence(Tensor(a!) rows, Tensor sums, Tensor cu_questions, Tensor cu_span, Tensor alpha, "
+      "int first_question, int last_question, int first_row, bool jsd, Tensor(b!) per_question, Tensor(c!) scores, "
+      "Tensor? gain) -> ()");
   // Eq. 3, 6 and 7 for questions first … last − 1: metrics, α (S,) and row weights (N,), in one launch.
   m.def(
       "decide_questions(Tensor logprob, Tensor evidence, Tensor targets, Tensor thinking, Tensor cu_questions, "
@@ -36,6 +42,7 @@ STABLE_TORCH_LIBRARY(compact_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(compact_native, CPU, m) {
   m.impl("row_statistics", TORCH_BOX(&compact::row_statistics));
   m.impl("gradient_block", TORCH_BOX(&compact::gradient_block));
+  m.impl("answer_divergence", TORCH_BOX(&compact::answer_divergence));
 }
 
 #ifdef COMPACT_WITH_CUDA

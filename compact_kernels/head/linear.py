@@ -24,7 +24,10 @@ class LinearHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(…, D) to logits (…, V) in at least float32."""
-        logits = F.linear(hidden, self.weight, self.bias)
+        return self.of_raw(F.linear(hidden, self.weight, self.bias))
+
+    def of_raw(self, logits: Tensor) -> Tensor:
+        """h Wᵀ + b to logits in at least float32."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)

@@ -83,6 +83,15 @@ def gradient_block(
     )
 
 
+def logits(x: Tensor, head: LinearHead) -> Tensor:
+    """Logits (n, V) in float32."""
+    if buffer_dtype(x.dtype) == x.dtype:
+        return head(x)
+    raw = row_buffer(x.shape[0], head.vocabulary, x, torch.float32)
+    _raw_logits(x, head.weight, raw)
+    return head.of_raw(raw if head.bias is None else raw.add_(head.bias))
+
+
 def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """source·factor in `dtype`; in place if source has it."""
     if factor == 1:  # nothing waits for a CPU's numbers

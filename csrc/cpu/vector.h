@@ -81,6 +81,25 @@ COMPACT_INLINE float exp(float x) {
 
 COMPACT_INLINE float exp_or_zero(float x) { return x < kUnderflow ? 0.0f : exp(x < kUnderflow ? kUnderflow : x); }
 
+// log(x) for normal x > 0 within 1 ulp or so: x = m·2^e with m near 1, a polynomial in m − 1.
+COMPACT_INLINE float log(float x) {
+  const int32_t bits = __builtin_bit_cast(int32_t, x);
+  const int32_t shifted = bits - 0x3f3504f3;  // √½: m lies in [√½, √2)
+  const float e = static_cast<float>(shifted >> 23);
+  const float r = __builtin_bit_cast(float, (shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const float square = r * r;
+  return r + (p * r * square - 0.5f * square - e * 2.12194440e-4f) + e * 0.693359375f;
+}
+
 COMPACT_INLINE float tanh(float x) {
   const float size = x < 0 ? -x : x;
   const float square = x * x;
