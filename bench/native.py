@@ -1,5 +1,6 @@
 """What the native library's ops take beside what they replace: `python -m bench.native`.
 
+On a GPU the rule and the consensus, under graph replay and ungraphed, against Triton's launches and eager torch.
 On a CPU the head's loss, forward and backward with every statistic of every row, against torch's plain cross entropy
 and against its three matrix products alone; the same pass in chunks of plain torch; and the answers' divergence.
 Memory is the process's peak beyond what was there before the call, less the gradients that the call returns.
@@ -21,8 +22,23 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from compact_kernels import CompatibilityRule, Ragged, answer_divergence, compatibility_loss
+from compact_kernels import (
+    AdaptabilityOptions,
+    CompatibilityRule,
+    Ragged,
+    TokenStatistics,
+    answer_divergence,
+    compatibility_loss,
+    divergence_torch,
+    native,
+    native_cuda,
+    reference,
+)
+from compact_kernels import divergence as divergence_module
+from compact_kernels.dispatch import TRITON_FOUND
 from compact_kernels.head import backend
+from compact_kernels.weighting import Decision, Weighting
+from compact_kernels.weighting import decide as plain_decide
 
 V, D = 49152, 576
 QUESTIONS, RATIONALES, ROWS, SPAN = 8, 4, 64, 5
@@ -74,12 +90,17 @@ def interleaved_ms(works: dict[str, Callable[[], object]], rounds: int, slowest:
 
 
 def without_native(run: Callable[[], object]) -> Callable[[], object]:
+    modules = (backend, divergence_module, divergence_torch)
+
     def plain() -> object:
-        kept, backend.native_applies = backend.native_applies, lambda *_: False
+        kept = backend.native_applies
+        for module in modules:
+            module.native_applies = lambda *_: False
         try:
             return run()
         finally:
-            backend.native_applies = kept
+            for module in modules:
+                module.native_applies = kept
 
     return plain
 
@@ -139,6 +160,107 @@ def cpu(rounds: int, dtypes: list[torch.dtype], slowest: float) -> list[dict[str
     return found
 
 
+def cuda_works() -> dict[str, Callable[[], object]]:
+    """The rule and the consensus of 64 questions × 4 rationales × 512 tokens, 14 heads of 64 in bfloat16."""
+    questions, rationales, rows = 64, 4, 512
+    count = questions * rationales
+    ragged = Ragged.build(
+        sequence_lengths=[1 + rows] * count,
+        prompt_lengths=[1] * count,
+        rationales_per_question=[rationales] * questions,
+        body_lengths=[rows - 1] * count,
+        thinking=[[i % 3 == 0 for i in range(rows)]] * count,
+    ).to("cuda")
+    _ = ragged.sizes  # made once a batch, on the host
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    statistics_ = [-torch.rand(ragged.num_rows, generator=generator, device="cuda") for _ in range(4)]
+    tokens = TokenStatistics(*statistics_)
+    targets = torch.zeros(ragged.num_rows, dtype=torch.int64, device="cuda")
+    query, key = torch.randn(2, count, 14, 64, generator=generator, device="cuda").bfloat16()
+    weighting = Weighting(
+        CompatibilityRule(), None, torch.rand(count, device="cuda"), None, AdaptabilityOptions(), "kl", 0.0, "mean",
+        None, None, -100,
+    ).with_normalizers(*torch.full((2, 1), 1 / questions, device="cuda").unbind())  # fmt: skip
+    out = Decision.empty(ragged)
+
+    def rule(launch: Callable[..., None]) -> Callable[[], object]:
+        arguments = (0, questions, ragged, tokens.logprob, tokens.evidence, targets)
+        return lambda: launch(*arguments, **weighting.for_one_launch, out=out)
+
+    works: dict[str, Callable[[], object]] = {
+        "rule eager": lambda: plain_decide(tokens, targets, ragged, weighting),
+        "consensus eager": lambda: reference.question_consensus(query, key, ragged),
+    }
+    if not native.cuda_trouble(0):
+        works["rule cuda"] = rule(native_cuda.decide)
+        works["consensus cuda"] = lambda: native_cuda.in_degree(query, key, ragged)
+    if TRITON_FOUND:
+        from compact_kernels import consensus, rule_triton
+
+        works["rule triton"] = rule(rule_triton.decide)
+        works["consensus triton"] = lambda: consensus.in_degree(query, key, ragged)
+    for how in ("eager", "cuda", "triton"):
+        if f"rule {how}" in works:
+            one, other = works[f"rule {how}"], works[f"consensus {how}"]
+            works[f"both {how}"] = lambda one=one, other=other: (one(), other())  # type: ignore[misc]
+    return dict(sorted(works.items(), key=lambda work: "eager" in work[0]))  # what may spoil a capture comes last
+
+
+def replay_us(run: Callable[[], object], calls: int = 20, rounds: int = 30) -> float | None:
+    """Device time of a call, `calls` of them in one CUDA graph; None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / calls)
+    return round(statistics.median(times), 2)
+
+
+def ungraphed_us(run: Callable[[], object], calls: int = 100, rounds: int = 7) -> tuple[float, float]:
+    """Wall time of a call, and the host's share of it, in a row of them."""
+    whole, host = [], []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        host.append(1e6 * (launched - began) / calls)
+        whole.append(1e6 * (time.perf_counter() - began) / calls)
+    return round(statistics.median(whole), 1), round(statistics.median(host), 1)
+
+
+def cuda() -> list[dict[str, Any]]:
+    found = []
+    for name, run in cuda_works().items():
+        for _ in range(3):
+            run()
+        whole, host = ungraphed_us(run)
+        device = torch.cuda.get_device_name()
+        record = {"device": device, "work": name, "replay_us": replay_us(run), "call_us": whole, "host_us": host}
+        found.append(record)
+        print(json.dumps(record), flush=True)
+    named = {record["work"]: record for record in found}
+    for how in ("cuda", "triton"):
+        if f"both {how}" in named:
+            ours, eager = named[f"both {how}"], named["both eager"]
+            print(f"both {how}: {ours['replay_us']} us of device time under replay (target 25)")
+            print(f"both {how}: {eager['call_us'] / ours['call_us']:.1f} times faster than eager torch (target 15)")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.native", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -146,7 +268,11 @@ def main() -> None:
     parser.add_argument("--slowest", type=float, default=20.0, help="seconds: what takes longer is run once")
     parser.add_argument("--out", type=Path, help="a JSON file")
     asked = parser.parse_args()
-    found = cpu(asked.rounds, [getattr(torch, name) for name in asked.dtypes], asked.slowest)
+    found = (
+        cuda()
+        if torch.cuda.is_available()
+        else cpu(asked.rounds, [getattr(torch, name) for name in asked.dtypes], asked.slowest)
+    )
     if asked.out:
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
