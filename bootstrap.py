@@ -9,7 +9,7 @@ Where things go: into the virtual environment this is started from, if there is 
 else into .venv beside this file. A torch that the starting Python already has is kept if it is new enough (.venv then
 sees that Python's packages), and nothing installed here may replace it. Otherwise the pinned torch is installed:
 the CPU build where there is no NVIDIA GPU and PyTorch's own index answers, else the package index's build.
-A second run installs nothing unless pyproject.toml, setup.py or the starting Python's torch have changed.
+A second run installs nothing unless pyproject.toml, setup.py, csrc/ or the starting Python's torch have changed.
 """
 
 import hashlib
@@ -120,8 +120,8 @@ def set_up(extras):
     environment = python.parent.parent
     stamp = environment / "compact-setup.json"
     digest = hashlib.sha256(f"{ROOT} {sys.version} {torch_here()}".encode())
-    for name in ("pyproject.toml", "setup.py"):
-        digest.update((ROOT / name).read_bytes())
+    for path in (ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))):
+        digest.update(path.read_bytes())
     have = json.loads(stamp.read_text()) if stamp.exists() else {}
     installed = set(have.get("extras", ())) if have.get("digest") == digest.hexdigest() else set()
     if extras <= installed or "dev" in installed:

@@ -1,4 +1,4 @@
-"""Whether an op's Triton kernels can run on a tensor: one predicate for the ops and their tests."""
+"""Whether an op's kernels can run on a tensor: one predicate a kind, for the ops and their tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 
 import torch
 from torch import Tensor
+
+from compact_kernels.native import LIBRARY, cuda_trouble
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,3 +26,14 @@ def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
         return False
     device = tensor.device.type
     return (device in ("cuda", "xpu") or (device == "cpu" and INTERPRETED)) and TRITON_FOUND
+
+
+def native_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """True for float32 and bfloat16 on a CPU, where the native library is loaded."""
+    computes = dtype or tensor.dtype
+    return LIBRARY.loaded and tensor.device.type == "cpu" and computes in (torch.float32, torch.bfloat16)
+
+
+def native_cuda_applies(tensor: Tensor) -> bool:
+    """True for float32, bfloat16 and float16 on a GPU that the native library has code for."""
+    return tensor.is_cuda and tensor.dtype in DTYPES and not cuda_trouble(tensor.get_device())

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from compact_kernels import arguments, divergence_torch
-from compact_kernels.dispatch import triton_applies
+from compact_kernels.dispatch import native_applies, triton_applies
+from compact_kernels.head import native_rows
+from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import product_dtype
 from compact_kernels.head.rows import RowStatistics, product, refuse_second_derivative, row_buffer
@@ -83,7 +85,7 @@ def exponentials(x: Tensor, head: LinearHead) -> Exponentials:
     maximum: there plain torch computes, relative to the row's maximum.
     """
     if head.softcap is not None or x.dtype == torch.float16 or not triton_applies(x):
-        logits = head(x)
+        logits = native_rows.logits(x, head) if native_applies(x) else head(x)
         shift = logits.amax(-1)
         buffer = logits.sub_(shift[:, None]).exp_()
         return Exponentials(buffer, buffer.sum(-1), shift)
@@ -186,7 +188,7 @@ class DivergencePass:
                 divergence_torch.replace_by_gradient_(e.buffer, e.sums, *place)
                 if slope is not None:
                     e.buffer.mul_(slope)
-            dz = e.buffer.to(self.dtype)
+            dz = e.buffer.to(backend_for(x).buffer_dtype(self.dtype))
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, positions[span], product(dz, head.weight).to(hidden.dtype))
             if grad_weight is not None:

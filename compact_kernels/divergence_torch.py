@@ -1,4 +1,4 @@
-"""Eq. 9 and MIND's JSD on rows of unnormalised probabilities, in plain torch: what CPUs and float64 take.
+"""Eq. 9 and MIND's JSD on rows of unnormalised probabilities: in C++ on CPUs, in plain torch whatever there is.
 
 The mathematics is that of :mod:`compact_kernels.divergence_kernels`; the rows are those of `ragged.span_rows`.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compact_kernels.dispatch import native_applies
 from compact_kernels.ragged import Ragged
 
 
@@ -27,6 +28,9 @@ def span_divergence(
 ) -> None:
     """Write D_q of the questions, and C of their answer rows (see `divergence_triton.span_divergence`)."""
     per_question, scores = out
+    if native_applies(buffer, buffer.dtype):
+        _in_native_code(buffer, sums, ragged, alpha, first_question, last_question, first_row, kind, *out, None)
+        return
     per_question[first_question:last_question] = 0
     for question, members, entries in _classes(ragged, first_question, last_question):
         weight = alpha[members]
@@ -49,6 +53,10 @@ def replace_by_gradient_(
     gain: Tensor,
 ) -> None:
     """Overwrite the answer rows by gain_k · (∂D_q/∂z) / α_k; those of a rationale without a partner by 0."""
+    if native_applies(buffer, buffer.dtype):
+        place = (ragged, alpha, first_question, last_question, first_row, kind)
+        _in_native_code(buffer, sums, *place, sums.new_empty(last_question), scores, gain)
+        return
     rows = torch.zeros_like(buffer)
     for _, members, entries in _classes(ragged, first_question, last_question):
         weight = alpha[members]
@@ -58,6 +66,27 @@ def replace_by_gradient_(
             dz += _above_mean(p, weight)
         rows[entries - first_row] = dz * (gain[members] / entries.shape[1])[:, None, None]
     buffer.copy_(rows)
+
+
+def _in_native_code(
+    buffer: Tensor,
+    sums: Tensor,
+    ragged: Ragged,
+    alpha: Tensor,
+    first_question: int,
+    last_question: int,
+    first_row: int,
+    kind: str,
+    per_question: Tensor,
+    scores: Tensor,
+    gain: Tensor | None,
+) -> None:
+    """csrc/cpu/divergence.cpp: the value, or with a gain the gradient in place of the rows."""
+    offsets = (ragged.cu_questions, ragged.cu_span, alpha.contiguous(), first_question, last_question, first_row)
+    gain = None if gain is None else gain.contiguous()
+    torch.ops.compact_native.answer_divergence(
+        buffer, sums.contiguous(), *offsets, kind == "jsd", per_question, scores, gain
+    )
 
 
 def _classes(ragged: Ragged, first_question: int, last_question: int) -> Iterator[tuple[int, Tensor, Tensor]]:

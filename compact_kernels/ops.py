@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from compact_kernels import arguments, reference
-from compact_kernels.dispatch import triton_applies
+from compact_kernels import arguments, native_cuda, reference
+from compact_kernels.dispatch import native_cuda_applies, triton_applies
 from compact_kernels.divergence import answer_divergence
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
@@ -235,11 +235,14 @@ def question_consensus(
     if torch.compiler.is_compiling():
         shape, host = ragged.tensors(), ragged.host.tensors()
         return torch.ops.compact_kernels.question_consensus(query, key, shape, host, temperature, centrality)
-    if centrality == "in_degree" and triton_applies(query):
-        from compact_kernels.consensus import in_degree
-
+    if centrality == "in_degree" and (native_cuda_applies(query) or triton_applies(query)):
         arguments.check_query_key(query, key, ragged)
-        return in_degree(query, key, ragged, temperature)
+        if native_cuda_applies(query) and query.dtype == key.dtype:
+            return native_cuda.in_degree(query, key, ragged, temperature)
+        if triton_applies(query):
+            from compact_kernels.consensus import in_degree
+
+            return in_degree(query, key, ragged, temperature)
     return reference.question_consensus(query, key, ragged, temperature=temperature, centrality=centrality)
 
 

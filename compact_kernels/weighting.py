@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,20 @@ class Settled(Weighting):
 
     normalizer: Tensor
     divergence_normalizer: Tensor
+
+    @property
+    def for_one_launch(self) -> dict[str, Any]:
+        """The options of the launches that decide (:func:`compact_kernels.rule_triton.decide`)."""
+        return {
+            "rule": self.rule if isinstance(self.rule, CompatibilityRule) else None,
+            "options": self.adaptability,
+            "consensus": self.consensus,
+            "difficulty_reference": self.difficulty_reference,
+            "normalizer": self.normalizer,
+            "divide_by_targets": self.divide_by_targets,
+            "ignore_index": self.ignore_index,
+            "weights": self.weights,
+        }
 
 
 class Decision(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compact_kernels import Ragged, compatibility_loss, linear_logprob
+from compact_kernels import Ragged, compatibility_loss, linear_logprob, native_cuda
+from compact_kernels.native import LIBRARY, cuda_trouble
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -233,7 +235,8 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 
 
 def choose_backend(request: pytest.FixtureRequest) -> str:
-    """The body of a fixture with params "triton" and "torch": who does the row passes and the divergence."""
+    """The body of a fixture with params among "triton", "native" and "torch": who does the row passes and the
+    divergence."""
     if request.param == "triton":
         request.getfixturevalue("triton_kernels")
         if not CUDA:
@@ -244,7 +247,20 @@ def choose_backend(request: pytest.FixtureRequest) -> str:
 
     for module in (backend, divergence):
         request.getfixturevalue("monkeypatch").setattr(module, "triton_applies", lambda *_: False)
+    if request.param == "native":
+        if CUDA or not LIBRARY.loaded:
+            pytest.skip("needs CPU tensors" if CUDA else f"needs the native library: {LIBRARY.reason}")
+        return "native"
+    request.getfixturevalue("monkeypatch").setattr(backend, "native_applies", lambda *_: False)
     return "torch"
+
+
+def use_native_cuda(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:
+    """The native library's function in place of a Triton module's; skips where it cannot run."""
+    if not CUDA or cuda_trouble(0):
+        pytest.skip(f"needs the native library on a GPU: {cuda_trouble(0) if CUDA else 'there is none'}")
+    triton_module = importlib.import_module(f"compact_kernels.{module}")
+    monkeypatch.setattr(triton_module, function, getattr(native_cuda, function))
 
 
 def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from compact_kernels import Ragged, question_affinity, question_consensus
+from tests.head_cases import use_native_cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def launch(request, triton_kernels, monkeypatch) -> None:
+    """Who computes: Triton, or the native library where there is a GPU."""
+    if request.param == "cuda":
+        use_native_cuda(monkeypatch, "consensus", "in_degree")
 
 
 def make_ragged(counts: tuple[int, ...]) -> Ragged:

@@ -29,7 +29,7 @@ from tests.head_cases import (
 )
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=["triton", "native", "torch"])
 def backend(request) -> str:
     return choose_backend(request)
 

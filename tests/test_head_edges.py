@@ -36,7 +36,7 @@ from tests.head_cases import (
 INF = math.inf
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=["triton", "native", "torch"])
 def backend(request) -> str:
     return choose_backend(request)
 

@@ -120,6 +120,10 @@ def test_a_second_bootstrap_installs_nothing_and_no_install_may_move_torch(boots
     (tmp_path / "pyproject.toml").write_text("changed")
     bootstrap.set_up({"eval", "plot"})
     assert len(calls) == 3
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "rows.cpp").write_text("changed")  # the native library is built anew
+    bootstrap.set_up({"eval", "plot"})
+    assert len(calls) == 4
 
 
 def test_bootstrap_installs_the_pinned_torch_where_there_is_none(bootstrap, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compact_kernels import Ragged, compatibility_loss
-from compact_kernels.head import planner
+from compact_kernels.head import backend, planner
 from compact_kernels.head.planner import Chunk
 
 LAYOUTS = [(1,), (7,), (3, 3, 3, 3), (1, 9, 1, 1, 9, 2), (40, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 40), ()]
@@ -142,9 +142,9 @@ def test_no_more_logits_exist_than_the_workspace_holds(layout, wants, given, mon
     seen = []
 
     def measured(function: Any) -> Any:
-        def buffer(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-            seen.append(rows * columns * like.element_size())
-            return function(rows, columns, like)
+        def buffer(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            seen.append(rows * columns * dtype.itemsize)
+            return function(rows, columns, like, dtype)
 
         return buffer
 
@@ -152,6 +152,7 @@ def test_no_more_logits_exist_than_the_workspace_holds(layout, wants, given, mon
         seen.append(x.shape[0] * vocabulary * x.element_size())
         plain(x, *arguments)
 
+    monkeypatch.setattr(backend, "native_applies", lambda *_: False)
     plain = torch_rows.statistics
     monkeypatch.setattr(torch_rows, "statistics", statistics)
     for module in (tokens, weighted):

@@ -10,12 +10,19 @@ import torch
 
 from compact_kernels import AdaptabilityOptions, CompatibilityRule, Ragged, Statistics, TokenStatistics
 from compact_kernels.rule import segment_sum, sequence_adaptability, sequence_of_row
+from tests.head_cases import use_native_cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("triton_kernels")
 COUNTS = (3, 1, 5, 2)
 LONGEST = 700 if DEVICE == "cuda" else 90
 IGNORED = -100
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def launch(request, triton_kernels, monkeypatch) -> None:
+    """Who decides: Triton, or the native library where there is a GPU."""
+    if request.param == "cuda":
+        use_native_cuda(monkeypatch, "rule_triton", "decide")
 
 
 def make(counts: tuple[int, ...] = COUNTS, seed: int = 0, longest: int = LONGEST) -> tuple[Ragged, dict[str, Any]]:

@@ -24,7 +24,10 @@ class LinearHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(…, D) to logits (…, V) in at least float32."""
-        logits = F.linear(hidden, self.weight, self.bias)
+        return self.of_raw(F.linear(hidden, self.weight, self.bias))
+
+    def of_raw(self, logits: Tensor) -> Tensor:
+        """h Wᵀ + b to logits in at least float32."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -47,6 +50,13 @@ class LinearHead:
     def numbers(self) -> list[float]:
         """Logit scale, softcap (0: none) and temperature."""
         return [float(self.logit_scale), float(self.softcap or 0.0), float(self.temperature)]
+
+    @property
+    def natural(self) -> tuple[float, float]:
+        """(inner, outer): z is raw·inner and outer 0, or with a softcap tanh(raw·inner)·outer."""
+        if self.softcap is None:
+            return self.slope, 0.0
+        return self.logit_scale / self.softcap, self.softcap / self.temperature
 
     @property
     def base2(self) -> tuple[float, float]:

@@ -30,22 +30,34 @@ def rows_that_fit(workspace_mib: int, vocabulary: int, dtype: torch.dtype) -> in
 
 
 def weighted_chunks(
-    ragged: Ragged, vocabulary: int, dtype: torch.dtype, workspace_mib: int, *, given: bool, divergence: bool
+    ragged: Ragged,
+    vocabulary: int,
+    dtype: torch.dtype,
+    workspace_mib: int,
+    *,
+    given: bool,
+    divergence: bool,
+    pays_mib: int | None = None,
 ) -> tuple[Chunk, ...] | None:
     """The chunks of a pass that decides α as it goes; None if it has to see the whole batch before any gradient.
 
     Args:
+        workspace_mib: what the logits of a chunk may take.
         given: α is known beforehand: any rows may share a chunk. Otherwise it takes whole questions.
         divergence: the divergence of a question's answers is taken along, which takes whole questions too.
+        pays_mib: what logits need to take for speed; only a question that has more rows makes a larger chunk.
     """
     if (
         dtype == torch.float16
     ):  # cannot hold unnormalised probabilities: gradient rows are made once their sum is known
         return None
     capacity = rows_that_fit(workspace_mib, vocabulary, dtype)
+    pays = capacity if pays_mib is None else rows_that_fit(pays_mib, vocabulary, dtype)
     if given and not divergence:
-        return row_chunks(ragged.num_rows, capacity)
-    return question_chunks(ragged, capacity)
+        return row_chunks(ragged.num_rows, min(capacity, pays))
+    ends = _question_ends(ragged)
+    largest = max((last - first for first, last in zip(ends, ends[1:])), default=0)
+    return question_chunks(ragged, min(capacity, max(pays, largest)))
 
 
 def row_chunks(num_rows: int, capacity: int, multiple: int = 256) -> tuple[Chunk, ...]:
@@ -61,8 +73,7 @@ def row_chunks(num_rows: int, capacity: int, multiple: int = 256) -> tuple[Chunk
 
 def question_chunks(ragged: Ragged, capacity: int) -> tuple[Chunk, ...] | None:
     """Even chunks of whole questions with at most `capacity` rows each; None if one question has more."""
-    sizes = ragged.sizes
-    ends = [sizes.cu_rows[rationale] for rationale in sizes.cu_questions]  # rows before each question, (Q+1,)
+    ends = _question_ends(ragged)
     if any(last - first > capacity for first, last in zip(ends, ends[1:])):
         return None
     count = -(-ends[-1] // capacity)
@@ -77,6 +88,12 @@ def question_chunks(ragged: Ragged, capacity: int) -> tuple[Chunk, ...] | None:
             chunks.append(Chunk(ends[start], ends[question], start, question))
             start = question
     return tuple(chunks)
+
+
+def _question_ends(ragged: Ragged) -> list[int]:
+    """Rows before each question, and all, (Q+1,)."""
+    sizes = ragged.sizes
+    return [sizes.cu_rows[rationale] for rationale in sizes.cu_questions]
 
 
 def vocabulary_blocks(vocabulary: int, num_rows: int, workspace_mib: int, dtype: torch.dtype) -> list[tuple[int, int]]:

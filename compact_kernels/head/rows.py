@@ -64,13 +64,21 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"{op} has no second derivative: its backward pass cannot run under create_graph=True")
 
 
-def row_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+def row_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (rows, V) matrix whose rows start at multiples of 128 bytes."""
-    return like.new_empty(rows, -(-vocabulary // 64) * 64)[:, :vocabulary]
+    return like.new_empty(rows, -(-vocabulary // 64) * 64, dtype=dtype or like.dtype)[:, :vocabulary]
+
+
+CONVERTED_ROWS = 8192  # of a matrix that are converted at a time where a product's factors differ in dtype
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """a @ b in float32 (float64 for float64 input), written to or added to `out` if given."""
+    """a @ b in float32 (float64 for float64 input), written to or added to `out` if given.
+
+    A float32 `a` may meet a `b` of another dtype, which is converted a part at a time.
+    """
+    if a.dtype != b.dtype:
+        return _converted_product(a, b, out, accumulate)
     if a.dtype in (torch.float32, torch.float64):
         if out is None:
             return a @ b
@@ -83,5 +91,16 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = 
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     result = (a @ b).float()  # CPUs have no such product; theirs accumulates in float32 and rounds once
     if out is None:
+        return result
+    return out.add_(result) if accumulate else out.copy_(result)
+
+
+def _converted_product(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    result = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
+    for first in range(0, b.shape[0], CONVERTED_ROWS):
+        part = slice(first, first + CONVERTED_ROWS)
+        beta = float(first > 0 or (accumulate and result is out))
+        torch.addmm(result, a[:, part], b[part].to(a.dtype), beta=beta, out=result)
+    if out is None or result is out:
         return result
     return out.add_(result) if accumulate else out.copy_(result)

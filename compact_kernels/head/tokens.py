@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compact_kernels.head.backend import backend_for, logits_mib
+from compact_kernels.head.backend import backend_for, paying_mib
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import row_chunks, rows_that_fit, vocabulary_blocks
 from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
@@ -37,11 +37,11 @@ class TokenPass:
         """Statistics of the rows x (n, D), and if `keep` the gradient of each row's −log-prob, (n, D)."""
         head, x_d = self.head.in_dtype(weight, bias, self.dtype), in_rows(x, self.dtype)
         backend = backend_for(x, self.dtype)
-        workspace = logits_mib(backend, self.workspace_mib, self.dtype)
+        workspace = paying_mib(backend, self.workspace_mib, self.dtype)
         chunks = row_chunks(x.shape[0], rows_that_fit(workspace, head.vocabulary, self.dtype))
         kept = x.new_empty(x.shape) if keep else None
         size = max((chunk.last - chunk.first for chunk in chunks), default=0)
-        buffer = row_buffer(size, head.vocabulary, x_d) if keep else None
+        buffer = row_buffer(size, head.vocabulary, x_d, backend.buffer_dtype(self.dtype)) if keep else None
         table = RowStatistics.table(x.shape[0], x)
         for chunk in chunks:
             x_c, targets = x_d[chunk.rows], self.targets[chunk.rows]
@@ -87,17 +87,18 @@ class TokenPass:
         grad_x = torch.zeros(x.shape, dtype=sum_dtype, device=x.device) if wants_x else None
         grad_weight = weight.new_empty(weight.shape) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
-        ones = x_d.new_ones(1, x.shape[0])
-        workspace = logits_mib(backend, self.workspace_mib, self.dtype)
+        workspace = paying_mib(backend, self.workspace_mib, self.dtype)
         blocks = vocabulary_blocks(head.vocabulary, x.shape[0], workspace, self.dtype)
-        buffer = row_buffer(x.shape[0], max(last - first for first, last in blocks), x_d)
+        width = max(last - first for first, last in blocks)
+        buffer = row_buffer(x.shape[0], width, x_d, backend.buffer_dtype(self.dtype))
+        ones = buffer.new_ones(1, x.shape[0])
         for first, last in blocks:
             block = buffer[:, : last - first]
             backend.gradient_block(x_d, head, self.targets, rows, slope, curve, at_target, first, block)
             if grad_x is not None:
                 product(block, head.weight[first:last], out=grad_x, accumulate=True)
             if grad_weight is not None:
-                if grad_weight.dtype == self.dtype:
+                if grad_weight.dtype == block.dtype == x_d.dtype:
                     torch.mm(block.t(), x_d, out=grad_weight[first:last])
                 else:
                     product(block.t(), x_d, out=grad_weight[first:last])

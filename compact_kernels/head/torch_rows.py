@@ -7,13 +7,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compact_kernels import native_cuda
 from compact_kernels import weighting as weighting_module
+from compact_kernels.dispatch import native_cuda_applies
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics, product
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
+
+CHUNK_MIB = 1 << 30  # the more logits at once, the better
+
+
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits and gradient rows are held in, where the head computes in `dtype`."""
+    return dtype
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
@@ -160,6 +169,10 @@ def decide(
     chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled, out: Decision
 ) -> None:
     """Write the decision about the chunk's questions into that of the batch."""
+    if tokens.logprob.dtype == torch.float32 and native_cuda_applies(tokens.logprob):
+        first, last, options = chunk.first_question, chunk.last_question, weighting.for_one_launch
+        native_cuda.decide(first, last, ragged, tokens.logprob, tokens.evidence, targets, **options, out=out)
+        return
     part = ragged.questions(chunk.first_question, chunk.last_question)
     questions = ragged.sizes.cu_questions
     rationales = slice(questions[chunk.first_question], questions[chunk.last_question])

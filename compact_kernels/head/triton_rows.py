@@ -12,13 +12,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compact_kernels import divergence_triton, rule_triton
+from compact_kernels import divergence_triton, native_cuda, rule_triton
+from compact_kernels.dispatch import native_cuda_applies
 from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics, product
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import CompatibilityRule, TokenStatistics
+from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
 
 LN2 = math.log(2.0)
@@ -47,6 +48,14 @@ def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return 4 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+CHUNK_MIB = 1 << 30  # the more logits at once, the better
+
+
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits and gradient rows are held in, where the head computes in `dtype`."""
+    return dtype
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
@@ -226,23 +235,9 @@ def decide(
     chunk: Chunk, tokens: TokenStatistics, targets: Tensor, ragged: Ragged, weighting: Settled, out: Decision
 ) -> None:
     """Write the decision about the chunk's questions into that of the batch, in one launch."""
-    rule_triton.decide(
-        chunk.first_question,
-        chunk.last_question,
-        ragged,
-        tokens.logprob,
-        tokens.evidence,
-        targets,
-        rule=weighting.rule if isinstance(weighting.rule, CompatibilityRule) else None,
-        options=weighting.adaptability,
-        consensus=weighting.consensus,
-        difficulty_reference=weighting.difficulty_reference,
-        normalizer=weighting.normalizer,
-        divide_by_targets=weighting.divide_by_targets,
-        ignore_index=weighting.ignore_index,
-        weights=weighting.weights,
-        out=out,
-    )
+    launch = native_cuda.decide if native_cuda_applies(tokens.logprob) else rule_triton.decide
+    first, last, options = chunk.first_question, chunk.last_question, weighting.for_one_launch
+    launch(first, last, ragged, tokens.logprob, tokens.evidence, targets, **options, out=out)
 
 
 def folds_divergence(head: LinearHead) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels import arguments
-from compact_kernels.head.backend import backend_for, logits_mib
+from compact_kernels.head.backend import backend_for, logits_mib, paying_mib
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk, weighted_chunks
 from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
@@ -50,8 +50,10 @@ class WeightedPass:
             return self._whole_batch(backend, hidden, weight, bias, wanted)
         folded = bool(self.weighting.divergence_weight) and backend.folds_divergence(self.head)
         workspace = logits_mib(backend, self.workspace_mib, self.dtype)
-        sizes = {"given": given, "divergence": folded}
-        chunks = weighted_chunks(self.ragged, weight.shape[0], self.dtype, workspace, **sizes)
+        pays = paying_mib(backend, self.workspace_mib, self.dtype)
+        chunks = weighted_chunks(
+            self.ragged, weight.shape[0], self.dtype, workspace, given=given, divergence=folded, pays_mib=pays
+        )
         if chunks is None:
             return self._whole_batch(backend, hidden, weight, bias, wanted)
         return self._by_chunk(backend, hidden, weight, bias, wanted, chunks, folded)
@@ -71,7 +73,8 @@ class WeightedPass:
         x = in_rows(self._rows(hidden), self.dtype)
         answers = Answers.of_batch(ragged)
         table = RowStatistics.table(ragged.num_rows, x)
-        buffer = row_buffer(max((chunk.last - chunk.first for chunk in chunks), default=0), head.vocabulary, x)
+        most = max((chunk.last - chunk.first for chunk in chunks), default=0)
+        buffer = row_buffer(most, head.vocabulary, x, backend.buffer_dtype(self.dtype))
 
         def statistics(chunk: Chunk) -> None:
             targets, stored = self.targets[chunk.rows], buffer[: chunk.last - chunk.first]
@@ -83,7 +86,7 @@ class WeightedPass:
             statistics(chunk)
         weighting = settled(self.weighting, self.targets, ragged, table.dtype)
         decision, divergence = self._room_for_decision(weighting, table)
-        gradients = self._room_for_gradients(hidden, weight, bias, wanted, len(chunks))
+        gradients = self._room_for_gradients(hidden, weight, bias, wanted, buffer.dtype if len(chunks) == 1 else None)
         rows = RowStatistics(*table.unbind())
         for i, chunk in enumerate(chunks):
             if i > 0:
@@ -100,8 +103,10 @@ class WeightedPass:
                 place = None if every_row else ragged.rows[chunk.rows]
                 backend.scale_rows(unscaled, weight_c, inverse, head.slope, out, place)
             if gradients.weight is not None:
-                scaled = backend.scale_rows(x_c, weight_c, inverse, head.slope, torch.empty_like(x_c))
-                if len(chunks) == 1 and gradients.weight.dtype == self.dtype:
+                scaled = backend.scale_rows(
+                    x_c, weight_c, inverse, head.slope, torch.empty_like(x_c, dtype=buffer.dtype)
+                )
+                if len(chunks) == 1 and gradients.weight.dtype == buffer.dtype:
                     torch.mm(rows_c.t(), scaled, out=gradients.weight)
                 elif i == len(chunks) - 1 and weight.dtype == self.dtype != gradients.weight.dtype:
                     summed = backend.last_product(rows_c, scaled, gradients.weight, weight.dtype)
@@ -109,7 +114,7 @@ class WeightedPass:
                 else:
                     product(rows_c.t(), scaled, out=gradients.weight, accumulate=i > 0)
             if gradients.bias is not None:
-                factor = (weight_c * inverse * head.slope).to(self.dtype)[None]
+                factor = (weight_c * inverse * head.slope).to(buffer.dtype)[None]
                 product(factor, rows_c, out=gradients.bias, accumulate=i > 0)
         if not chunks:  # not one scored row
             for gradient in gradients:
@@ -181,14 +186,18 @@ class WeightedPass:
         return decision, table.new_zeros(self.ragged.num_questions)
 
     def _room_for_gradients(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool], chunks: int
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        alone: torch.dtype | None,
     ) -> Gradients:
-        """One chunk's product is rounded once, to the weight's dtype; several add up in float32."""
+        """One chunk's product, `alone` in its dtype, is rounded once, to the weight's; several add up in float32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        alone = chunks == 1 and weight.dtype == self.dtype
         return Gradients(
             torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None,
-            weight.new_empty(weight.shape, dtype=self.dtype if alone else dtype) if wanted[1] else None,
+            weight.new_empty(weight.shape, dtype=alone if weight.dtype == alone else dtype) if wanted[1] else None,
             weight.new_empty(1, weight.shape[0], dtype=dtype) if wanted[2] else None,
         )
 

@@ -1,0 +1,122 @@
+"""Loads the native library (csrc/, built by setup.py); says what is there and why not.
+
+Set COMPACT_KERNELS_NATIVE=0 to do without. Whatever is wrong with the library, the ops still work, in plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+REPAIR = "install this package again to build it anew; until then plain torch computes"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What became of the library."""
+
+    loaded: bool
+    reason: str = ""  # why it is not loaded
+    cuda: bool = False  # its CUDA part is there
+    record: dict[str, Any] = field(default_factory=dict)  # what the build wrote down
+
+
+def source_digest(sources: Path) -> str:
+    """As in setup.py."""
+    digest = hashlib.sha256()
+    for path in sorted(sources.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(sources.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def load(folder: Path = FOLDER) -> Library:
+    """Load the library of a folder; one warning if there is one that cannot be used."""
+    path, note = folder / "_native.so", folder / "_native.json"
+    if os.environ.get("COMPACT_KERNELS_NATIVE") == "0":
+        return Library(False, "COMPACT_KERNELS_NATIVE is 0 in the environment")
+    try:
+        record = json.loads(note.read_text()) if note.exists() else {}
+    except ValueError:
+        record = {}
+    if not path.exists():
+        reason = record.get("not_built") or "it was not built: install the package, or python setup.py build_ext -i"
+        return Library(False, reason, record=record)
+    reason = _mismatch(folder, record) or _open(path, record)
+    if reason:
+        warnings.warn(f"compact_kernels' native library is left aside: {reason}; {REPAIR}", stacklevel=2)
+        return Library(False, reason, record=record)
+    return Library(True, cuda="cuda_archs" in record, record=record)
+
+
+def _mismatch(folder: Path, record: dict[str, Any]) -> str:
+    """Why a library cannot fit, as far as that is known without opening it."""
+    here = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if here and (int(here[1]), int(here[2])) < OLDEST_TORCH:
+        return f"it needs torch 2.11 or newer, this is {torch.__version__}"
+    sources = folder.parent / "csrc"
+    if sources.is_dir() and record.get("sources") != source_digest(sources):
+        return f"{sources} has changed since it was built"
+    return ""
+
+
+def _open(path: Path, record: dict[str, Any]) -> str:
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        words = (str(error).splitlines() or ["no message"])[0]
+        made = record.get("torch", "unknown")
+        return f"it was built with torch {made}, and torch {torch.__version__} cannot load it ({words})"
+    return ""
+
+
+LIBRARY = load()
+
+
+@functools.cache
+def cuda_trouble(device: int) -> str:
+    """Why the library's CUDA part cannot run on a device; empty if it can."""
+    if not LIBRARY.loaded:
+        return "the native library is not loaded"
+    if not LIBRARY.cuda:
+        return LIBRARY.record.get("no_cuda", "the library was built without its CUDA part")
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return torch.ops.compact_native.cuda_trouble(device)
+
+
+if LIBRARY.loaded:  # what they write is an argument: in a traced graph there is nothing to make
+
+    @torch.library.register_fake("compact_native::row_statistics")
+    def _(z, targets, bias, answer_ids, cu_answers, cu_rows, inner, outer, ignore_index, table, first_row, store):
+        return None
+
+    @torch.library.register_fake("compact_native::answer_divergence")
+    def _(
+        rows, sums, cu_questions, cu_span, alpha, first_question, last_question, first_row, jsd, per_question, scores,
+        gain,
+    ):  # fmt: skip
+        return None
+
+    @torch.library.register_fake("compact_native::decide_questions")
+    def _(*arguments):
+        return None
+
+    @torch.library.register_fake("compact_native::question_in_degree")
+    def _(query, key, cu_questions, scale, most_rationales, degree):
+        return None
+
+    @torch.library.register_fake("compact_native::gradient_block")
+    def _(z, targets, bias, inner, outer, pivot, slope, curve, target_gradient, first_column):
+        return None

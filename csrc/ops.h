@@ -1,0 +1,47 @@
+// What registration.cpp registers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace compact {
+
+using torch::stable::Tensor;
+
+void row_statistics(
+    Tensor z, Tensor targets, std::optional<Tensor> bias, std::optional<Tensor> answer_ids,
+    std::optional<Tensor> cu_answers, std::optional<Tensor> cu_rows, double inner, double outer, int64_t ignore_index,
+    Tensor table, int64_t first_row, bool store);
+
+void gradient_block(
+    Tensor z, Tensor targets, std::optional<Tensor> bias, double inner, double outer, Tensor pivot, Tensor slope,
+    std::optional<Tensor> curve, Tensor target_gradient, int64_t first_column);
+
+void answer_divergence(
+    Tensor rows, Tensor sums, Tensor cu_questions, Tensor cu_span, Tensor alpha, int64_t first_question,
+    int64_t last_question, int64_t first_row, bool jsd, Tensor per_question, Tensor scores,
+    std::optional<Tensor> gain);
+
+std::string cpu_capability();
+
+// The CUDA part, where it is built.
+
+void decide_questions(
+    Tensor logprob, Tensor evidence, Tensor targets, Tensor thinking, Tensor cu_questions, Tensor cu_rows, Tensor body,
+    std::optional<Tensor> consensus, std::optional<Tensor> reference, std::optional<Tensor> weights,
+    Tensor normalizer, Tensor alpha, Tensor adaptability, Tensor difficulty, Tensor counted, Tensor row_weight,
+    int64_t first_question, int64_t last_question, int64_t ignore_index, double beta_adaptability,
+    double beta_consensus, double beta_difficulty, double temperature, double epsilon, bool body_only,
+    bool per_body_token, bool per_target);
+
+void question_in_degree(
+    Tensor query, Tensor key, Tensor cu_questions, double scale, int64_t most_rationales, Tensor degree);
+
+std::string cuda_trouble(int64_t device);
+
+}  // namespace compact

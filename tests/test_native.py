@@ -1,0 +1,301 @@
+"""The native library: what loads, what is refused in one sentence, and each op against its definition in float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from compact_kernels import Ragged, answer_divergence, native
+from compact_kernels.dispatch import native_applies, native_cuda_applies
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS_LIBRARY = pytest.mark.skipif(not native.LIBRARY.loaded, reason=native.LIBRARY.reason or "loaded")
+OPS = torch.ops.compact_native
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_library_the_reason_is_the_builds_own(tmp_path):
+    (tmp_path / "_native.json").write_text(json.dumps({"not_built": "there is no C++ compiler"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its absence is not worth one
+        assert native.load(tmp_path) == native.Library(
+            False, "there is no C++ compiler", record={"not_built": "there is no C++ compiler"}
+        )
+        assert "not built" in native.load(tmp_path / "nowhere").reason
+
+
+def test_a_library_that_torch_cannot_load_is_left_aside_with_one_sentence(tmp_path):
+    (tmp_path / "_native.so").write_bytes(b"not a library")
+    (tmp_path / "_native.json").write_text(json.dumps({"torch": "2.99.0"}))
+    with pytest.warns(UserWarning, match=r"left aside: it was built with torch 2\.99\.0.*install this package again"):
+        library = native.load(tmp_path)
+    assert not library.loaded and "\n" not in library.reason
+
+
+def test_a_library_of_other_sources_or_an_older_torch_is_not_opened(tmp_path, monkeypatch):
+    folder = tmp_path / "compact_kernels"
+    folder.mkdir()
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "ops.h").write_text("// changed")
+    (folder / "_native.so").write_bytes(b"not a library")
+    (folder / "_native.json").write_text(json.dumps({"sources": "0" * 64}))
+    with pytest.warns(UserWarning, match="csrc has changed since it was built"):
+        assert not native.load(folder).loaded
+    monkeypatch.setattr(torch, "__version__", "2.10.1")
+    with pytest.warns(UserWarning, match=r"needs torch 2\.11 or newer, this is 2\.10\.1"):
+        assert not native.load(folder).loaded
+
+
+def test_the_switch_turns_it_off_and_the_ops_still_work():
+    code = """
+import torch
+from compact_kernels import linear_logprob, native
+from compact_kernels.head import backend, torch_rows
+assert not native.LIBRARY.loaded and "COMPACT_KERNELS_NATIVE" in native.LIBRARY.reason
+assert backend.backend_for(torch.zeros(1)) is torch_rows
+print(linear_logprob(torch.ones(2, 3), torch.eye(3), torch.tensor([0, 1]))[0].tolist())
+"""
+    result = python(code, COMPACT_KERNELS_NATIVE="0", TRITON_INTERPRET="0")
+    assert result.returncode == 0 and "-1.09" in result.stdout, result.stderr
+
+
+def test_info_says_what_is_there_and_which_way_each_op_takes():
+    result = subprocess.run([sys.executable, "-m", "compact_kernels.info"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    for word in ("torch:", "native library:", "cpu float32:", "divergence:", str(torch.__version__)):
+        assert word in result.stdout
+    assert (native.LIBRARY.reason or "_native.so") in result.stdout
+
+
+def test_the_build_and_the_loader_agree_on_what_the_sources_are():
+    code = f"""
+import runpy, setuptools
+setuptools.setup = lambda **_: None
+print(runpy.run_path({str(ROOT / "setup.py")!r})["source_digest"]())
+"""
+    result = python(code)
+    if "No module named 'setuptools'" in result.stderr:
+        pytest.skip("setuptools is not installed here")
+    assert result.stdout.strip() == native.source_digest(ROOT / "csrc"), result.stderr
+
+
+def test_a_build_that_cannot_be_says_why_and_is_no_failure(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "compact_kernels").mkdir()
+    (tmp_path / "compact_kernels" / "__init__.py").touch()
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"]
+    for variables, reason in (
+        ({"COMPACT_KERNELS_NATIVE": "0"}, "COMPACT_KERNELS_NATIVE was 0"),
+        ({"CXX": "/nowhere/c++"}, "/nowhere/c++ cannot be run"),
+    ):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **variables})
+        if "No module named 'setuptools'" in result.stderr:
+            pytest.skip("setuptools is not installed here")
+        assert result.returncode == 0, result.stderr
+        built = tmp_path / "lib" / "compact_kernels"
+        assert reason in json.loads((built / "_native.json").read_text())["not_built"]
+        assert not (built / "_native.so").exists()
+
+
+# ---- ops on CPUs ------------------------------------------------------------------------------------------------
+
+
+def statistics_arguments(dtype: torch.dtype, outer: float = 0.0, vocabulary: int = 5003) -> list[object]:
+    """Rows with a confident token, an ignored one, forbidden tokens and answers of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(7, vocabulary + 13, generator=generator)[:, :vocabulary] * 3
+    targets = torch.randint(vocabulary, (7,), generator=generator)
+    targets[3] = -100
+    z[1, targets[1]] = 60.0
+    z[2, :50] = -float("inf")
+    targets[2] = 60
+    ids = torch.tensor([5, 4000, 61])
+    bias = torch.randn(vocabulary, generator=generator)
+    table = torch.full((10, 9), float("nan"))
+    offsets = [torch.tensor(cu, dtype=torch.int32) for cu in ([0, 2, 2, 3], [0, 3, 5, 9])]
+    return [z.to(dtype), targets, bias, ids, *offsets, 0.7, outer, -100, table, 2, True]
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("outer", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_statistics_are_those_of_its_softmax(dtype, outer):
+    arguments = statistics_arguments(dtype, outer)
+    z, targets, bias, ids, table = arguments[0], arguments[1], arguments[2], arguments[3], arguments[9]
+    raw = (z.double() + bias.double()) * 0.7
+    slope = 1 - raw.tanh().square() if outer else torch.ones_like(raw)
+    logp = ((raw.tanh() * outer) if outer else raw).log_softmax(-1)
+    OPS.row_statistics(*arguments)
+    p, rows, counted = logp.exp(), torch.arange(7), targets != -100
+    gradient = p.index_put((rows, targets.clamp_min(0)), p[rows, targets.clamp_min(0)] - 1)
+    asked = [ids[:2]] + [ids[:0]] * 2 + [ids[2:]] * 4  # rows 2 … 8 of rationales [0, 3), [3, 5), [5, 9)
+    evidence = torch.stack([logp[i, a].mean() if len(a) else logp.new_zeros(()) for i, a in enumerate(asked)])
+    wanted = [
+        logp[rows, targets.clamp_min(0)].where(counted, 0.0),
+        torch.special.entr(p).sum(-1),
+        evidence,
+        gradient.norm(dim=-1).where(counted, 0.0),
+    ]
+    assert table[:, :2].isnan().all() and not table[:, 2:].isnan().any()
+    for actual, truth in zip(table[:4, 2:].double(), wanted):
+        torch.testing.assert_close(actual, truth, rtol=3e-6, atol=1e-6)
+    stored = z.double() * table[5, 2:, None]
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    difference = (stored - gradient * slope)[counted].abs()
+    assert bool((difference <= rounding * (gradient * slope)[counted].abs() + 1e-7).all())
+    confident = table[:, 3].double()  # row 1: 1 − p without cancellation
+    if not outer:
+        others = p[1].index_fill(0, targets[1], 0.0).sum()
+        torch.testing.assert_close(confident[4], others, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(confident[0], -others, rtol=1e-5, atol=0.0)
+
+
+@NEEDS_LIBRARY
+def test_any_cpu_gives_what_avx2_gives():
+    code = """
+import torch
+from compact_kernels import native
+from tests.test_native import statistics_arguments
+arguments = statistics_arguments(torch.float32, 3.0)
+torch.ops.compact_native.row_statistics(*arguments)
+torch.save((torch.ops.compact_native.cpu_capability(), arguments[9], arguments[0]), "{path}")
+"""
+    arguments = statistics_arguments(torch.float32, 3.0)
+    OPS.row_statistics(*arguments)
+    with tempfile.NamedTemporaryFile() as file:
+        result = python(code.replace("{path}", file.name), ATEN_CPU_CAPABILITY="default")
+        assert result.returncode == 0, result.stderr
+        capability, table, z = torch.load(file.name, weights_only=True)
+    assert capability == "any"
+    torch.testing.assert_close(table, arguments[9], rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(z, arguments[0], rtol=1e-5, atol=1e-6)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads):
+    before = torch.get_num_threads()
+    expected = statistics_arguments(torch.float32)
+    OPS.row_statistics(*expected)
+    try:
+        torch.set_num_threads(threads)
+        arguments = statistics_arguments(torch.float32)
+        OPS.row_statistics(*arguments)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(arguments[9][:, 2:], expected[9][:, 2:]) and torch.equal(arguments[0], expected[0])
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["kl", "jsd"])
+def test_the_divergence_and_its_gradient_are_those_of_float64(kind, dtype):
+    spans = ((2, 2, 2), (3,), (2, 1, 2, 0), (0, 0), (1, 2, 2, 1))
+    lengths = [length for question in spans for length in question]
+    ragged = Ragged.build(
+        sequence_lengths=[length + 3 for length in lengths],
+        prompt_lengths=[1] * len(lengths),
+        rationales_per_question=[len(question) for question in spans],
+        answer_spans=[(1, length) for length in lengths],
+    )
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(int(ragged.cu_seqlens[-1]), 9, generator=generator).to(dtype).double()
+    weight = torch.randn(700, 9, generator=generator).to(dtype).double()
+    bias = torch.randn(700, generator=generator).to(dtype).double()
+    bias[:3] = -float("inf")  # forbidden to all
+    alpha = torch.rand(len(lengths), generator=generator)
+    alpha[1] = 0
+    upstream = torch.rand(len(spans), generator=generator)
+    results = []
+    for precision in (torch.float64, dtype):
+        leaves = [tensor.to(precision).detach().requires_grad_() for tensor in (hidden, weight, bias)]
+        assert native_applies(leaves[0]) == (precision == dtype)
+        value = answer_divergence(*leaves[:2], ragged, alpha, kind=kind, bias=leaves[2], softcap=None)
+        gradients = torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+        results.append([tensor.double() for tensor in (value, *gradients)])
+    for truth, actual in zip(*results):
+        torch.testing.assert_close(actual, truth, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=3e-5)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (1, torch.full((7,), 5003), r"targets\[0\] is 5003.*V = 5003"),
+        (1, torch.zeros(6, dtype=torch.int64), "one a row"),
+        (2, torch.zeros(5002), r"bias is float32, \(V,\)"),
+        (3, torch.tensor([5, -1, 61]), r"answer_ids\[1\] is -1"),
+        (4, torch.tensor([0, 2, 2, 9], dtype=torch.int32), "not offsets"),
+        (9, torch.zeros(10, 8), "room for rows 2 to 9"),
+        (0, torch.zeros(7, 5003, dtype=torch.float64), "float32 or bfloat16"),
+    ],
+)
+def test_what_would_touch_foreign_memory_is_refused(position, value, words):
+    arguments = statistics_arguments(torch.float32)
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.row_statistics(*arguments)
+
+
+@NEEDS_LIBRARY
+def test_the_ops_keep_what_torch_asks_of_ops():
+    arguments = statistics_arguments(torch.float32, vocabulary=70)
+    arguments[3] = torch.tensor([5, 40, 61])
+    arguments[9] = torch.zeros(10, 9)
+    torch.library.opcheck(OPS.row_statistics.default, arguments)
+    rows = [torch.rand(7) for _ in range(4)]
+    block = [torch.randn(7, 40), torch.randint(40, (7,)), None, 1.0, 0.0, *rows, 3]
+    torch.library.opcheck(OPS.gradient_block.default, block)
+    offsets = (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 2, 4], dtype=torch.int32))
+    divergence = (torch.rand(4, 30), torch.ones(4), *offsets, torch.rand(2), 0, 1, 0, False, torch.zeros(1))
+    torch.library.opcheck(OPS.answer_divergence.default, (*divergence, torch.zeros(4), None))
+
+
+# ---- on a GPU: the rule's and the consensus' own tests are test_rule_triton.py and test_consensus.py -----------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_cuda_ops_keep_what_torch_asks_of_ops_and_run_in_graphs():
+    from compact_kernels import native_cuda
+    from tests.test_rule_triton import make
+
+    if native.cuda_trouble(0):
+        pytest.skip(native.cuda_trouble(0))
+    ragged, tensors = make()
+    assert native_cuda_applies(tensors["logprob"]) and not native_cuda_applies(tensors["logprob"].double())
+    query, key = torch.randn(2, ragged.num_sequences, 3, 40, device="cuda")
+    degree = torch.zeros(ragged.num_sequences, device="cuda")
+    torch.library.opcheck(OPS.question_in_degree.default, (query, key, ragged.cu_questions, 0.1, 5, degree))
+    expected = native_cuda.in_degree(query, key, ragged)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # not torch's default one
+        other = native_cuda.in_degree(query, key, ragged)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = native_cuda.in_degree(query, key, ragged)
+    captured.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(other, expected) and torch.equal(captured, expected)
+    with pytest.raises(RuntimeError, match="on the device of the others"):
+        OPS.question_in_degree(query, key, ragged.cu_questions.cpu(), 0.1, 5, degree)
