@@ -177,6 +177,8 @@ class SampleGradNorms:
         self.head_name = ""
         self.head_embedding: TokenMember | None = None
         self.skipped: list[str] = []
+        self._cut: tuple[Ragged, Segments, Segments | None] | None = None
+        self._room: tuple[object, list[tuple[str, str, Tensor]], dict[int, list[str]]] | None = None
         self._counts: dict[int, int] = {}
         self._members: list[tuple[Any, nn.Module, list[str]]] = []
         self._families: list[Family] = []
@@ -193,10 +195,11 @@ class SampleGradNorms:
         """
         if self.segments is not None:
             raise RuntimeError("a batch is being recorded already: one forward pass and its backward at a time")
-        offsets = ragged.sizes
-        self.ragged = ragged
-        segments = Segments.of(ragged.cu_seqlens, offsets.cu_seqlens)
-        self.row_segments = Segments.of(ragged.cu_rows, offsets.cu_rows) if self.head_weight is not None else None
+        if self._cut is None or self._cut[0] is not ragged:  # a batch seen again, as in a CUDA graph, copies nothing
+            offsets = ragged.sizes
+            rows = Segments.of(ragged.cu_rows, offsets.cu_rows) if self.head_weight is not None else None
+            self._cut = ragged, Segments.of(ragged.cu_seqlens, offsets.cu_seqlens), rows
+        self.ragged, segments, self.row_segments = self._cut
         result = self._new(segments, ragged.device)
         self._counts.clear()
         self.segments = segments
@@ -374,21 +377,34 @@ class SampleGradNorms:
     # ---- a batch ----
 
     def _new(self, segments: Segments, device: torch.device) -> SampleNorms:
+        before = {name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
+        for family in self._families:
+            family.own = self._own_products(family, segments)
+        parts, count, slices = segments.tiles.shape[0], segments.count, segments.slices
+        shape = parts, count, slices, device, tuple(family.own for family in self._families)
+        if self._room is None or self._room[0] != shape:
+            self._room = shape, *self._slots(parts, count, slices, device)
+        _, slots, names = self._room
+        for _, _, slot in slots:
+            slot.grad = None
+        return SampleNorms(self, segments, slots, names, before)
+
+    def _slots(
+        self, parts: int, count: int, slices: int, device: torch.device
+    ) -> tuple[list[tuple[str, str, Tensor]], dict[int, list[str]]]:
+        """A leaf for whatever gives norms, with its group and kind, and the parameters behind each."""
         slots: list[tuple[str, str, Tensor]] = []
         names: dict[int, list[str]] = {}
-        parts = segments.tiles.shape[0]
-        count, slices = segments.count, segments.slices
 
         def new(owners: list[str], kind: str, dtype: torch.dtype, *sizes: int) -> Tensor:
             wide = torch.promote_types(dtype, torch.float32)
             slot = torch.empty((), dtype=wide, device=device).expand(sizes).requires_grad_()
-            slots.append((self.groups(owners[0]), kind, slot))
+            slots.append((self._group(owners[0]), kind, slot))
             names[id(slot)] = owners
             return slot
 
         for family in self._families:
             family.slots = [torch.empty(0)] * len(family.widths)
-            family.own = self._own_products(family, segments)
         for member, module, owners in self._members:
             dtype = module.weight.dtype  # type: ignore[union-attr]
             if isinstance(member, LinearMember):
@@ -412,9 +428,6 @@ class SampleGradNorms:
         if self.head_weight is not None:
             assert self.row_segments is not None
             self.head_slot = new([self.head_name], "parts", self.head_weight.dtype, 1, count)
-        before = {
-            name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None
-        }
         # The members of a family whose node another one opened have no gradient of their own in their slots.
         for family in self._families:
             mine = [names[id(slot)] for slot in family.slots if id(slot) in names]
@@ -422,7 +435,13 @@ class SampleGradNorms:
             for slot in family.slots:
                 if id(slot) in names:
                     names[id(slot)] = together
-        return SampleNorms(self, segments, slots, names, before)
+        return slots, names
+
+    def _group(self, name: str) -> str:
+        """A tied head is in its embedding's group."""
+        if self.head_embedding is not None and name == self.head_name:
+            name = next(names[0] for member, _, names in self._members if member is self.head_embedding)
+        return self.groups(name)
 
     def _own_products(self, family: Family, segments: Segments) -> bool:
         """Whether the family's layers make their weights' gradients themselves."""
