@@ -43,7 +43,7 @@ def gram_norms(
     tiles: Tensor,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """Σ_l ‖G_lᵀX‖² of every rationale, and ‖G_lᵀ1‖² of the first `biased` layers; without x of the biases alone.
+    """Σ_l ‖G_lᵀX‖² of every rationale, and ‖G_lᵀ1‖² of the first `biased` layers; without x ‖G_lᵀ1‖² of all.
 
     Args:
         x: input that the layers share. (T, D_in)
@@ -66,7 +66,7 @@ def gram_norms(
                 g = g * factor[a:b, None]
             if x is not None:
                 total = total + _squared(g, x[a:b])
-            if i < biased:
+            if i < biased or x is None:
                 total = total + g.sum(0).square().sum()
         out[first] = total
     return out

@@ -295,14 +295,14 @@ class SampleGradNorms:
                 continue
             if pair:
                 tied[id(module)] = places[1][1]
-                modules[places[1][1]] = places[1][0].rsplit(".", 1)[0]
-            modules[module] = first.rsplit(".", 1)[0]
+                modules[places[1][1]] = places[1][0].rpartition(".")[0]
+            modules[module] = first.rpartition(".")[0]
         heads = {id(head) for head in tied.values()}
         embeddings: dict[int, TokenMember] = {}
         linear: list[tuple[str, nn.Module]] = []
         head = _output_layer(model)
         for module, path in modules.items():
-            names = {key: f"{path}.{key}" for key, p in module.named_parameters(recurse=False) if p.requires_grad}
+            names = {name.rpartition(".")[2]: name for name in _trained(path, module)}
             reason = _reason(module)
             if reason is None and len({self.groups(name) for name in names.values()}) > 1 and id(module) not in heads:
                 reason = f"the layer's parameters {', '.join(names.values())} are in different groups"
@@ -331,7 +331,7 @@ class SampleGradNorms:
         self.skipped = sorted(reasons)
         families: dict[object, list[tuple[str, nn.Module]]] = {}
         for path, module in linear:
-            names = [f"{path}.{key}" for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+            names = _trained(path, module)
             if head is module:
                 self.head_weight, self.head_name = module.weight, names[0]  # type: ignore[assignment]
                 self.parameters[names[0]] = module.weight  # type: ignore[assignment]  # another name, if it is tied
@@ -363,7 +363,7 @@ class SampleGradNorms:
         family = Family(self, _widths(members[0][1])[0], widths, trains)
         self._families.append(family)
         for index, (path, module) in enumerate(members):
-            names = [f"{path}.{key}" for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+            names = _trained(path, module)
             member = LinearMember(family, index, not isinstance(module, nn.Linear), _own(module))
             self._install(module, member, layers.linear_forward, names)
 
@@ -481,6 +481,12 @@ def sample_grad_norms(model: nn.Module, ragged: Ragged, **options: Any) -> Itera
 def _own(module: nn.Module) -> Callable | None:
     """The forward that an instance was given, None where it is the class's."""
     return module.__dict__.get("forward")
+
+
+def _trained(path: str, module: nn.Module) -> list[str]:
+    """Names of the parameters of a module, and of no module inside it, that train."""
+    own = module.named_parameters(recurse=False)
+    return [f"{path}.{key}" if path else key for key, parameter in own if parameter.requires_grad]
 
 
 def _is_linear(module: nn.Module) -> bool:
