@@ -306,20 +306,18 @@ def _median(table: Tensor, offsets: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- noise scale
 
 
-def noise_scale(squared_norms: Tensor, total_squared: Tensor) -> tuple[Tensor, Tensor]:
-    """tr Σ and ‖G‖² of McCandlish et al. 2018, unbiased, in units of one rationale's gradient times S.
+def noise_scale(squared_norms: Tensor, total_squared: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """tr Σ and ‖G‖² of McCandlish et al. 2018, unbiased, from one step's gradient Σ_s g_s of S rationales.
 
-    Their ratio is the simple noise scale: the number of rationales at which noise and signal are level. Average both
-    over steps before dividing.
+    Their ratio is the simple noise scale: how many rationales a step needs for signal and noise to be level. Average
+    both over steps before dividing. Rationales are taken as equally weighted draws; α only approximately makes them so.
 
     Args:
-        squared_norms: of the S rationales' shares g_s of a step's gradient Σ g_s. (S,)
-        total_squared: ‖Σ g_s‖². ()
+        squared_norms: Σ_s ‖g_s‖². ()
+        total_squared: ‖Σ_s g_s‖². ()
+        count: S ≥ 2.
     """
-    count = squared_norms.numel()
     if count < 2:
         raise ValueError("the noise scale of a step needs two rationales at least")
-    one = squared_norms.sum() * count  # the mean of ‖S g_s‖²
-    trace = (one - total_squared) / (1 - 1 / count)
-    signal = (count * total_squared - one) / (count - 1)
-    return trace, signal
+    one = squared_norms * count  # the mean of ‖S g_s‖²
+    return (one - total_squared) / (1 - 1 / count), (count * total_squared - one) / (count - 1)

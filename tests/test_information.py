@@ -205,7 +205,7 @@ def test_the_noise_scale_recovers_what_was_put_in():
     traces, signals = [], []
     for seed in range(400):
         grads = (mean + sigma * normal(count, dim, seed=seed)) / count
-        trace, square = noise_scale(grads.square().sum(1), grads.sum(0).square().sum())
+        trace, square = noise_scale(grads.square().sum(), grads.sum(0).square().sum(), count)
         traces.append(trace)
         signals.append(square)
     torch.testing.assert_close(torch.stack(traces).mean(), torch.tensor(sigma**2 * dim).double(), rtol=0.02, atol=0)
