@@ -40,7 +40,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     unknown = set(parsed.heads) - {shape.label for shape in scale().heads}
     if unknown and not parsed.tiny:
         parser.error(f"--heads {' '.join(sorted(unknown))}: choose from {' '.join(s.label for s in scale().heads)}")
-    names = {contender.name for work in WORKS.values() for contender in work.contenders} | {"compact", *steps.ARMS, *norms.ARMS}
+    names = {contender.name for work in WORKS.values() for contender in work.contenders} | {
+        "compact",
+        *steps.ARMS,
+        *norms.ARMS,
+    }
     known = names | {name + ending for name in names for ending in MODES}
     if unknown := {*parsed.contenders, *parsed.without} - known:
         parser.error(f"no contender {' '.join(sorted(unknown))}: choose from {' '.join(sorted(names))}")

@@ -138,7 +138,9 @@ class CompactTrainer(DistillationMixin, Trainer):
 
     def _new_recorder(self, model: nn.Module) -> SampleGradNorms:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
-            what = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "fp16's loss scale"
+            what = (
+                "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "fp16's loss scale"
+            )
             raise UserError(f"gradients.norms: not measured under {what}; set it to off, or train under DDP in bf16")
         gradients = self.config.gradients
         try:

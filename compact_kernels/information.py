@@ -1,8 +1,8 @@
 """Mutual information between what the student holds at a token and the gold answer (method §7), and its controls.
 
-Along one rationale the answer is constant, so that dependence can only be seen across questions: every estimate here
-pairs states with answers over a batch and a queue of earlier questions, and leaves the own question out, whose teachers
-share one answer. Nothing waits for the device; memory goes with the number of pairs, not with its square.
+Along one rationale the answer is constant, so that dependence can only be seen across questions: every estimate pairs
+states with answers over a batch and a queue of earlier questions, and leaves out the own one, whose teachers share one
+answer. Nothing waits for the device; memory goes with the number of pairs, not with its square.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compact_kernels.rule import AdaptabilityOptions, question_of_sequence, segm
 BLOCK = 128  # rows of the kernels' matrices that exist at once
 
 
-# ------------------------------------------------------------------------------------------------- the proxy's controls
+# ------------------------------------------------------------------------------------------------ the proxy's controls
 
 
 class ProxyControls(NamedTuple):
@@ -158,7 +158,7 @@ def median_distance(x: Tensor, most: int = 256) -> Tensor:
     return torch.where(median > 0, median, 1.0)
 
 
-# ------------------------------------------------------------------------------------------------------ batch and queue
+# ----------------------------------------------------------------------------------------------------- batch and queue
 
 
 class Information(NamedTuple):
@@ -303,14 +303,15 @@ def _median(table: Tensor, offsets: Tensor) -> Tensor:
     return ordered.gather(1, middle[:, None]).squeeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------- noise scale
+# --------------------------------------------------------------------------------------------------------- noise scale
 
 
 def noise_scale(squared_norms: Tensor, total_squared: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """tr Σ and ‖G‖² of McCandlish et al. 2018, unbiased, from one step's gradient Σ_s g_s of S rationales.
 
     Their ratio is the simple noise scale: how many rationales a step needs for signal and noise to be level. Average
-    both over steps before dividing. Rationales are taken as equally weighted draws; α only approximately makes them so.
+    both over steps before dividing. Rationales are taken as equally weighted draws, which they are only
+    roughly under α.
 
     Args:
         squared_norms: Σ_s ‖g_s‖². ()

@@ -9,11 +9,11 @@ from torch import Tensor
 from compact_kernels import AdaptabilityOptions, Ragged
 from compact_kernels.information import (
     InformationQueue,
+    _with_shuffled_mask,
     answer_embeddings,
     hsic,
     median_distance,
     noise_scale,
-    _with_shuffled_mask,
     proxy_controls,
     robust_peaks,
 )

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,7 +189,7 @@ def test_packed_equals_one_by_one_and_micro_batches_add_up():
         with recorder.record(one) as norms:
             (row_losses(model, one_ids, one_targets, one) * weights[rows[s] : rows[s + 1]]).sum().backward()
         with pytest.raises(RuntimeError, match=r"lm_head\.weight has a gradient but no norm"):
-            norms.squared
+            norms.squared.sum()
         model.zero_grad()
         with recorder.record(one) as norms:
             options = {"weights": torch.ones(1).double(), "normalizer": float(weights[rows[s] : rows[s + 1]].sum())}
@@ -194,7 +199,7 @@ def test_packed_equals_one_by_one_and_micro_batches_add_up():
             ordinary[name] -= p.grad
         model.zero_grad()
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-7, atol=0)
-    for name, left in ordinary.items():
+    for left in ordinary.values():
         torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-12)
 
 
@@ -348,3 +353,13 @@ def test_frozen_parameters_do_not_count():
     expected = truth(model, ids, targets, ragged, uniform(ragged))
     found = recorded(model, lambda: fused(model, ids, targets, ragged), ragged)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+def test_ddp_and_fsdp2_ranks_have_the_norms_of_their_own_rationales():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed_norms"], cwd=Path(__file__).parent.parent, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("passed:") == 6

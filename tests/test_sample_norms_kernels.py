@@ -39,7 +39,9 @@ def wide(*tensors):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(("widths", "biased"), [((40,), 0), ((40,), 1), ((24, 40), 1), ((8, 24, 40), 2), ((33, 7, 5), 3)])
+@pytest.mark.parametrize(
+    ("widths", "biased"), [((40,), 0), ((40,), 1), ((24, 40), 1), ((8, 24, 40), 2), ((33, 7, 5), 3)]
+)
 def test_gram_norms(lengths, widths, biased, dtype):
     cut = segments(lengths)
     x = matrix(cut.tokens, 48, dtype)

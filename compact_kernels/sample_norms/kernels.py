@@ -1,9 +1,9 @@
 """Triton kernels of per-rationale gradient norms.
 
 gram_kernel: ‖GᵀX‖² = Σ_ij (XXᵀ)_ij (GGᵀ)_ij. A program holds one tile of both Gram matrices in registers, multiplies
-them entry by entry and writes one number: no T×T matrix reaches memory. Tiles on and below the diagonal suffice; layers
-with one input share XXᵀ, and their GGᵀ add up in one accumulator. A bias is a layer whose input is 1, an embedding
-one whose input is one-hot: their XXᵀ is 1, or whether two tokens are equal.
+them entry by entry and writes one number: no T×T matrix reaches memory. Tiles on and below the diagonal suffice;
+layers with one input share XXᵀ, and their GGᵀ add up in one accumulator. A bias is a layer whose input is 1, an
+embedding one whose input is one-hot: their XXᵀ is 1, or whether two tokens are equal.
 
 product_kernel: a_sᵀb_s rationale by rationale, its square's sum, and Σ_s w_s a_sᵀb_s, from one pass. A rationale's
 tokens are never split over programs, because the square is of their sum.
@@ -260,7 +260,9 @@ def token_rows_kernel(
         g_at = g_ptr + row[None, :] * g_stride + column[:, None]
         g = tl.load(g_at, mask=known[:, None] & r_in[None, :], other=0.0)
         if HAS_FACTOR:
-            g = (g.to(tl.float32) * tl.load(factor_ptr + row, mask=r_in, other=0.0)[None, :]).to(g_ptr.dtype.element_ty)
+            g = (g.to(tl.float32) * tl.load(factor_ptr + row, mask=r_in, other=0.0)[None, :]).to(
+                g_ptr.dtype.element_ty
+            )
         h = tl.load(
             hidden_ptr + row[:, None] * hidden_stride + d[None, :], mask=r_in[:, None] & d_in[None, :], other=0.0
         )

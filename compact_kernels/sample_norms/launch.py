@@ -1,4 +1,4 @@
-"""Launches :mod:`compact_kernels.sample_norms.kernels`; the functions of :mod:`~compact_kernels.sample_norms.plain`."""
+"""The functions of :mod:`compact_kernels.sample_norms.plain` by Triton: launches its neighbour's kernels."""
 
 from __future__ import annotations
 
@@ -185,7 +185,14 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
 
 
 def token_rows(
-    gradient: Tensor, factor: Tensor | None, hidden: Tensor, cu_rows: Tensor, ids: Tensor, cu: Tensor, first: int, longest: int
+    gradient: Tensor,
+    factor: Tensor | None,
+    hidden: Tensor,
+    cu_rows: Tensor,
+    ids: Tensor,
+    cu: Tensor,
+    first: int,
+    longest: int,
 ) -> Tensor:
     hidden = _unit(hidden)
     dim = hidden.shape[1]

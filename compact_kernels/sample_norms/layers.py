@@ -1,9 +1,9 @@
 """How layers give the norms of their rationales' gradients: as the gradients of tensors that are never read.
 
-A layer takes a *slot*, a leaf whose gradient is defined to be (parts of) the squared norms; autograd then brings them
-wherever it brings gradients: through checkpoints, compiled graphs, autocast and data-parallel wrappers. Layers with one
-input share a node: it gives each of them a *carrier*, an expanded scalar in the shape of the layer's output whose value
-nobody looks at and whose gradient is the output's. When all are there, the node is run, and sees every G at once.
+A layer takes a *slot*, a leaf whose gradient is defined to be (parts of) the squared norms; autograd then brings
+them wherever it brings gradients: through checkpoints, compiled graphs, autocast and data-parallel wrappers. Layers
+with one input share a node: it gives each of them a *carrier*, an expanded scalar in the shape of the layer's output
+whose value nobody looks at and whose gradient is the output's. When all are there, the node is run, and sees every G at once.
 
 Nothing here changes what a layer computes, nor its ordinary gradients; but for :class:`OwnProduct`, which makes the
 weight's gradient from the same pass as the norms.
@@ -98,15 +98,17 @@ class SharedInput(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, cu, tiles = ctx.saved_tensors
-        both, weights, biases = [], [], []
+        both: list[Tensor] = []
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
         for gradient, (weight, bias) in zip(grads, ctx.trains):
             if gradient is not None:
                 kind = both if weight and bias else weights if weight else biases
                 kind.append(_flat(gradient))
+        norms: Tensor | None = None
         if ctx.probes:
             norms = estimate(_flat(x), both + weights, both + biases, cu, ctx.probes)
             return None, norms, None, None, None, None, None, None
-        norms = None
         if both or weights:
             first = (both + weights)[0]
             norms = ops.gram_norms(_flat(x).to(first.dtype), both + weights, len(both), cu, tiles)
@@ -241,7 +243,14 @@ class ScaleTap(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, slot: Tensor | None, bias_slot: Tensor | None, cu: Tensor, kind: str, eps: float
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        slot: Tensor | None,
+        bias_slot: Tensor | None,
+        cu: Tensor,
+        kind: str,
+        eps: float,
     ) -> Tensor:
         ctx.save_for_backward(x, cu)
         ctx.kind, ctx.eps = kind, eps

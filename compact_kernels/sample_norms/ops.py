@@ -45,12 +45,12 @@ def gram_norms(
 def _gram_norms(
     x: Tensor | None, grads: list[Tensor], biased: int, cu: Tensor, tiles: Tensor, factor: Tensor | None
 ) -> Tensor:
-    backend, total = backend_for(grads[0]), None
+    backend = backend_for(grads[0])
+    parts: list[Tensor] = []
     for first in range(0, len(grads), LAYERS):
         some = grads[first : first + LAYERS]
-        part = backend.gram_norms(x, some, min(max(biased - first, 0), len(some)), cu, tiles, factor)
-        total = part if total is None else total + part
-    return total
+        parts.append(backend.gram_norms(x, some, min(max(biased - first, 0), len(some)), cu, tiles, factor))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def token_norms(ids: Tensor, gradient: Tensor, cu: Tensor, tiles: Tensor, ignored: int) -> Tensor:

@@ -126,9 +126,7 @@ def normalized(x: Tensor, kind: str, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def scale_gradients(
-    x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: str, eps: float
-) -> Tensor:
+def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: str, eps: float) -> Tensor:
     """The gradient of a norm layer's weight, rationale by rationale; with kind ``ones`` that of a bias.
 
     Args:
@@ -146,7 +144,14 @@ def scale_gradients(
 
 
 def token_rows(
-    gradient: Tensor, factor: Tensor | None, hidden: Tensor, cu_rows: Tensor, ids: Tensor, cu: Tensor, first: int, longest: int
+    gradient: Tensor,
+    factor: Tensor | None,
+    hidden: Tensor,
+    cu_rows: Tensor,
+    ids: Tensor,
+    cu: Tensor,
+    first: int,
+    longest: int,
 ) -> Tensor:
     """Rows of a head's own gradient that the rationale's tokens ask for: H_s[id_t] = Σ_τ f_τ g_τ[id_t] h_τ.
 

@@ -11,11 +11,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import segment_sum
-from compact_kernels.sample_norms import layers, ops, plain
+from compact_kernels.sample_norms import layers, ops
+from compact_kernels.sample_norms.coverage import (
+    embedding_scale,
+    is_linear,
+    normalisation,
+    output_layer,
+    own_forward,
+    reason_against,
+    trained,
+    weight_of,
+    widths,
+)
 from compact_kernels.sample_norms.layers import Family, HeadMember, LinearMember, ScaleMember, TokenMember
 from compact_kernels.sample_norms.segments import Segments
 
@@ -37,7 +47,7 @@ def default_group(name: str) -> str:
     """The part of a parameter's name after its layer's number, or the module that owns it: self_attn, mlp, norm, …"""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if numbers:
+    if numbers and numbers[-1] + 2 < len(parts):
         return parts[numbers[-1] + 1]
     return parts[-2] if len(parts) > 1 else parts[0]
 
@@ -124,10 +134,10 @@ class SampleNorms:
 
 
 class SampleGradNorms:
-    """Teaches a model to give the norm of every rationale's gradient in its ordinary backward pass.
+    """Teaches a model to give the norm of each rationale's gradient in its ordinary backward pass.
 
-    Layers: nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm in their variants, biases, LoRA's A and
-    B (they are linear layers), a head tied to the embedding, and the head inside
+    Layers: nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm in their variants, biases, LoRA's A
+    and B (they are linear layers), a head tied to the embedding, and the head inside
     :func:`compact_kernels.compatibility_loss`. Gradients are those of the ordinary backward pass. Forwards of the
     layers' *instances* are replaced until :meth:`remove`; outside :meth:`record` they run as before.
 
@@ -166,7 +176,7 @@ class SampleGradNorms:
             raise ValueError(f"probes is {probes}; a standard error needs 2 at least, and {NARROW} is the most")
         self.groups, self.products = groups, products
         self.probes = probes if method == "hutchinson" else 0
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.segments: Segments | None = None
         self.row_segments: Segments | None = None
         self.ragged: Ragged | None = None
@@ -239,7 +249,9 @@ class SampleGradNorms:
                 "by rationale, so every layer has to see all tokens in their order (no experts, no padding)"
             )
 
-    def head_norms(self, weight: Tensor, bias: Tensor | None, ragged: Ragged | None) -> tuple[Any, list[Tensor | None]]:
+    def head_norms(
+        self, weight: Tensor, bias: Tensor | None, ragged: Ragged | None
+    ) -> tuple[Any, list[Tensor | None]]:
         """What collects a fused head's norms, and the slot and carrier that take them away.
 
         Raises:
@@ -300,26 +312,26 @@ class SampleGradNorms:
         heads = {id(head) for head in tied.values()}
         embeddings: dict[int, TokenMember] = {}
         linear: list[tuple[str, nn.Module]] = []
-        head = _output_layer(model)
+        head = output_layer(model)
         for module, path in modules.items():
-            names = {name.rpartition(".")[2]: name for name in _trained(path, module)}
-            reason = _reason(module)
-            if reason is None and len({self.groups(name) for name in names.values()}) > 1 and id(module) not in heads:
-                reason = f"the layer's parameters {', '.join(names.values())} are in different groups"
+            names = trained(path, module)
+            reason = reason_against(module)
+            if reason is None and len({self.groups(name) for name in names}) > 1 and id(module) not in heads:
+                reason = f"the layer's parameters {', '.join(names)} are in different groups"
             if reason is not None:
-                reasons |= {name: reason for name in names.values()}
-            elif _is_linear(module):
+                reasons |= {name: reason for name in names}
+            elif is_linear(module):
                 linear.append((path, module))
             elif isinstance(module, nn.Embedding):
                 padding = -1 if module.padding_idx is None else module.padding_idx
-                member = TokenMember(self, _embedding_scale(module), padding, id(module) in tied, _own(module))
-                embeddings[id(module)] = member
-                self._install(module, member, layers.embedding_forward, list(names.values()))
+                token = TokenMember(self, embedding_scale(module), padding, id(module) in tied, own_forward(module))
+                embeddings[id(module)] = token
+                self._install(module, token, layers.embedding_forward, names)
             else:
-                kind, eps = _normalisation(module)
-                trains = ("weight" in names, "bias" in names)
-                member = ScaleMember(self, kind, eps, trains, _own(module))
-                self._install(module, member, layers.scale_forward, list(names.values()))
+                kind, eps = normalisation(module)
+                keys = {name.rpartition(".")[2] for name in names}
+                scale = ScaleMember(self, kind, eps, ("weight" in keys, "bias" in keys), own_forward(module))
+                self._install(module, scale, layers.scale_forward, names)
         if reasons and uncovered == "error":
             name, reason = next(iter(reasons.items()))
             more = f" ({len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
@@ -331,15 +343,14 @@ class SampleGradNorms:
         self.skipped = sorted(reasons)
         families: dict[object, list[tuple[str, nn.Module]]] = {}
         for path, module in linear:
-            names = _trained(path, module)
+            names = trained(path, module)
             if head is module:
-                self.head_weight, self.head_name = module.weight, names[0]  # type: ignore[assignment]
-                self.parameters[names[0]] = module.weight  # type: ignore[assignment]  # another name, if it is tied
+                self.head_weight, self.head_name = weight_of(module), names[0]
+                self.parameters[names[0]] = self.head_weight  # by another name too, where it is tied
             if id(module) in heads:
-                owner = next(key for key, value in tied.items() if value is module)
-                member = HeadMember(self, embeddings[owner], _own(module), f"{path}.bias" in names)
-                self.head_embedding = embeddings[owner]
-                self._install(module, member, layers.head_forward, names)
+                self.head_embedding = embeddings[next(key for key, value in tied.items() if value is module)]
+                tied_head = HeadMember(self, self.head_embedding, own_forward(module), f"{path}.bias" in names)
+                self._install(module, tied_head, layers.head_forward, names)
             else:
                 families.setdefault(self._family_of(path, module, names), []).append((path, module))
         for members in families.values():
@@ -352,19 +363,19 @@ class SampleGradNorms:
         parent, name, rest = parts[: adapter - 1], parts[adapter - 1], parts[adapter:]
         if rest and rest[0] != "lora_A" or _OUTPUTS.match(name):
             return path
-        return ".".join(parent), ".".join(rest), _widths(module)[0], self.groups(names[0])
+        return ".".join(parent), ".".join(rest), widths(module)[0], self.groups(names[0])
 
     def _found_family(self, members: list[tuple[str, nn.Module]]) -> None:
-        widths = [_widths(module)[1] for _, module in members]
+        outputs = [widths(module)[1] for _, module in members]
         trains = [
-            (module.weight.requires_grad, module.bias is not None and module.bias.requires_grad)  # type: ignore[union-attr]
-            for _, module in members
+            (f"{path}.weight" in trained(path, module), f"{path}.bias" in trained(path, module))
+            for path, module in members
         ]
-        family = Family(self, _widths(members[0][1])[0], widths, trains)
+        family = Family(self, widths(members[0][1])[0], outputs, trains)
         self._families.append(family)
         for index, (path, module) in enumerate(members):
-            names = _trained(path, module)
-            member = LinearMember(family, index, not isinstance(module, nn.Linear), _own(module))
+            names = trained(path, module)
+            member = LinearMember(family, index, not isinstance(module, nn.Linear), own_forward(module))
             self._install(module, member, layers.linear_forward, names)
 
     def _install(self, module: nn.Module, member: Any, forward: Callable, names: list[str]) -> None:
@@ -406,7 +417,7 @@ class SampleGradNorms:
         for family in self._families:
             family.slots = [torch.empty(0)] * len(family.widths)
         for member, module, owners in self._members:
-            dtype = module.weight.dtype  # type: ignore[union-attr]
+            dtype = weight_of(module).dtype
             if isinstance(member, LinearMember):
                 family, width = member.family, member.family.widths[member.index]
                 weight, bias = family.trains[member.index]
@@ -420,9 +431,9 @@ class SampleGradNorms:
                 else:
                     family.slots[member.index] = new(owners, "tiles", dtype, parts)
             elif isinstance(member, ScaleMember):
-                width = module.weight.shape[0]  # type: ignore[union-attr]
-                member.slot = new(owners, "vectors", dtype, count, slices, width) if member.trains[0] else None
-                member.bias_slot = new(owners, "vectors", dtype, count, slices, width) if member.trains[1] else None
+                size = weight_of(module).shape[0]
+                member.slot = new(owners, "vectors", dtype, count, slices, size) if member.trains[0] else None
+                member.bias_slot = new(owners, "vectors", dtype, count, slices, size) if member.trains[1] else None
             else:
                 member.slot = new(owners, "tiles", dtype, parts)
         if self.head_weight is not None:
@@ -473,99 +484,3 @@ def sample_grad_norms(model: nn.Module, ragged: Ragged, **options: Any) -> Itera
             yield norms
     finally:
         recorder.remove()
-
-
-# ------------------------------------------------------------------------------------------------- what layers there are
-
-
-def _own(module: nn.Module) -> Callable | None:
-    """The forward that an instance was given, None where it is the class's."""
-    return module.__dict__.get("forward")
-
-
-def _trained(path: str, module: nn.Module) -> list[str]:
-    """Names of the parameters of a module, and of no module inside it, that train."""
-    own = module.named_parameters(recurse=False)
-    return [f"{path}.{key}" if path else key for key, parameter in own if parameter.requires_grad]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return True
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """(D_in, D_out)"""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0], weight.shape[1]
-
-
-def _embedding_scale(module: nn.Embedding) -> float:
-    scale = getattr(module, "scalar_embed_scale", None)
-    if scale is None:
-        scale = getattr(module, "embed_scale", 1.0)
-    return float(scale)
-
-
-def _normalisation(module: nn.Module) -> tuple[str, float]:
-    """Kind and ε of a norm layer."""
-    if isinstance(module, nn.LayerNorm):
-        return "layer", module.eps
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return "rms", torch.finfo(weight.dtype).eps if eps is None else float(eps)
-
-
-def _reason(module: nn.Module) -> str | None:
-    """Why a layer's norms are not covered; None if they are."""
-    if _is_linear(module):
-        return None
-    if isinstance(module, nn.Embedding):
-        if module.sparse or module.max_norm is not None or module.scale_grad_by_freq:
-            return "the embedding is sparse, bounded (max_norm) or scaled by frequency"
-        scaled = hasattr(module, "embed_scale") or hasattr(module, "scalar_embed_scale")
-        if type(module).forward is not nn.Embedding.forward and not scaled:
-            return f"{type(module).__name__} is an embedding of its own kind"
-        return None
-    own = {name for name, _ in module.named_parameters(recurse=False)}
-    if own and own <= {"weight", "bias"} and all(p.dim() == 1 for p in module.parameters(recurse=False)):
-        if isinstance(module, nn.LayerNorm):
-            return None
-        name = type(module).__name__
-        if isinstance(module, nn.RMSNorm) or (name.endswith("RMSNorm") and "bias" not in own):
-            return None if _behaves(module) else f"{name} is not x / rms(x) times its weight (or 1 + weight)"
-    return f"no rule for a {type(module).__name__} with {', '.join(sorted(own))}"
-
-
-@torch.no_grad()
-def _behaves(module: nn.Module) -> bool:
-    """Whether an RMSNorm does what its name says, tried on two rows where its weight is at hand."""
-    weight = module.weight
-    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[0], generator=generator, dtype=torch.float64).to(weight.device, weight.dtype)
-    try:
-        found = type(module).forward(module, x)
-    except Exception:  # a gate, a second input
-        return False
-    truth = plain.normalized(x, *_normalisation(module))
-    tolerance = 0.05 if weight.dtype.itemsize == 2 else 1e-4
-    return any(torch.allclose(found.to(truth.dtype), truth * w, rtol=tolerance, atol=tolerance) for w in (weight, 1 + weight))
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The lm head, if the model says which one it is."""
-    for module in model.modules():
-        if hasattr(module, "get_output_embeddings"):
-            found = module.get_output_embeddings()
-            while found is not None and not _is_linear(found) and hasattr(found, "modules_to_save"):
-                found = next(iter(found.modules_to_save.values()))
-            return found
-    return None
-
