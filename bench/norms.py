@@ -2,8 +2,8 @@
 
 Every arm has a student of its own with the same random weights, so that nothing of one arm's hooks or replaced
 forwards is in another's. `_compiled`: the decoder layers through torch.compile. `_captured`: the whole step, norms
-included, in one CUDA graph. Opacus knows no RMSNorm of transformers and no tied embedding: the works called `linear` train the
-decoder's linear layers alone, in all arms.
+included, in one CUDA graph. Opacus knows no RMSNorm of transformers and no tied embedding: the works called `linear`
+train the decoder's linear layers alone, in all arms.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A layer takes a *slot*, a leaf whose gradient is defined to be (parts of) the squared norms; autograd then brings
 them wherever it brings gradients: through checkpoints, compiled graphs, autocast and data-parallel wrappers. Layers
 with one input share a node: it gives each of them a *carrier*, an expanded scalar in the shape of the layer's output
-whose value nobody looks at and whose gradient is the output's. When all are there, the node is run, and sees every G at once.
+whose value nobody looks at and whose gradient is the output's. When all are there, the node is run, and sees every G
+at once.
 
 Nothing here changes what a layer computes, nor its ordinary gradients; but for :class:`OwnProduct`, which makes the
 weight's gradient from the same pass as the norms.
