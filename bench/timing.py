@@ -75,7 +75,7 @@ def time_rounds(
     rounds: int,
     warmup: int = 3,
     say: Callable[[str], None] = print,
-    patience: int = WARMUP_SECONDS,
+    patience: int | None = None,
 ) -> None:
     """Warm up each, then take turns: in every round each contender runs once, so that clocks drift for all alike.
 
@@ -83,7 +83,7 @@ def time_rounds(
     """
     for runner in runners:
         began = time.perf_counter()
-        with _patience(runner, patience):
+        with _patience(runner, WARMUP_SECONDS if patience is None else patience):
             for _ in range(warmup):
                 attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
         say(f"    {runner.name}: warm after {time.perf_counter() - began:.1f} s{_tail(runner)}")
