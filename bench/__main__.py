@@ -12,13 +12,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # students are random: nothing is to be fetched
 
-from bench import measure, page, records, steps  # noqa: E402  after the environment
+from bench import measure, norms, page, records, steps  # noqa: E402  after the environment
 from bench.shapes import TINY, device, scale  # noqa: E402
 from bench.targets import MODES  # noqa: E402
 from bench.timing import free_memory, one_line, synchronize  # noqa: E402
 from bench.works import WORKS  # noqa: E402
 
-ALL = (*WORKS, *steps.STEPS)
+ALL = (*WORKS, *steps.STEPS, *norms.NORMS)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -40,7 +40,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     unknown = set(parsed.heads) - {shape.label for shape in scale().heads}
     if unknown and not parsed.tiny:
         parser.error(f"--heads {' '.join(sorted(unknown))}: choose from {' '.join(s.label for s in scale().heads)}")
-    names = {contender.name for work in WORKS.values() for contender in work.contenders} | {"compact", *steps.ARMS}
+    names = {contender.name for work in WORKS.values() for contender in work.contenders} | {
+        "compact",
+        *steps.ARMS,
+        *norms.ARMS,
+    }
     known = names | {name + ending for name in names for ending in MODES}
     if unknown := {*parsed.contenders, *parsed.without} - known:
         parser.error(f"no contender {' '.join(sorted(unknown))}: choose from {' '.join(sorted(names))}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench import steps
+from bench import norms, steps
 from bench.records import Record
 from bench.shapes import Scale, Shape
 from bench.timing import Runner, attempt, floor, free_memory, peak_bytes, time_rounds
@@ -42,6 +42,8 @@ def measure(
     """
     if work in WORKS:
         return _measure_head(work, shape, scale, device, wanted, rounds, say)
+    if work in norms.NORMS:
+        return _measure_norms(work, shape, scale, device, wanted, rounds, say)
     return _measure_step(work, shape, scale, device, wanted, rounds, say)
 
 
@@ -105,6 +107,32 @@ def _measure_step(
             record: Record = {"work": work, "head": shape.label, "contender": runner.name}
             record |= _outcome(runner, memory) | {"floor_ms": None, "rows": prepared.scored.numel()}
             record["attention"] = steps.attention(prepared)
+            if runner.note:
+                record["note"] = runner.note
+            records.append(record)
+    return records
+
+
+def _measure_norms(
+    work: str, shape: Shape, scale: Scale, device: torch.device, wanted: Callable[[str], bool], rounds: int, say: Say
+) -> list[Record]:
+    records = []
+    with norms.arms(work, scale, device, wanted) as (runners, held):
+        time_rounds(runners, rounds, say=say, patience=norms.WARMUP_SECONDS)
+        for runner in runners:
+            memory: dict[str, Any] = {}
+
+            def weigh(runner: Runner = runner, memory: dict = memory) -> None:
+                peak = peak_bytes(runner, total=True)
+                others = sum(size for name, size in held.items() if name != runner.name)
+                captured = runner.name.endswith("_captured")  # a graph's memory is its own from capture on
+                memory["peak_mib"] = None if peak is None or captured else round((peak - others) / 2**20, 1)
+                memory["dw_accum_mib"] = 0.0
+
+            if runner.error is None:
+                attempt(runner, weigh)
+            record: Record = {"work": work, "head": shape.label, "contender": runner.name}
+            record |= _outcome(runner, memory) | {"floor_ms": None}
             if runner.note:
                 record["note"] = runner.note
             records.append(record)

@@ -175,7 +175,7 @@ def prepare_step(work: str, scale: Scale, device: torch.device) -> Step:
     nn.Module.to(model, scale.dtype)
     model.set_attn_implementation(attention_for(type(model), model.config, device.type, scale.dtype))
     prepare(model)
-    wrapped: nn.Module = add_lora(model, LoraConfig(rank=16, dropout=0.0)) if work.endswith("lora") else model
+    wrapped: nn.Module = add_lora(model, LoraConfig(rank=16, dropout=0.0)) if "_lora" in work else model
     wrapped.train()
     batch = {
         name: value.to(device) if hasattr(value, "to") else value for name, value in Collator()(_items(scale)).items()

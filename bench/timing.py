@@ -70,14 +70,20 @@ def attempt(runner: Runner, work: Round) -> None:
         free_memory()
 
 
-def time_rounds(runners: list[Runner], rounds: int, warmup: int = 3, say: Callable[[str], None] = print) -> None:
+def time_rounds(
+    runners: list[Runner],
+    rounds: int,
+    warmup: int = 3,
+    say: Callable[[str], None] = print,
+    patience: int | None = None,
+) -> None:
     """Warm up each, then take turns: in every round each contender runs once, so that clocks drift for all alike.
 
     Rounds are fewer, 5 at least, where all of them would take more than `CASE_SECONDS`.
     """
     for runner in runners:
         began = time.perf_counter()
-        with _patience(runner):
+        with _patience(runner, WARMUP_SECONDS if patience is None else patience):
             for _ in range(warmup):
                 attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
         say(f"    {runner.name}: warm after {time.perf_counter() - began:.1f} s{_tail(runner)}")
@@ -91,14 +97,14 @@ def time_rounds(runners: list[Runner], rounds: int, warmup: int = 3, say: Callab
 
 
 @contextmanager
-def _patience(runner: Runner) -> Iterator[None]:
+def _patience(runner: Runner, seconds: int) -> Iterator[None]:
     """Raises in what takes too long to warm up: a peer may tune its kernels for minutes at a shape it has not met."""
 
     def out_of_patience(*_: object) -> None:
-        raise TimeoutError(f"took more than {WARMUP_SECONDS} s to warm up")
+        raise TimeoutError(f"took more than {seconds} s to warm up")
 
     before = signal.signal(signal.SIGALRM, out_of_patience)
-    signal.alarm(WARMUP_SECONDS)
+    signal.alarm(seconds)
     try:
         yield
     except TimeoutError as error:  # it came between two attempts

@@ -104,7 +104,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "note": run.recipe.get("evaluation", {}).get("note"),
         "accuracy": {name: _accuracy(run, name) for name in {**run.before, **run.after}},
         "alpha_mean": {name: _tail_mean(rows, name, "alpha") for name in run.teachers},
-        "teachers": {name: {m: _tail_mean(rows, name, m) for m in METRICS} for name in run.teachers},
+        "teachers": {name: {m: _tail_mean(rows, name, m) for m in _measured(rows)} for name in run.teachers},
         "spread": {m: _mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
         "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
         "loss": {"first_tenth": _loss(rows[:tenth]), "last_tenth": _loss(rows[-tenth:])},
@@ -189,9 +189,15 @@ def _tail(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return rows[-max(1, len(rows) // 4) :]
 
 
+def _measured(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The metrics that the table has, with the gradient norms where they were measured."""
+    known = any("influence" in entry for row in _tail(rows) for entry in row["teachers"].values())
+    return [*METRICS, "influence"] if known else list(METRICS)
+
+
 def _tail_mean(rows: Sequence[dict[str, Any]], teacher: str, key: str) -> float | None:
     """Mean over the teacher's rationales in the last quarter of the steps."""
-    entries = [row["teachers"][teacher] for row in _tail(rows) if teacher in row["teachers"]]
+    entries = [row["teachers"][teacher] for row in _tail(rows) if key in row["teachers"].get(teacher, ())]
     count = sum(entry["count"] for entry in entries)
     return sum(entry[key] * entry["count"] for entry in entries) / count if count else None
 

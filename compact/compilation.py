@@ -55,6 +55,8 @@ def compile_layers(model: nn.Module) -> nn.Module:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     # Its splitting of graphs at DDP's buckets refuses flex attention and checkpoints; a layer fits in one.
     torch._dynamo.config.optimize_ddp = False
+    # What gives per-rationale gradient norms hangs on the layers' modules and has the sizes of the batch.
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
     layers = list(decoder_layers(inner))
     try:
         tapped = _tap(_last_attention(inner)) is not None

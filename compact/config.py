@@ -129,6 +129,19 @@ class DivergenceConfig:
 
 
 @dataclass
+class GradientsConfig:
+    """Per-rationale gradient norms (method §6)."""
+
+    norms: Literal["off", "exact", "hutchinson"] = option(
+        "off", "measure each rationale's gradient over all parameters; hutchinson: by random projections"
+    )
+    probes: int = option(16, "projections of hutchinson", ge=2, le=64)
+    cap: float | None = option(
+        None, "longest gradient of a rationale's weighted loss at the last hidden state; the head must be frozen", gt=0
+    )
+
+
+@dataclass
 class EvaluationConfig:
     tasks: dict[str, str] = option(dict, "name: file of questions, out of distribution")
     forgetting: dict[str, str] = option(dict, "name: file of questions on skills not trained on")
@@ -150,6 +163,7 @@ class CompactConfig:
     difficulty: DifficultyConfig = option(DifficultyConfig, "eq. 6")
     weights: WeightsConfig = option(WeightsConfig, "eq. 7")
     divergence: DivergenceConfig = option(DivergenceConfig, "eq. 9")
+    gradients: GradientsConfig = option(GradientsConfig, "per-rationale gradient norms")
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )

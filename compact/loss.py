@@ -23,6 +23,7 @@ from compact_kernels import (
     question_consensus,
 )
 from compact_kernels.rule import segment_sum
+from compact_kernels.sample_norms.cap import capped
 
 MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -79,12 +80,20 @@ def distillation_loss(
         if strategy is not None and config.difficulty.kind == "ifd":
             alone = batch["unconditional"]
             reference = _mean_loss(forward(model, alone), alone, config.workspace_mib)
+    hidden, cap = output.hidden, config.gradients.cap
+    if cap is not None:
+        if lm_head.weight.requires_grad:
+            raise UserError(
+                "gradients.cap: the output head trains, and its own gradient cannot be capped in the same backward "
+                "pass; train with LoRA, freeze the head, or set gradients.cap to null"
+            )
+        hidden = capped(hidden, ragged, cap * replicas)  # the loss is multiplied by the replicas
     questions, tokens = Denominators.of(ragged) if denominators is None else denominators
     per_question = replicas / _at_least_one(questions)
     own_kind = Strategy.divergence if strategy is None else strategy.divergence
     context = Context(teachers=batch["teachers"], pooled=output.pooled)
     result = compatibility_loss(
-        output.hidden,
+        hidden,
         lm_head.weight,
         _targets(batch),
         ragged,

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from compact.errors import UserError
 from compact_kernels import CompatibilityOutput
+from compact_kernels.information import noise_scale
 from compact_kernels.rule import question_spread, segment_sum
 
 METRICS = ("adaptability", "consensus", "difficulty")
-_SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS)
-_PER_TEACHER = ("count", "alpha", *METRICS)
+_SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS, "squared_norms")
+_PER_TEACHER = ("count", "alpha", *METRICS, "influence")
 
 
 def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: int) -> Tensor:
@@ -33,10 +34,25 @@ def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: i
     questions = result.alpha.new_tensor(float(ragged.num_questions))
     spreads = [question_spread(value, ragged)[1].sum() for value in values]
     one_hot = torch.nn.functional.one_hot(teachers, num_teachers).to(result.alpha.dtype)  # (S, teachers)
-    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values])  # (5, S)
+    unknown = torch.zeros_like(result.alpha)  # influence: known after the backward pass
+    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values, unknown])  # (6, S)
     none = torch.zeros_like(result.sft)
-    scalars = [result.loss.detach(), result.sft, result.divergence, none, questions, entropy, *spreads]
+    scalars = [result.loss.detach(), result.sft, result.divergence, none, questions, entropy, *spreads, none]
     return torch.cat([torch.stack(scalars), (columns @ one_hot).flatten()]).double()
+
+
+def norm_metrics(squared: Tensor, teachers: Tensor, num_teachers: int) -> Tensor:
+    """The same vector with nothing in it but the rationales' gradient norms.
+
+    Args:
+        squared: ‖g_s‖² of a micro-batch. (S,)
+    """
+    one_hot = torch.nn.functional.one_hot(teachers, num_teachers).double()
+    influence = squared.double().clamp_min(0).sqrt() @ one_hot
+    scalars = squared.new_zeros(len(_SCALARS), dtype=torch.float64)
+    scalars[_SCALARS.index("squared_norms")] = squared.sum()
+    rest = influence.new_zeros((len(_PER_TEACHER) - 1) * num_teachers)
+    return torch.cat([scalars, rest, influence])
 
 
 class MetricsTable:
@@ -74,6 +90,11 @@ class MetricsTable:
         self._open = sums if self._open is None else self._open + sums
         self._tokens += batch["input_ids"].numel()
         self._questions.extend(batch.get("question_ids", ()))
+
+    def add_norms(self, sums: Tensor) -> None:
+        """What :func:`norm_metrics` gave for the micro-batch added last."""
+        assert self._open is not None
+        self._open = self._open + sums
 
     def close_step(self, step: int, epoch: float, learning_rate: float, grad_norm: Tensor | float) -> None:
         """The optimizer has stepped: what was added becomes a row."""
@@ -140,7 +161,18 @@ class MetricsTable:
             entry = dict(zip(_PER_TEACHER, sums))
             if entry["count"]:
                 teachers[name] = {k: v if k == "count" else v / entry["count"] for k, v in entry.items()}
+                teachers[name]["influence"] /= replicas
+                if not scalar["squared_norms"]:
+                    del teachers[name]["influence"]
+        rationales = int(sum(sums[0] for sums in table))
+        noise: dict[str, float] = {}
+        if scalar["squared_norms"] and rationales > 1:
+            squared = torch.tensor(scalar["squared_norms"] / replicas**2, dtype=torch.float64)
+            total = torch.tensor((scalar["grad_norm"] / replicas) ** 2, dtype=torch.float64)
+            trace, signal = noise_scale(squared, total, rationales)
+            noise = {"noise_trace": float(trace), "noise_signal": float(signal)}
         return {
+            **noise,
             "step": host["step"],
             "epoch": host["epoch"],
             # each rank's share of the loss carries the factor that data-parallel averaging takes away again
@@ -178,11 +210,16 @@ class MetricsTable:
             "tokens_per_second": mean([row["tokens_per_second"] for row in rows]),
             "peak_memory_bytes": float(rows[-1]["peak_memory_bytes"]),
         }
+        if noisy := [row for row in rows if "noise_trace" in row]:
+            signal = mean([row["noise_signal"] for row in noisy])
+            if signal > 0:  # rationales at which noise and signal are level; both averaged before they are divided
+                logs["gradient_noise_scale"] = mean([row["noise_trace"] for row in noisy]) / signal
         for name in METRICS:
             logs[f"spread/{name}"] = mean([row["spread"][name] for row in rows])
         for teacher in sorted({name for row in rows for name in row["teachers"]}):
             present = [row["teachers"][teacher] for row in rows if teacher in row["teachers"]]
-            for name in ("alpha", *METRICS):
+            measured = [name for name in ("alpha", *METRICS, "influence") if name in present[0]]
+            for name in measured:
                 logs[f"{name}/{teacher}"] = mean([entry[name] for entry in present])
         return logs
 

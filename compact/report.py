@@ -94,8 +94,14 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
     ]
     rows.append(["*spread within a question*", "", *(number(value, 3) for value in content["spread"].values())])
     entropy = number(content["alpha_entropy"], 2)
+    columns = {
+        "adaptability": "S_MI (adaptability)",
+        "consensus": "S_cons (consensus)",
+        "difficulty": "S_PPL (difficulty)",
+        "influence": "u (gradient norm)",
+    }
     return [
-        table(["teacher", "α", "S_MI (adaptability)", "S_cons (consensus)", "S_PPL (difficulty)"], rows),
+        table(["teacher", "α", *(columns[name] for name in next(iter(content["teachers"].values())))], rows),
         f"Means over the last quarter of training. Equal weights would be {1 / len(content['alpha_mean']):.3f}; "
         f"entropy of α: {entropy} nats. Weights come from z-scores within a question, so they tell the order of the "
         "teachers and not how far apart they are: the spread (standard deviation, raw) tells that.",

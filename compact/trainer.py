@@ -23,7 +23,8 @@ from compact.adapters.trainer import DistillationMixin, refuse_arguments
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
 from compact.errors import UserError
-from compact.metrics import MetricsTable, batch_metrics
+from compact.metrics import MetricsTable, batch_metrics, norm_metrics
+from compact_kernels import SampleGradNorms
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class CompactTrainer(DistillationMixin, Trainer):
         assert args.output_dir is not None  # TrainingArguments fills it in
         self.table = MetricsTable(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"), self.teacher_names)
         self._grad_norm: Tensor | float = 0.0
+        self._recorder: SampleGradNorms | None = None
         self._aside: str | None = None  # where a checkpoint is being written
         self.add_callback(_StepCallback(self))
         if any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
@@ -121,6 +123,32 @@ class CompactTrainer(DistillationMixin, Trainer):
         if model.training:
             self.table.add(batch_metrics(result, inputs["teachers"], len(self.teacher_names)), inputs)
         return (loss, result) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.config.gradients.norms == "off":
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._recorder is None:  # now that the model has its wrappers and knows what trains
+            self._recorder = self._new_recorder(model)
+        inputs = self._prepare_inputs(inputs)
+        with self._recorder.record(inputs["ragged"]) as norms:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if inputs["ragged"].num_rows:
+            self.table.add_norms(norm_metrics(norms.squared, inputs["teachers"], len(self.teacher_names)))
+        return loss
+
+    def _new_recorder(self, model: nn.Module) -> SampleGradNorms:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
+            what = (
+                "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "fp16's loss scale"
+            )
+            raise UserError(f"gradients.norms: not measured under {what}; set it to off, or train under DDP in bf16")
+        gradients = self.config.gradients
+        try:
+            return SampleGradNorms(
+                model, method="exact" if gradients.norms == "exact" else "hutchinson", probes=gradients.probes
+            )
+        except ValueError as error:
+            raise UserError(f"gradients.norms: {error}") from error
 
     # ---- logs ----
 
@@ -214,6 +242,11 @@ class _StepCallback(TrainerCallback):
             for leftover in Path(args.output_dir).glob(".checkpoint-*.writing"):
                 shutil.rmtree(leftover, ignore_errors=True)
         self.trainer.table.start(state.global_step, write=state.is_world_process_zero)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._recorder is not None:
+            self.trainer._recorder.remove()
+            self.trainer._recorder = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning_rate = self.trainer._get_learning_rate()  # of the step to come: the schedule moves after it

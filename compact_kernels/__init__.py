@@ -12,12 +12,15 @@ from compact_kernels.ops import (
 from compact_kernels.ragged import Ragged
 from compact_kernels.reference import question_affinity
 from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule, Statistics, TokenStatistics
+from compact_kernels.sample_norms import SampleGradNorms, SampleNorms, sample_grad_norms
 
 __all__ = [
     "AdaptabilityOptions",
     "CompatibilityOutput",
     "CompatibilityRule",
     "Ragged",
+    "SampleGradNorms",
+    "SampleNorms",
     "Statistics",
     "TokenStatistics",
     "answer_divergence",
@@ -26,4 +29,5 @@ __all__ = [
     "linear_token_stats",
     "question_affinity",
     "question_consensus",
+    "sample_grad_norms",
 ]

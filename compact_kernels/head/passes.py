@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.norms import HeadNorms
 from compact_kernels.head.rows import Answers
 from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
+from compact_kernels.sample_norms.recorder import active
 from compact_kernels.weighting import Decision, Settled, Weighting, decide, settled
 
 
@@ -35,6 +37,7 @@ def token_logprobs(
             rows, head.weight, head.bias, targets, shape, host, head.numbers, ignore_index, workspace_mib, dtype, keep
         )
         return TokenStatistics(logprob, entropy, rest[0], rest[1])
+    norms, inputs = recorded(head, ragged)
     call = TokenPass(
         head=head,
         targets=targets,
@@ -43,8 +46,9 @@ def token_logprobs(
         workspace_mib=workspace_mib,
         dtype=dtype,
         trains=trains,
+        norms=norms,
     )
-    return TokenStatistics(*TokenLogprobs.apply(rows, head.weight, head.bias, call))
+    return TokenStatistics(*TokenLogprobs.apply(rows, head.weight, head.bias, call, *inputs))
 
 
 def weighted_loss(
@@ -58,8 +62,9 @@ def weighted_loss(
     if weighting.by_question and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
     if weighting.by_question:
-        call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled())
-        loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call)
+        norms, inputs = recorded(head, ragged)
+        call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled(), norms)
+        loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call, *inputs)
         decision, tokens = Decision(*rest[:5]), TokenStatistics(*rest[5:9])
         final = weighting.with_normalizers(rest[9], rest[10])
         folded = divergence.numel() > 0
@@ -71,6 +76,19 @@ def weighted_loss(
     decision, _ = decide(detached, targets, ragged, final)
     loss = -(decision.row_weight * tokens.logprob).sum()
     return loss, loss.detach(), None, decision, detached, final
+
+
+def recorded(head: LinearHead, ragged: Ragged | None) -> tuple[HeadNorms | None, list[Tensor | None]]:
+    """Where a recorder of the rationales' gradient norms is under way: what collects the head's, and its inputs.
+
+    Raises:
+        ValueError: the head trains, but is not the one that the recorder knows, or not on the recorder's batch.
+    """
+    recorder = active()
+    trains = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    if recorder is None or not (trains and torch.is_grad_enabled()):
+        return None, [None, None]
+    return recorder.head_norms(head.weight, head.bias, ragged)
 
 
 def _compiled_loss(

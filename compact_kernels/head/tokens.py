@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compact_kernels.head.backend import backend_for, paying_mib
 from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.norms import HeadNorms
 from compact_kernels.head.planner import row_chunks, rows_that_fit, vocabulary_blocks
 from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
 
@@ -30,6 +31,7 @@ class TokenPass:
     workspace_mib: int
     dtype: torch.dtype  # of the products
     trains: bool  # gradients may be asked for
+    norms: HeadNorms | None = None  # collects the rationales' norms of the weight's gradient
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
@@ -62,6 +64,7 @@ class TokenPass:
         logprob_gradient: Tensor | None,
         entropy_gradient: Tensor | None,
         wanted: tuple[bool, bool, bool],
+        norms: HeadNorms | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of Σ logprob·logprob_gradient + entropy·entropy_gradient.
 
@@ -92,6 +95,8 @@ class TokenPass:
         width = max(last - first for first, last in blocks)
         buffer = row_buffer(x.shape[0], width, x_d, backend.buffer_dtype(self.dtype))
         ones = buffer.new_ones(1, x.shape[0])
+        if norms is not None:
+            norms.start()
         for first, last in blocks:
             block = buffer[:, : last - first]
             backend.gradient_block(x_d, head, self.targets, rows, slope, curve, at_target, first, block)
@@ -104,14 +109,27 @@ class TokenPass:
                     product(block.t(), x_d, out=grad_weight[first:last])
             if grad_bias is not None:
                 grad_bias[first:last] = product(ones, block)[0]
+            if norms is not None:
+                norms.add(block, x_d, None, first_column=first)
         return None if grad_x is None else grad_x.to(x.dtype), grad_weight, grad_bias
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """(x, weight, bias) → (logprob, entropy, evidence, grad_norm); the first two have gradients."""
+    """(x, weight, bias) → (logprob, entropy, evidence, grad_norm); the first two have gradients.
+
+    With `call.norms` it takes their slot and, under a tied embedding, its carrier: their gradients are the norms.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: TokenPass) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: TokenPass,
+        slot: Tensor | None = None,
+        carrier: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         frozen = wants_x and not wants_weight and not wants_bias
         keep = call.trains and frozen and call.dtype != torch.float16
@@ -129,12 +147,13 @@ class TokenLogprobs(torch.autograd.Function):
         refuse_second_derivative("the head's log-prob")
         x, weight, bias, kept, *rows = ctx.saved_tensors
         if logprob is None and entropy is None:
-            return None, None, None, None
+            return (None,) * 6
         with torch.autocast(x.device.type, enabled=False):
             if kept is not None and entropy is None:
                 backend = backend_for(x, ctx.call.dtype)
-                return backend.scale_rows(kept, logprob, None, -1.0, x.new_empty(x.shape)), None, None, None
-            return (
-                *ctx.call.backward(x, weight, bias, RowStatistics(*rows), logprob, entropy, ctx.wanted),
-                None,
-            )
+                return (backend.scale_rows(kept, logprob, None, -1.0, x.new_empty(x.shape)), *(None,) * 5)
+            call = ctx.call
+            rows = RowStatistics(*rows)
+            gradients = call.backward(x, weight, bias, rows, logprob, entropy, ctx.wanted, call.norms)
+            norms = (None, None) if call.norms is None else call.norms.gradients(rows.total.new_ones(()))
+            return (*gradients, None, *norms)

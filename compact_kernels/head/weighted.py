@@ -20,6 +20,7 @@ from torch import Tensor
 from compact_kernels import arguments
 from compact_kernels.head.backend import backend_for, logits_mib, paying_mib
 from compact_kernels.head.linear import LinearHead
+from compact_kernels.head.norms import HeadNorms
 from compact_kernels.head.planner import Chunk, weighted_chunks
 from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.tokens import TokenPass
@@ -39,6 +40,7 @@ class WeightedPass:
     workspace_mib: int
     dtype: torch.dtype  # of the products
     trains: bool  # gradients may be asked for
+    norms: HeadNorms | None = None  # collects the rationales' norms of the weight's gradient
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> Result:
         """Loss, statistics and the gradients that are `wanted` of (hidden, weight, bias)."""
@@ -51,8 +53,16 @@ class WeightedPass:
         folded = bool(self.weighting.divergence_weight) and backend.folds_divergence(self.head)
         workspace = logits_mib(backend, self.workspace_mib, self.dtype)
         pays = paying_mib(backend, self.workspace_mib, self.dtype)
+        if self.norms is not None:
+            self.norms.start()
         chunks = weighted_chunks(
-            self.ragged, weight.shape[0], self.dtype, workspace, given=given, divergence=folded, pays_mib=pays
+            self.ragged,
+            weight.shape[0],
+            self.dtype,
+            workspace,
+            given=given,
+            divergence=folded or self.norms is not None,  # norms take whole rationales, as it takes whole questions
+            pays_mib=pays,
         )
         if chunks is None:
             return self._whole_batch(backend, hidden, weight, bias, wanted)
@@ -70,28 +80,30 @@ class WeightedPass:
     ) -> Result:
         ragged, every_row = self.ragged, self.ragged.num_rows == hidden.shape[0]
         head = self.head.in_dtype(weight, bias, self.dtype)
-        x = in_rows(self._rows(hidden), self.dtype)
         answers = Answers.of_batch(ragged)
-        table = RowStatistics.table(ragged.num_rows, x)
+        table = RowStatistics.table(ragged.num_rows, head.weight)
         most = max((chunk.last - chunk.first for chunk in chunks), default=0)
-        buffer = row_buffer(most, head.vocabulary, x, backend.buffer_dtype(self.dtype))
+        buffer = row_buffer(most, head.vocabulary, head.weight, backend.buffer_dtype(self.dtype))
 
-        def statistics(chunk: Chunk) -> None:
+        def score(chunk: Chunk) -> Tensor:
+            """The chunk's rows (n, D), whose statistics are then in the table and whose logits' gradient is stored."""
+            x = hidden[chunk.rows] if every_row else hidden.index_select(0, ragged.rows[chunk.rows])
+            x = in_rows(x, self.dtype)
             targets, stored = self.targets[chunk.rows], buffer[: chunk.last - chunk.first]
             ignored = self.weighting.ignore_index
-            backend.statistics(x[chunk.rows], head, targets, answers, ignored, table, chunk.first, stored)
+            backend.statistics(x, head, targets, answers, ignored, table, chunk.first, stored)
+            return x
 
         # The first product is launched before anything else: while it runs, the host prepares what comes after.
-        for chunk in chunks[:1]:
-            statistics(chunk)
+        x_c = score(chunks[0]) if chunks else hidden
         weighting = settled(self.weighting, self.targets, ragged, table.dtype)
         decision, divergence = self._room_for_decision(weighting, table)
         gradients = self._room_for_gradients(hidden, weight, bias, wanted, buffer.dtype if len(chunks) == 1 else None)
         rows = RowStatistics(*table.unbind())
         for i, chunk in enumerate(chunks):
             if i > 0:
-                statistics(chunk)
-            x_c, rows_c = x[chunk.rows], buffer[: chunk.last - chunk.first]
+                x_c = score(chunk)
+            rows_c = buffer[: chunk.last - chunk.first]
             if chunk.last_question:
                 backend.decide(chunk, rows.tokens, self.targets, ragged, weighting, decision)
             if folded:
@@ -116,6 +128,10 @@ class WeightedPass:
             if gradients.bias is not None:
                 factor = (weight_c * inverse * head.slope).to(buffer.dtype)[None]
                 product(factor, rows_c, out=gradients.bias, accumulate=i > 0)
+            if self.norms is not None:
+                cu = ragged.sizes.cu_questions
+                rationales = cu[chunk.first_question], cu[chunk.last_question]
+                self.norms.add(rows_c, x_c, weight_c * inverse * head.slope, rationales, chunk.first)
         if not chunks:  # not one scored row
             for gradient in gradients:
                 if gradient is not None:
@@ -147,7 +163,8 @@ class WeightedPass:
                 backend.scale_rows(unweighted, decision.row_weight, None, 1.0, unweighted)
                 gradients = Gradients(unweighted, None, None)
             else:
-                gradients = Gradients(*call.backward(x, weight, bias, rows, -decision.row_weight, None, wanted))
+                slope = -decision.row_weight
+                gradients = Gradients(*call.backward(x, weight, bias, rows, slope, None, wanted, self.norms))
             grad_x = gradients.hidden
             if grad_x is not None and len(grad_x) < len(hidden):
                 gradients = gradients._replace(
@@ -219,11 +236,20 @@ class Result(NamedTuple):
 
 
 class WeightedLoss(torch.autograd.Function):
-    """(hidden, weight, bias) → (loss, sft, divergence, *decision, *tokens, *normalizers); the loss has a gradient."""
+    """(hidden, weight, bias) → (loss, sft, divergence, *decision, *tokens, *normalizers); the loss has a gradient.
+
+    With `call.norms` it takes their slot and, under a tied embedding, its carrier: their gradients are the norms.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: WeightedPass
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: WeightedPass,
+        slot: Tensor | None = None,
+        carrier: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[:3] if call.trains else (False, False, False)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -240,7 +266,7 @@ class WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return None, None, None, None
+            return (None,) * 6
         refuse_second_derivative("compatibility_loss")
         hidden, weight, bias, alpha = ctx.saved_tensors
         # The gradients are handed over, not kept: a second backward pass (retain_graph) computes them again.
@@ -249,7 +275,8 @@ class WeightedLoss(torch.autograd.Function):
             if gradients is None:
                 weighting = replace(ctx.call.weighting, weights=alpha)
                 gradients = replace(ctx.call, weighting=weighting).run(hidden, weight, bias, ctx.wanted).gradients
-            return (*hand_over(gradients, upstream, hidden, weight, bias), None)
+            norms = (None, None) if ctx.call.norms is None else ctx.call.norms.gradients(upstream)
+            return (*hand_over(gradients, upstream, hidden, weight, bias), None, *norms)
 
 
 def hand_over(

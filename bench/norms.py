@@ -1,0 +1,173 @@
+"""Whole training steps with and without per-rationale gradient norms, and beside them Opacus' ghost clipping.
+
+Every arm has a student of its own with the same random weights, so that nothing of one arm's hooks or replaced
+forwards is in another's. `_compiled`: the decoder layers through torch.compile. `_captured`: the whole step, norms
+included, in one CUDA graph. Opacus knows no RMSNorm of transformers and no tied embedding: the works called `linear`
+train the decoder's linear layers alone, in all arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from bench.batches import IGNORE
+from bench.shapes import Scale
+from bench.steps import Step, prepare_step
+from bench.timing import Runner, free_memory, one_line
+from compact.backbone import decoder_layers, unwrap
+from compact.config import CompactConfig
+from compact.loss import distillation_loss
+from compact.strategies.compact import Compact
+from compact_kernels import SampleGradNorms, linear_logprob
+
+KINDS = ("lora", "full", "linear")
+NORMS = tuple(f"step_{size}_{kind}_norms" for size in ("0.5b", "1.5b") for kind in KINDS) + (
+    "step_0.5b_full_long_norms",
+)
+LONG_TOKENS, LONG_QUESTIONS = 2048, 2
+WARMUP_SECONDS = 120  # compilation
+OURS = ("compact", "compact_without_norms")
+ENDINGS = ("", "_compiled", "_captured")
+ARMS = (*(name + ending for ending in ENDINGS for name in OURS), "opacus_ghost", "opacus_ghost_norms")
+
+NOTES = {
+    "opacus_ghost": "two backward passes: norms, then clipped gradients",
+    "opacus_ghost_norms": "its first backward pass alone: norms and gradients, nothing clipped",
+}
+
+
+def scale_of(work: str, scale: Scale) -> Scale:
+    """8 rationales of 2048 tokens in the long works."""
+    if "_long" not in work:
+        return scale
+    tokens = LONG_TOKENS if scale.tokens >= 256 else 4 * scale.tokens
+    return replace(scale, tokens=tokens, questions=LONG_QUESTIONS)
+
+
+@contextmanager
+def arms(
+    work: str, scale: Scale, device: torch.device, wanted: Callable[[str], bool]
+) -> Iterator[tuple[list[Runner], dict[str, int]]]:
+    """Runners, and the bytes that each one's student holds; freed afterwards."""
+    torch._dynamo.reset()
+    scale = scale_of(work, scale)
+    names = [
+        name
+        for name in ARMS
+        if wanted(name)
+        and (not name.startswith("opacus") or "_lora_" in work or "_linear_" in work)
+        and (not name.endswith("_captured") or device.type == "cuda")
+    ]
+    runners, held, students = [], {}, []
+    for name in names:
+        runner = Runner(name, lambda: None, note=NOTES.get(name, ""))
+        try:
+            prepared = _student(work, scale, device)
+            students.append(prepared)
+            held[name] = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
+            runner.before = lambda prepared=prepared: prepared.model.zero_grad(set_to_none=True)  # type: ignore[misc]
+            runner.run = _opacus(name, prepared, scale) if name.startswith("opacus") else _ours(name, prepared, scale)
+            if name.endswith("_captured"):
+                runner.before = lambda: None
+        except Exception as problem:
+            runner.error = one_line(problem)
+        runners.append(runner)
+    try:
+        yield runners, held
+    finally:
+        for prepared in students:
+            prepared.model.to("meta")
+            prepared.batch.clear()
+        runners.clear()
+        free_memory()
+
+
+def _student(work: str, scale: Scale, device: torch.device) -> Step:
+    prepared = prepare_step(work.removesuffix("_norms").removesuffix("_long"), scale, device)
+    if "_linear_" in work:
+        prepared.model.requires_grad_(False)
+        for module in decoder_layers(unwrap(prepared.model)).modules():
+            if isinstance(module, nn.Linear):
+                module.requires_grad_(True)
+    return prepared
+
+
+def _ours(name: str, prepared: Step, scale: Scale) -> Callable[[], object]:
+    if name.endswith("_compiled"):
+        prepared.compile(scale.compile_backend)
+        prepared.ready(True)
+    config = CompactConfig()
+    strategy = Compact(config, [f"teacher-{k}" for k in range(scale.rationales)])
+
+    def plain() -> Tensor:
+        loss = distillation_loss(prepared.model, prepared.batch, strategy, config)[0].loss
+        loss.backward()
+        return loss
+
+    run: Callable[[], object] = plain
+    if "without" not in name:
+        recorder = SampleGradNorms(prepared.model)
+
+        def with_norms() -> Tensor:
+            with recorder.record(prepared.batch["ragged"]) as norms:
+                plain()
+            return norms.squared
+
+        run = with_norms
+    return _captured(prepared, run) if name.endswith("_captured") else run
+
+
+def _captured(prepared: Step, run: Callable[[], object]) -> Callable[[], object]:
+    """The step as one CUDA graph, gradients in the graph's own memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            prepared.model.zero_grad(set_to_none=True)
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    prepared.model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def _opacus(name: str, prepared: Step, scale: Scale) -> Callable[[], object]:
+    """Opacus on the same rationales, one a row (they have one length), with COMPACT's own fused log-probs as loss."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    model = prepared.model
+    ids = prepared.batch["input_ids"].view(-1, scale.tokens)
+    targets = prepared.targets.view(ids.shape)
+    counts = (targets != IGNORE).sum(1)
+    inner = unwrap(model)
+    inner.set_attn_implementation("sdpa")
+    ghost = GradSampleModuleFastGradientClipping(model, batch_first=True, loss_reduction="mean", strict=False)
+    head = inner.get_output_embeddings().weight
+
+    def run() -> object:
+        ghost.enable_hooks()
+        hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logprob = linear_logprob(hidden, head, targets)[0]
+        losses = -logprob.sum(1) / counts
+        clips = name == "opacus_ghost"
+        losses.mean().backward(retain_graph=clips)
+        if not clips:
+            return ghost.get_norm_sample()
+        model.zero_grad(set_to_none=True)
+        ghost.disable_hooks()
+        (ghost.get_clipping_coef() * losses).sum().backward()
+        return ghost.per_sample_gradient_norms
+
+    return run

@@ -1,0 +1,324 @@
+"""Mutual information between what the student holds at a token and the gold answer (method §7), and its controls.
+
+Along one rationale the answer is constant, so that dependence can only be seen across questions: every estimate pairs
+states with answers over a batch and a queue of earlier questions, and leaves out the own one, whose teachers share one
+answer. Nothing waits for the device; memory goes with the number of pairs, not with its square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compact_kernels.ops import linear_token_stats
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import AdaptabilityOptions, question_of_sequence, segment_sum, sequence_adaptability
+
+BLOCK = 128  # rows of the kernels' matrices that exist at once
+
+
+# ------------------------------------------------------------------------------------------------ the proxy's controls
+
+
+class ProxyControls(NamedTuple):
+    """S_MI of eq. 3 beside what it would be if nothing but its form mattered; (S,) each, in nats."""
+
+    adaptability: Tensor
+    shuffled_mask: Tensor  # the same jumps, thinking tokens put elsewhere in the body
+    wrong_answer: Tensor  # jumps towards another question's answer; NaN in a batch of one question
+
+
+@torch.no_grad()
+def proxy_controls(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    ragged: Ragged,
+    options: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
+    generator: torch.Generator | None = None,
+    **head: object,
+) -> ProxyControls:
+    """The logit-lens proxy of eq. 2–3 and its two controls. A gap to both is what may be called information.
+
+    Args:
+        hidden, head_weight, targets, ragged, head: as :func:`compact_kernels.linear_token_stats` takes them.
+        options: `length_norm="mean"` takes the sum's growth with length away.
+        generator: draws the shuffles, on the batch's device.
+    """
+
+    def measured(shape: Ragged) -> Tensor:
+        return linear_token_stats(hidden, head_weight, targets, shape, **head).evidence  # type: ignore[arg-type]
+
+    evidence = measured(ragged)
+    shuffled = _with_shuffled_mask(ragged, generator)
+    if ragged.num_questions > 1:
+        wrong = sequence_adaptability(measured(_with_next_answers(ragged)), ragged, options)
+    else:
+        wrong = torch.full((ragged.num_sequences,), float("nan"), dtype=evidence.dtype, device=evidence.device)
+    return ProxyControls(
+        sequence_adaptability(evidence, ragged, options), sequence_adaptability(evidence, shuffled, options), wrong
+    )
+
+
+def _with_shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Ragged:
+    """Thinking flags permuted among the steps 1 … B of each rationale."""
+    sizes = ragged.sizes.cu_rows
+    owner = torch.repeat_interleave(ragged.cu_rows.diff(), output_size=ragged.num_rows)
+    step = torch.arange(ragged.num_rows, device=ragged.device) - ragged.cu_rows[:-1].long()[owner]
+    inside = (step >= 1) & (step <= ragged.body_lengths.long()[owner])
+    draw = torch.rand(ragged.num_rows, device=ragged.device, generator=generator, dtype=torch.float64)
+    # Rows outside the body keep their places: their keys lie apart from all others and in order.
+    place = torch.where(inside, owner * 3 + 1 + draw, owner * 3 + 2.5 * (step >= 1) + step / (2 * (sizes[-1] + 1)))
+    target = torch.where(inside, owner * 3.0 + 1, owner * 3 + 2.5 * (step >= 1))
+    order, where = place.argsort(), (target + step / (2.0 * (sizes[-1] + 1))).argsort()
+    thinking = torch.empty_like(ragged.thinking)
+    thinking[where] = ragged.thinking[order]
+    return replace(ragged, thinking=thinking)
+
+
+def _with_next_answers(ragged: Ragged) -> Ragged:
+    """Every question asks for the answer of the one after it."""
+    host = ragged.host
+    first = host.cu_questions[:-1].long()
+    other = first.roll(-1)[question_of_sequence(host)]  # a rationale of the next question
+    starts, ends = host.cu_evidence[:-1].long()[other], host.cu_evidence[1:].long()[other]
+    ids = [host.evidence_ids[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
+    counts = torch.tensor([0, *(len(part) for part in ids)]).cumsum(0).int()
+    moved = replace(host, evidence_ids=torch.cat(ids), cu_evidence=counts, _host=None)
+    return moved if ragged.device == host.device else moved.to(ragged.device)
+
+
+# --------------------------------------------------------------------------------------------------------------- HSIC
+
+
+def hsic(
+    x: Tensor, y: Tensor, *, scale_x: float | Tensor | None = None, scale_y: float | Tensor | None = None
+) -> Tensor:
+    """Unbiased HSIC (Song et al. 2012, eq. 5) of N ≥ 4 independent pairs, () ; 0 on average where nothing depends.
+
+    [Σ K∘L + (Σk)(Σl)/((N−1)(N−2)) − 2 k·l/(N−2)] / (N(N−3)), diagonals 0, k = K1, l = L1: one pass over the pairs for
+    ΣK∘L, k and l, a block of rows at a time. Sums are float64.
+
+    Args:
+        x: (N, D_x). y: (N, D_y).
+        scale_x, scale_y: σ of Gaussian kernels exp(−‖·‖²/2σ²); None: linear kernels of centred vectors.
+    """
+    count = x.shape[0]
+    if y.shape[0] != count:
+        raise ValueError(f"x has {count} rows, y has {y.shape[0]}: HSIC is of pairs")
+    if count < 4:
+        raise ValueError(f"unbiased HSIC needs 4 pairs at least, got {count}")
+    return _hsic(x, y, torch.ones(count, dtype=torch.bool, device=x.device), scale_x, scale_y)
+
+
+def _hsic(
+    x: Tensor, y: Tensor, kept: Tensor, scale_x: float | Tensor | None, scale_y: float | Tensor | None
+) -> Tensor:
+    """The same over the pairs that are `kept` (N,); NaN if those are fewer than 4."""
+    weight, count = kept.double(), kept.sum().double()
+    x, y = _centred(x, kept), _centred(y, kept)
+    both = weight.new_zeros(())
+    k, l_ = torch.zeros_like(weight), torch.zeros_like(weight)
+    for start in range(0, x.shape[0], BLOCK):
+        rows = slice(start, start + BLOCK)
+        index = torch.arange(start, min(start + BLOCK, x.shape[0]), device=x.device)
+        pairs = weight[rows, None] * weight
+        pairs[index - start, index] = 0
+        a = _kernel(x[rows], x, scale_x).double() * pairs
+        b = _kernel(y[rows], y, scale_y).double() * pairs
+        both = both + (a * b).sum()
+        k[rows], l_[rows] = a.sum(1), b.sum(1)
+    cross = k.sum() * l_.sum() / ((count - 1) * (count - 2)) - 2 / (count - 2) * (k * l_).sum()
+    return torch.where(count >= 4, (both + cross) / (count * (count - 3)), float("nan"))
+
+
+def _centred(x: Tensor, kept: Tensor) -> Tensor:
+    """Differences of states are small beside their common mean, which is taken away first; at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = (x * kept[:, None]).sum(0) / kept.sum().clamp_min(1)
+    return torch.where(kept[:, None], x - mean, 0.0)
+
+
+def _kernel(a: Tensor, b: Tensor, scale: float | Tensor | None) -> Tensor:
+    inner = a @ b.t()
+    if scale is None:
+        return inner
+    distance = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * inner).clamp_min(0)
+    return torch.exp(-distance / (2 * scale**2))
+
+
+def median_distance(x: Tensor, most: int = 256) -> Tensor:
+    """The median heuristic for σ, (), from `most` rows at most; 1 where all are equal."""
+    some = _centred(x[:most], torch.ones_like(x[:most, 0], dtype=torch.bool))
+    distance = torch.pdist(some)
+    median = distance.median() if distance.numel() else distance.new_ones(())
+    return torch.where(median > 0, median, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------- batch and queue
+
+
+class Information(NamedTuple):
+    """What a batch tells about states and answers. All on its device, without a gradient."""
+
+    curve: Tensor  # (T,) PHSIC: c_t of every packed token
+    scalar: Tensor  # (S,) its mean over each rationale's scored rows
+    hsic: Tensor  # () unbiased HSIC of the questions' mean states and answers, over batch and queue
+
+
+class InformationQueue:
+    """PHSIC curves and unbiased HSIC against a queue of the last questions (method §7).
+
+    PHSIC (Yokoi et al. 2018) with linear kernels: c_t = ⟨r_t − μ, C (ψ(a) − ν)⟩, C the cross-covariance of states and
+    answers, over the questions in the queue and the batch but the own one. C is kept as the sums it is made of, one
+    state and one answer a question: C (ψ − ν) = (1/n) Σ_q ⟨ψ_q − ν, ψ − ν⟩ (Σ_t r_qt − n_q μ).
+
+    Args:
+        size: questions remembered. State is size·(D + D_y) float32 numbers.
+    """
+
+    def __init__(self, size: int = 256) -> None:
+        if size < 4:
+            raise ValueError(f"size is {size}; an estimate needs 4 questions at least")
+        self.size = size
+        self._rows: Tensor | None = None  # (size, D) Σ_t r_qt
+        self._answers: Tensor | None = None  # (size, D_y)
+        self._counts: Tensor | None = None  # (size,) tokens; 0: an empty place
+        self._ids: Tensor | None = None  # (size,) int64
+        self._next = 0
+
+    @torch.no_grad()
+    def measure(self, hidden: Tensor, answers: Tensor, ids: Tensor, ragged: Ragged) -> Information:
+        """Curves of a batch, which then joins the queue.
+
+        Args:
+            hidden: final hidden states. (T, D)
+            answers: ψ(a) of every question, for one :func:`answer_embeddings`. (Q, D_y)
+            ids: a number that stands for the question, the same at each visit. (Q,) int64
+        """
+        states = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+        answers = answers.detach().to(states.dtype)
+        owner = _owner_of_row(ragged)
+        question = question_of_sequence(ragged)[owner]  # (N,)
+        rows = states[ragged.rows]
+        shape = ragged.num_questions, states.shape[1]
+        offsets = ragged.cu_rows[ragged.cu_questions.long()]
+        sums = torch.segment_reduce(rows, "sum", offsets=offsets.long(), axis=0, unsafe=True, initial=0.0).view(shape)
+        counts = offsets.diff().to(states.dtype)
+        all_rows, all_answers, all_counts, all_ids = self._with(sums, answers, counts, ids)
+        # (Q, M): which questions each one's covariance is made of, and their tokens
+        weight = all_counts * (all_ids != ids[:, None])
+        total = weight.sum(1, keepdim=True).clamp_min(1)
+        mean_answer = weight @ all_answers / total
+        mean_state = (weight > 0).to(states.dtype) @ all_rows / total
+        own = answers - mean_answer  # (Q, D_y)
+        alike = own @ all_answers.t() - (own * mean_answer).sum(1, keepdim=True)  # ⟨ψ_q' − ν, ψ − ν⟩
+        alike = alike * (weight > 0)
+        direction = (alike @ all_rows - (alike * weight).sum(1, keepdim=True) * mean_state) / total  # (Q, D)
+        values = (rows * direction[question]).sum(1) - (mean_state * direction).sum(1)[question]
+        curve = states.new_zeros(states.shape[0]).index_copy_(0, ragged.rows, values)
+        scalar = segment_sum(values, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)
+        pooled = all_rows / all_counts.clamp_min(1)[:, None]
+        # One pair a question: of a question met twice, the newest, which is the batch's.
+        kept = (all_counts > 0) & ~((all_ids[:, None] == all_ids).triu(1) & (all_counts > 0)).any(1)
+        found = _hsic(pooled, all_answers, kept, None, None)
+        self._push(sums, answers, counts, ids)
+        return Information(curve, scalar, found)
+
+    def _with(self, *batch: Tensor) -> list[Tensor]:
+        kept = (self._rows, self._answers, self._counts, self._ids)
+        return [new if old is None else torch.cat([old, new]) for old, new in zip(kept, batch)]
+
+    def _push(self, rows: Tensor, answers: Tensor, counts: Tensor, ids: Tensor) -> None:
+        if self._rows is None:
+            self._rows = rows.new_zeros(self.size, rows.shape[1])
+            self._answers = answers.new_zeros(self.size, answers.shape[1])
+            self._counts, self._ids = counts.new_zeros(self.size), ids.new_full((self.size,), -1)
+        assert self._answers is not None and self._counts is not None and self._ids is not None
+        some = min(len(ids), self.size)
+        place = (torch.arange(some, device=ids.device) + self._next) % self.size
+        for store, new in zip((self._rows, self._answers, self._counts, self._ids), (rows, answers, counts, ids)):
+            store[place] = new[-some:]
+        self._next = (self._next + some) % self.size
+
+
+def _owner_of_row(ragged: Ragged) -> Tensor:
+    return torch.repeat_interleave(ragged.cu_rows.diff(), output_size=ragged.num_rows)
+
+
+@torch.no_grad()
+def answer_embeddings(weight: Tensor, ragged: Ragged) -> Tensor:
+    """ψ(a) (Q, D): the mean of the answer ids' rows of an embedding or head (V, D), of length 1; zeros without ids."""
+    first = ragged.cu_questions[:-1].long()
+    rows = weight[ragged.evidence_ids].to(torch.promote_types(weight.dtype, torch.float32))
+    sums = torch.segment_reduce(rows, "sum", offsets=ragged.cu_evidence.long(), axis=0, unsafe=True, initial=0.0)
+    return torch.nn.functional.normalize(sums.view(ragged.num_sequences, -1)[first], dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------------------- peaks
+
+
+class Peaks(NamedTuple):
+    z: Tensor  # (N,) robust z-score of every value within its segment
+    places: Tensor  # (S, most) index of each segment's peaks, highest first; −1 where there are fewer
+
+
+@torch.no_grad()
+def robust_peaks(
+    curve: Tensor, offsets: Tensor, longest: int, *, threshold: float = 3.0, most: int = 8, distance: int = 3
+) -> Peaks:
+    """Peaks of the segments of a curve by z = (c − median) / (1.4826·MAD), on the device.
+
+    A peak has z ≥ threshold and is the highest of its segment within `distance` places, the first of equals.
+
+    Args:
+        curve: (N,). offsets: of the segments. (S+1,)
+        longest: values of the longest segment, known on the host.
+    """
+    count = offsets.numel() - 1
+    offsets = offsets.long()
+    owner = torch.repeat_interleave(offsets.diff(), output_size=curve.numel())
+    step = torch.arange(curve.numel(), device=curve.device) - offsets[owner]
+    table = curve.new_full((count, max(longest, 1)), float("inf")).index_put((owner, step), curve)
+    centre = _median(table, offsets)
+    spread = _median((table - centre[:, None]).abs(), offsets) * 1.4826
+    z = table - centre[:, None]
+    z = torch.where(spread[:, None] > 0, z / spread[:, None].clamp_min(torch.finfo(z.dtype).tiny), 0.0)
+    inside = torch.arange(table.shape[1], device=curve.device) < offsets.diff()[:, None]
+    z = torch.where(inside, z, float("-inf"))
+    window = torch.nn.functional.pad(z, (distance, distance), value=float("-inf")).unfold(1, 2 * distance + 1, 1)
+    first = window.argmax(-1) == distance
+    score = torch.where(inside & first & (z >= threshold), z, float("-inf"))
+    best, places = score.topk(min(most, score.shape[1]), dim=1)
+    return Peaks(z[owner, step], torch.where(best > float("-inf"), places, -1))
+
+
+def _median(table: Tensor, offsets: Tensor) -> Tensor:
+    """Lower medians of the first values of each row, those beyond being +inf or NaN. (S,)"""
+    ordered = table.nan_to_num(nan=float("inf"), posinf=float("inf")).sort(1).values
+    middle = (offsets.diff() - 1).clamp_min(0) // 2
+    return ordered.gather(1, middle[:, None]).squeeze(1)
+
+
+# --------------------------------------------------------------------------------------------------------- noise scale
+
+
+def noise_scale(squared_norms: Tensor, total_squared: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """tr Σ and ‖G‖² of McCandlish et al. 2018, unbiased, from one step's gradient Σ_s g_s of S rationales.
+
+    Their ratio is the simple noise scale: how many rationales a step needs for signal and noise to be level. Average
+    both over steps before dividing. Rationales are taken as equally weighted draws, which they are only
+    roughly under α.
+
+    Args:
+        squared_norms: Σ_s ‖g_s‖². ()
+        total_squared: ‖Σ_s g_s‖². ()
+        count: S ≥ 2.
+    """
+    if count < 2:
+        raise ValueError("the noise scale of a step needs two rationales at least")
+    one = squared_norms * count  # the mean of ‖S g_s‖²
+    return (one - total_squared) / (1 - 1 / count), (count * total_squared - one) / (count - 1)

@@ -1,0 +1,209 @@
+"""The functions of :mod:`compact_kernels.sample_norms.plain` by Triton: launches its neighbour's kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from compact_kernels.sample_norms import kernels
+from compact_kernels.sample_norms.segments import BLOCK, SLICE
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class GramTile(NamedTuple):
+    """How a Gram tile is computed: by measurement on an H100."""
+
+    block_k: int = 64
+    warps: int = 8
+    stages: int = 4
+
+
+class ProductTile(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+GRAM = GramTile()
+GRAM_FLOAT32 = GramTile(block_k=32, warps=8, stages=2)
+PROGRAMS = 264  # of a product, at least, where there are rationales enough: two a multiprocessor
+
+
+def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> ProductTile:
+    """A product's tile by its shape, the same for all dtypes but for its depth; LoRA's narrow side is one tile."""
+    if _INTERPRETED:
+        return ProductTile(32, 16 if n <= 16 else 32, 16, 4, 1)
+    k, stages = (64, 3) if dtype.itemsize == 2 else (32, 2)
+    if n <= 64:
+        return ProductTile(128, max(16, triton.next_power_of_2(n)), k, 4, stages)
+    if m <= 64:
+        return ProductTile(max(16, triton.next_power_of_2(m)), 128, k, 4, stages)
+    return ProductTile(128, 128, k, 8, stages)
+
+
+def product_parts(m: int, n: int) -> int:
+    """Blocks of an (m, n) product, each of which has a part in its norm."""
+    tile = product_tile(m, n)
+    return triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+
+
+def _precision(dtype: torch.dtype) -> tuple[str, bool]:
+    """Input precision and whether to multiply in float32: the interpreter multiplies bfloat16 wrongly."""
+    return ("ieee" if _INTERPRETED or dtype != torch.float32 else "tf32x3"), _INTERPRETED
+
+
+def _tiled(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    size = matrix.element_size()
+    fits = matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0
+    if not fits or matrix.stride(0) < matrix.shape[1]:
+        count, dim = matrix.shape
+        copy = matrix.new_empty(count, -(-dim * size // 16) * 16 // size)[:, :dim]
+        matrix = copy.copy_(matrix)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def gram_norms(
+    x: Tensor | None,
+    grads: list[Tensor],
+    biased: int,
+    cu: Tensor,
+    tiles: Tensor,
+    factor: Tensor | None = None,
+) -> Tensor:
+    return _gram(x, None, grads, biased, cu, tiles, factor, 0)
+
+
+def token_norms(ids: Tensor, gradient: Tensor, cu: Tensor, tiles: Tensor, ignored: int) -> Tensor:
+    return _gram(None, ids, [gradient], 0, cu, tiles, None, ignored)
+
+
+def _gram(
+    x: Tensor | None,
+    ids: Tensor | None,
+    grads: list[Tensor],
+    biased: int,
+    cu: Tensor,
+    tiles: Tensor,
+    factor: Tensor | None,
+    ignored: int,
+) -> Tensor:
+    out = torch.empty(tiles.shape[0], dtype=torch.float32, device=grads[0].device)
+    if tiles.shape[0] == 0:
+        return out
+    dtype = grads[0].dtype
+    shape = GRAM_FLOAT32 if dtype == torch.float32 else GRAM
+    block_k = 32 if _INTERPRETED else shape.block_k
+    mode = kernels.PRODUCT if x is not None else kernels.TOKENS if ids is not None else kernels.ONES
+    descriptors = [_tiled(g if g.dtype == dtype else g.to(dtype), BLOCK, block_k) for g in grads]
+    padded = [*descriptors, *[descriptors[0]] * (3 - len(grads))]
+    dims = [descriptor.shape[1] for descriptor in padded]
+    given = descriptors[0] if x is None else _tiled(x.to(dtype), BLOCK, block_k)
+    precision, upcast = _precision(dtype)
+    kernels.gram_kernel[(tiles.shape[0],)](
+        given, ids if ids is not None else cu, *padded, factor if factor is not None else out, cu, tiles, out,
+        given.shape[1], *dims, ignored,
+        INPUT=mode.value, LAYERS=len(grads), BIASED=biased, HAS_FACTOR=factor is not None, BLOCK=BLOCK,
+        BLOCK_K=block_k, PRECISION=precision, UPCAST=upcast, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return out
+
+
+def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+    splits, tile = product_splits(a.shape[1], b.shape[1]), product_tile(a.shape[1], b.shape[1], a.dtype)
+    sizes = (splits, a.shape[1], b.shape[1]) if wanted else (0,)
+    # Parts that are yet to be added up are float32; a sum that is whole is rounded once.
+    total = a.new_empty(sizes, dtype=torch.float32 if splits > 1 else a.dtype)
+    parts = product_parts(a.shape[1], b.shape[1])
+    norms = torch.empty(parts, cu.shape[0] - 1, dtype=torch.float32, device=a.device)
+    _product(a, b, cu, weights, total if wanted else None, norms, splits, tile, False)
+    return total, norms
+
+
+def product_splits(m: int, n: int) -> int:
+    """Over how many programs the rationales are split; one without a rationale gives zeros."""
+    return max(1, min(16, PROGRAMS // product_parts(m, n)))
+
+
+def column_norms(a: Tensor, b: Tensor, cu: Tensor) -> Tensor:
+    tile = product_tile(a.shape[1], b.shape[1], a.dtype)
+    blocks = triton.cdiv(a.shape[1], tile.m)
+    if b.shape[1] > tile.n:
+        raise ValueError(f"column_norms takes at most {tile.n} columns, got {b.shape[1]}")
+    norms = torch.empty(blocks, cu.shape[0] - 1, tile.n, dtype=torch.float32, device=a.device)
+    _product(a, b, cu, None, None, norms, product_splits(a.shape[1], b.shape[1]), tile, True)
+    return norms.sum(0)[:, : b.shape[1]]
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    cu: Tensor,
+    weights: Tensor | None,
+    total: Tensor | None,
+    norms: Tensor,
+    splits: int,
+    tile: ProductTile,
+    columns: bool,
+) -> None:
+    a, b = _unit(a), _unit(b.to(a.dtype))
+    precision, upcast = _precision(a.dtype)
+    grid = (triton.cdiv(a.shape[1], tile.m) * triton.cdiv(b.shape[1], tile.n), splits)
+    kernels.product_kernel[grid](
+        a, b, cu, weights if weights is not None else norms, total if total is not None else norms, norms,
+        a.stride(0), b.stride(0), a.shape[1], b.shape[1], cu.shape[0] - 1,
+        HAS_WEIGHTS=weights is not None, HAS_SUM=total is not None, COLUMNS=columns, SPLITS=splits,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, PRECISION=precision, UPCAST=upcast,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: str, eps: float) -> Tensor:
+    x, gradient = _unit(x), _unit(gradient)
+    tokens, heads, dim = gradient.shape
+    out = torch.empty(cu.shape[0] - 1, slices, dim, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(dim)
+    rows = max(1, min(16, 8192 // block))
+    kernels.scale_kernel[(out.shape[0] * slices,)](
+        x, gradient, cu, out, x.stride(0), x.stride(1), gradient.stride(0), gradient.stride(1),
+        heads, dim, slices, eps,
+        KIND={"rms": 0, "layer": 1, "ones": 2}[kind], SLICE=SLICE, ROWS=rows, BLOCK_D=block,
+        num_warps=max(4, min(16, rows * block // 1024)),
+    )  # fmt: skip
+    return out
+
+
+def token_rows(
+    gradient: Tensor,
+    factor: Tensor | None,
+    hidden: Tensor,
+    cu_rows: Tensor,
+    ids: Tensor,
+    cu: Tensor,
+    first: int,
+    longest: int,
+) -> Tensor:
+    hidden = _unit(hidden)
+    dim = hidden.shape[1]
+    out = torch.zeros(ids.shape[0], dim, dtype=torch.float32, device=hidden.device)
+    precision, upcast = _precision(hidden.dtype)
+    block_t, block_d = (16, 32) if _INTERPRETED else (64, 128)
+    blocks = triton.cdiv(longest, block_t)
+    kernels.token_rows_kernel[((cu.shape[0] - 1) * blocks, triton.cdiv(dim, block_d))](
+        gradient, factor if factor is not None else hidden, hidden, cu_rows, ids, cu, out,
+        gradient.stride(0), hidden.stride(0), dim, first, gradient.shape[1], blocks,
+        HAS_FACTOR=factor is not None, BLOCK_T=block_t, BLOCK_R=32, BLOCK_D=block_d,
+        PRECISION=precision, UPCAST=upcast, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out

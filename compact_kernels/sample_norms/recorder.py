@@ -1,0 +1,486 @@
+"""Exact per-rationale gradient norms of a whole model, from the one backward pass that trains it."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compact_kernels.ragged import Ragged
+from compact_kernels.rule import segment_sum
+from compact_kernels.sample_norms import layers, ops
+from compact_kernels.sample_norms.coverage import (
+    embedding_scale,
+    is_linear,
+    normalisation,
+    output_layer,
+    own_forward,
+    reason_against,
+    trained,
+    weight_of,
+    widths,
+)
+from compact_kernels.sample_norms.layers import Family, HeadMember, LinearMember, ScaleMember, TokenMember
+from compact_kernels.sample_norms.segments import Segments
+
+NARROW = 64  # of LoRA's inner width, at most: its products are read-bound and made together with the norms
+# What making a weight's gradient together with its norms costs, as a share of that product: cuBLAS is faster at it.
+OWN_PRODUCT = 0.35
+GRAM = 0.6  # what a Gram matrix costs, as a share of the full square: its lower half, in whole tiles
+_OUTPUTS = re.compile(r"^(o_proj|out_proj|c_proj|dense|dense_4h_to_h|down_proj|fc2|w2|wo|fc_out)$")
+
+_active: list[SampleGradNorms] = []
+
+
+def active() -> SampleGradNorms | None:
+    """The recorder whose batch is under way, if there is one: asked by the fused head."""
+    return _active[-1] if _active else None
+
+
+def default_group(name: str) -> str:
+    """The part of a parameter's name after its layer's number, or the module that owns it: self_attn, mlp, norm, …"""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if numbers and numbers[-1] + 2 < len(parts):
+        return parts[numbers[-1] + 1]
+    return parts[-2] if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class SampleNorms:
+    """Norms of a batch of S rationales. Read them after the backward pass and before the optimizer's step."""
+
+    recorder: SampleGradNorms
+    segments: Segments
+    slots: list[tuple[str, str, Tensor]]  # (group, kind, leaf)
+    names: dict[int, list[str]]  # parameters behind each leaf, by its id
+    before: dict[str, tuple[int, int]]  # each parameter's gradient when the batch began: its id and version
+
+    @property
+    def squared(self) -> Tensor:
+        """(S,) ‖gradient of the loss through rationale s‖² over all trainable parameters. float32, or float64."""
+        return torch.stack(list(self.by_group.values())).sum(0)
+
+    @property
+    def norms(self) -> Tensor:
+        """u_s, (S,): the norm of what flowed through each rationale (method §6)."""
+        return self.squared.clamp_min(0).sqrt()
+
+    def per_weight(self, weights: Tensor) -> Tensor:
+        """n_s = u_s / c_s, (S,): the norm of the unweighted loss; NaN, not measured, where c_s is 0.
+
+        Args:
+            weights: c_s, what rationale s weighed in the loss: α_s R/Q (method §6). (S,)
+        """
+        return torch.where(weights > 0, self.norms / weights, float("nan"))
+
+    @property
+    def by_group(self) -> dict[str, Tensor]:
+        """The same (S,) for every group of parameters.
+
+        Raises:
+            RuntimeError: a parameter has a gradient of this batch and no norm: its layer was not called as a module.
+        """
+        self._check()
+        sums: dict[str, Tensor] = {}
+        bundles: dict[tuple[str, str, tuple], list[Tensor]] = {}
+        for group, kind, slot in self.slots:
+            if slot.grad is not None:
+                bundles.setdefault((group, kind, tuple(slot.shape)), []).append(slot.grad)
+        for (group, kind, _), grads in bundles.items():
+            part = self._reduced(kind, torch.stack(grads))
+            sums[group] = part if group not in sums else sums[group] + part
+        if not sums:
+            raise RuntimeError("no norms yet: run loss.backward() before reading them")
+        return sums
+
+    @property
+    def standard_error(self) -> Tensor:
+        """(S,) of `squared`, where it is an estimate; zeros where it is exact."""
+        variances = [slot.grad[1] for _, kind, slot in self.slots if kind == "estimate" and slot.grad is not None]
+        return torch.stack(variances).sum(0).sqrt() if variances else torch.zeros_like(self.squared)
+
+    def _reduced(self, kind: str, grads: Tensor) -> Tensor:
+        """Stacked parts of one kind → (S,)."""
+        if kind == "tiles":  # (n, M)
+            return segment_sum(grads.sum(0), self.segments.cu_tiles)
+        if kind == "vectors":  # (n, S, slices, D)
+            return grads.sum(2).square().sum((0, 2))
+        if kind == "estimate":  # (n, 2, S)
+            return grads[:, 0].sum(0)
+        return grads.sum((0, 1))  # (n, P, S)
+
+    def _check(self) -> None:
+        missing = []
+        for _, _, slot in self.slots:
+            if slot.grad is None:
+                missing += self.names[id(slot)]
+        measured = {name for _, _, slot in self.slots if slot.grad is not None for name in self.names[id(slot)]}
+        parameters = self.recorder.parameters
+        for name in dict.fromkeys(missing):
+            gradient = parameters[name].grad
+            if name in measured or gradient is None or self.before.get(name) == (id(gradient), gradient._version):
+                continue
+            raise RuntimeError(
+                f"{name} has a gradient but no norm: its layer was not called as a module, so nothing saw its input. "
+                "A head that a loss takes as a weight is covered by compact_kernels.compatibility_loss"
+            )
+
+
+class SampleGradNorms:
+    """Teaches a model to give the norm of each rationale's gradient in its ordinary backward pass.
+
+    Layers: nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm in their variants, biases, LoRA's A
+    and B (they are linear layers), a head tied to the embedding, and the head inside
+    :func:`compact_kernels.compatibility_loss`. Gradients are those of the ordinary backward pass. Forwards of the
+    layers' *instances* are replaced until :meth:`remove`; outside :meth:`record` they run as before.
+
+    A norm is of what flows: a loss term that mixes rationales (eq. 9's divergence) counts in each rationale it flows
+    through. Under data parallelism norms are of the rank's own rationales and own loss; a GradScaler's factor is in
+    them. Two uses of one layer in one forward pass, sequences split over ranks, and mixtures of experts are refused.
+
+    Args:
+        model: any wrapper of it too. Parameters that require gradients now are those measured.
+        groups: from a parameter's name to the name of its group; a layer's weight and bias are in one.
+        uncovered: "error", or "skip" parameters that no rule covers; they are listed in :attr:`skipped`.
+        method: "exact", or "hutchinson": weights of linear layers by `probes` random projections, without the squares
+            of the lengths in the cost, with a standard error (:attr:`SampleNorms.standard_error`).
+        products: how linear layers give exact norms: by Gram matrices, by making the weight's gradient from the same
+            pass, or whichever is less work for a batch.
+
+    Raises:
+        ValueError: a trainable parameter that is not covered, by name and with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        groups: Callable[[str], str] = default_group,
+        uncovered: Literal["error", "skip"] = "error",
+        method: Literal["exact", "hutchinson"] = "exact",
+        probes: int = 16,
+        products: Literal["auto", "gram", "own"] = "auto",
+    ) -> None:
+        if uncovered not in ("error", "skip"):
+            raise ValueError(f"uncovered is {uncovered!r}; it is error or skip")
+        if method not in ("exact", "hutchinson"):
+            raise ValueError(f"method is {method!r}; it is exact or hutchinson")
+        if method == "hutchinson" and not 2 <= probes <= NARROW:
+            raise ValueError(f"probes is {probes}; a standard error needs 2 at least, and {NARROW} is the most")
+        self.groups, self.products = groups, products
+        self.probes = probes if method == "hutchinson" else 0
+        self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.segments: Segments | None = None
+        self.row_segments: Segments | None = None
+        self.ragged: Ragged | None = None
+        self.scales: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.head_slot: Tensor | None = None
+        self.head_weight: Tensor | None = None
+        self.head_name = ""
+        self.head_embedding: TokenMember | None = None
+        self.skipped: list[str] = []
+        self._cut: tuple[Ragged, Segments, Segments | None] | None = None
+        self._room: tuple[object, list[tuple[str, str, Tensor]], dict[int, list[str]]] | None = None
+        self._counts: dict[int, int] = {}
+        self._members: list[tuple[Any, nn.Module, list[str]]] = []
+        self._families: list[Family] = []
+        self._plan(model, uncovered)
+
+    # ---- use ----
+
+    @contextmanager
+    def record(self, ragged: Ragged) -> Iterator[SampleNorms]:
+        """Around one forward pass over the packed batch `ragged`; its norms are there after the backward pass.
+
+        The backward pass may come inside or after the block; with gradient checkpointing it has to come inside. For
+        gradient accumulation: a block for every micro-batch.
+        """
+        if self.segments is not None:
+            raise RuntimeError("a batch is being recorded already: one forward pass and its backward at a time")
+        if self._cut is None or self._cut[0] is not ragged:  # a batch seen again, as in a CUDA graph, copies nothing
+            offsets = ragged.sizes
+            rows = Segments.of(ragged.cu_rows, offsets.cu_rows) if self.head_weight is not None else None
+            self._cut = ragged, Segments.of(ragged.cu_seqlens, offsets.cu_seqlens), rows
+        self.ragged, segments, self.row_segments = self._cut
+        result = self._new(segments, ragged.device)
+        self._counts.clear()
+        self.segments = segments
+        _active.append(self)
+        try:
+            yield result
+        finally:
+            _active.remove(self)
+            self.segments = self.row_segments = self.ids = self.ragged = None
+            for family in self._families:
+                family.opened, family.carriers = None, ()
+
+    def remove(self) -> None:
+        """Give the layers their own forwards back."""
+        for member, module, _ in self._members:
+            before = member.before
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = before
+            module.__dict__.pop("_sample_norms", None)
+        self._members.clear()
+
+    # ---- asked by layers ----
+
+    def check_rows(self, module: nn.Module, x: Tensor) -> None:
+        """
+        Raises:
+            RuntimeError: a layer sees other rows than the batch has.
+        """
+        if torch.compiler.is_compiling():
+            return
+        rows, tokens = x.shape[:-1].numel() if x.dim() < 4 else x.shape[0] * x.shape[1], self.segments.tokens  # type: ignore[union-attr]
+        if rows != tokens:
+            raise RuntimeError(
+                f"{type(module).__name__} was called on {rows} rows, the batch has {tokens} packed tokens: norms are "
+                "by rationale, so every layer has to see all tokens in their order (no experts, no padding)"
+            )
+
+    def head_norms(
+        self, weight: Tensor, bias: Tensor | None, ragged: Ragged | None
+    ) -> tuple[Any, list[Tensor | None]]:
+        """What collects a fused head's norms, and the slot and carrier that take them away.
+
+        Raises:
+            ValueError: another head, another batch, or a head used twice.
+        """
+        from compact_kernels.head.norms import HeadNorms
+
+        if self.head_weight is None or weight.shape != self.head_weight.shape:
+            raise ValueError(
+                "the head's weight trains, but the model being recorded has no such output layer "
+                "(get_output_embeddings()), so its norms would be missing"
+            )
+        if ragged is None or self.row_segments is None or ragged.sizes.cu_rows != self.ragged.sizes.cu_rows:  # type: ignore[union-attr]
+            raise ValueError("the loss is of another batch than the one being recorded")
+        if bias is not None and bias.requires_grad != weight.requires_grad:
+            raise ValueError("of the head, its weight and bias train both or neither: norms cover them together")
+        self.note(self.head_weight)
+        carrier = None if self.head_embedding is None else self.head_embedding.carrier
+        ids = None if self.head_embedding is None or self.ids is None else self.ids.reshape(-1)
+        assert self.segments is not None
+        return HeadNorms(self.row_segments, ids, self.segments, bias is not None), [self.head_slot, carrier]
+
+    def note(self, member: Any) -> None:
+        """A layer is called; twice in one pass would need the two calls' cross terms.
+
+        A checkpoint's second run of the forward pass happens in the backward pass, when gradients are under way.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return
+        count = self._counts[id(member)] = self._counts.get(id(member), 0) + 1
+        if count > 1:
+            name = next((names[0] for m, _, names in self._members if m is member), self.head_name)
+            raise RuntimeError(f"{name} is used twice in one forward pass, which per-rationale norms do not cover")
+
+    # ---- plan ----
+
+    def _plan(self, model: nn.Module, uncovered: str) -> None:
+        owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    owners.setdefault(id(parameter), []).append((f"{path}.{key}" if path else key, module))
+        reasons: dict[str, str] = {}
+        modules: dict[nn.Module, str] = {}
+        tied: dict[int, nn.Module] = {}
+        for places in owners.values():
+            first, module = places[0]
+            kinds = [type(m) for _, m in places]
+            pair = len(places) == 2 and isinstance(module, nn.Embedding) and isinstance(places[1][1], nn.Linear)
+            if len(places) > 1 and not pair:
+                shared = ", ".join(name for name, _ in places[1:])
+                reasons[first] = f"it is shared with {shared}, of {kinds}; only an embedding and its head may be"
+                continue
+            if pair:
+                tied[id(module)] = places[1][1]
+                modules[places[1][1]] = places[1][0].rpartition(".")[0]
+            modules[module] = first.rpartition(".")[0]
+        heads = {id(head) for head in tied.values()}
+        embeddings: dict[int, TokenMember] = {}
+        linear: list[tuple[str, nn.Module]] = []
+        head = output_layer(model)
+        for module, path in modules.items():
+            names = trained(path, module)
+            reason = reason_against(module)
+            if reason is None and len({self.groups(name) for name in names}) > 1 and id(module) not in heads:
+                reason = f"the layer's parameters {', '.join(names)} are in different groups"
+            if reason is not None:
+                reasons |= {name: reason for name in names}
+            elif is_linear(module):
+                linear.append((path, module))
+            elif isinstance(module, nn.Embedding):
+                padding = -1 if module.padding_idx is None else module.padding_idx
+                token = TokenMember(self, embedding_scale(module), padding, id(module) in tied, own_forward(module))
+                embeddings[id(module)] = token
+                self._install(module, token, layers.embedding_forward, names)
+            else:
+                kind, eps = normalisation(module)
+                keys = {name.rpartition(".")[2] for name in names}
+                scale = ScaleMember(self, kind, eps, ("weight" in keys, "bias" in keys), own_forward(module))
+                self._install(module, scale, layers.scale_forward, names)
+        if reasons and uncovered == "error":
+            name, reason = next(iter(reasons.items()))
+            more = f" ({len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
+            self.remove()
+            raise ValueError(
+                f"{name} trains, but its norm is not covered{more}: {reason}. Freeze it, or leave it out with "
+                'uncovered="skip"'
+            )
+        self.skipped = sorted(reasons)
+        families: dict[object, list[tuple[str, nn.Module]]] = {}
+        for path, module in linear:
+            names = trained(path, module)
+            if head is module:
+                self.head_weight, self.head_name = weight_of(module), names[0]
+                self.parameters[names[0]] = self.head_weight  # by another name too, where it is tied
+            if id(module) in heads:
+                self.head_embedding = embeddings[next(key for key, value in tied.items() if value is module)]
+                tied_head = HeadMember(self, self.head_embedding, own_forward(module), f"{path}.bias" in names)
+                self._install(module, tied_head, layers.head_forward, names)
+            else:
+                families.setdefault(self._family_of(path, module, names), []).append((path, module))
+        for members in families.values():
+            self._found_family(members)
+
+    def _family_of(self, path: str, module: nn.Module, names: list[str]) -> object:
+        """Siblings that may read one tensor: q, k and v; gate and up; their LoRA A's."""
+        parts = path.split(".")
+        adapter = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts))
+        parent, name, rest = parts[: adapter - 1], parts[adapter - 1], parts[adapter:]
+        if rest and rest[0] != "lora_A" or _OUTPUTS.match(name):
+            return path
+        return ".".join(parent), ".".join(rest), widths(module)[0], self.groups(names[0])
+
+    def _found_family(self, members: list[tuple[str, nn.Module]]) -> None:
+        outputs = [widths(module)[1] for _, module in members]
+        trains = [
+            (f"{path}.weight" in trained(path, module), f"{path}.bias" in trained(path, module))
+            for path, module in members
+        ]
+        family = Family(self, widths(members[0][1])[0], outputs, trains)
+        self._families.append(family)
+        for index, (path, module) in enumerate(members):
+            names = trained(path, module)
+            member = LinearMember(family, index, not isinstance(module, nn.Linear), own_forward(module))
+            self._install(module, member, layers.linear_forward, names)
+
+    def _install(self, module: nn.Module, member: Any, forward: Callable, names: list[str]) -> None:
+        if "_sample_norms" in module.__dict__:
+            raise ValueError(f"{names[0]}'s layer has a recorder already: remove() it first")
+        self._members.append((member, module, names))
+        module._sample_norms = member
+        module.forward = types.MethodType(forward, module)
+
+    # ---- a batch ----
+
+    def _new(self, segments: Segments, device: torch.device) -> SampleNorms:
+        before = {name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
+        for family in self._families:
+            family.own = self._own_products(family, segments)
+        parts, count, slices = segments.tiles.shape[0], segments.count, segments.slices
+        shape = parts, count, slices, device, tuple(family.own for family in self._families)
+        if self._room is None or self._room[0] != shape:
+            self._room = shape, *self._slots(parts, count, slices, device)
+        _, slots, names = self._room
+        for _, _, slot in slots:
+            slot.grad = None
+        return SampleNorms(self, segments, slots, names, before)
+
+    def _slots(
+        self, parts: int, count: int, slices: int, device: torch.device
+    ) -> tuple[list[tuple[str, str, Tensor]], dict[int, list[str]]]:
+        """A leaf for whatever gives norms, with its group and kind, and the parameters behind each."""
+        slots: list[tuple[str, str, Tensor]] = []
+        names: dict[int, list[str]] = {}
+
+        def new(owners: list[str], kind: str, dtype: torch.dtype, *sizes: int) -> Tensor:
+            wide = torch.promote_types(dtype, torch.float32)
+            slot = torch.empty((), dtype=wide, device=device).expand(sizes).requires_grad_()
+            slots.append((self._group(owners[0]), kind, slot))
+            names[id(slot)] = owners
+            return slot
+
+        for family in self._families:
+            family.slots = [torch.empty(0)] * len(family.widths)
+        for member, module, owners in self._members:
+            dtype = weight_of(module).dtype
+            if isinstance(member, LinearMember):
+                family, width = member.family, member.family.widths[member.index]
+                weight, bias = family.trains[member.index]
+                if family.own:
+                    shape = (family.input_width, width) if member.transposed else (width, family.input_width)
+                    blocks = ops.product_parts(*shape, torch.empty(0, dtype=dtype, device=device))
+                    member.slot = new(owners, "parts", dtype, blocks, count)
+                    member.bias_slot = new(owners, "vectors", dtype, count, slices, width) if bias else None
+                elif self.probes:
+                    family.slots[member.index] = new(owners, "estimate", dtype, 2, count)
+                else:
+                    family.slots[member.index] = new(owners, "tiles", dtype, parts)
+            elif isinstance(member, ScaleMember):
+                size = weight_of(module).shape[0]
+                member.slot = new(owners, "vectors", dtype, count, slices, size) if member.trains[0] else None
+                member.bias_slot = new(owners, "vectors", dtype, count, slices, size) if member.trains[1] else None
+            else:
+                member.slot = new(owners, "tiles", dtype, parts)
+        if self.head_weight is not None:
+            assert self.row_segments is not None
+            self.head_slot = new([self.head_name], "parts", self.head_weight.dtype, 1, count)
+        # The members of a family whose node another one opened have no gradient of their own in their slots.
+        for family in self._families:
+            mine = [names[id(slot)] for slot in family.slots if id(slot) in names]
+            together = [name for owners in mine for name in owners]
+            for slot in family.slots:
+                if id(slot) in names:
+                    names[id(slot)] = together
+        return slots, names
+
+    def _group(self, name: str) -> str:
+        """A tied head is in its embedding's group."""
+        if self.head_embedding is not None and name == self.head_name:
+            name = next(names[0] for member, _, names in self._members if member is self.head_embedding)
+        return self.groups(name)
+
+    def _own_products(self, family: Family, segments: Segments) -> bool:
+        """Whether the family's layers make their weights' gradients themselves."""
+        if self.probes or not all(weight for weight, _ in family.trains):
+            return False
+        if self.products != "auto":
+            return self.products == "own"
+        width, outputs = family.input_width, sum(family.widths)
+        if min(width, *family.widths) <= NARROW:
+            return True
+        return OWN_PRODUCT * 2 * segments.tokens * width * outputs < GRAM * 2 * segments.squares * (width + outputs)
+
+
+@contextmanager
+def sample_grad_norms(model: nn.Module, ragged: Ragged, **options: Any) -> Iterator[SampleNorms]:
+    """Norms of every rationale's gradient over all trainable parameters, for one forward and backward pass.
+
+    >>> with sample_grad_norms(model, ragged) as norms:
+    ...     loss = compatibility_loss(…).loss
+    ...     loss.backward()
+    >>> norms.norms  # (S,) u_s; norms.by_group: squared, by group of parameters
+
+    Args:
+        options: those of :class:`SampleGradNorms`, which is what to keep where this is done at every step.
+    """
+    recorder = SampleGradNorms(model, **options)
+    try:
+        with recorder.record(ragged) as norms:
+            yield norms
+    finally:
+        recorder.remove()

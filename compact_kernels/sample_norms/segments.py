@@ -1,0 +1,62 @@
+"""How a packed batch is cut for the products of per-rationale norms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 128  # tokens on a side of a tile of a Gram matrix
+SLICE = 64  # tokens whose share of a vector's gradient one program sums
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The rationales of a batch, on its device.
+
+    A Gram matrix over the tokens of a rationale is symmetric: only the tiles on and below its diagonal are computed.
+    """
+
+    cu: Tensor  # (S+1,) int32  token offsets
+    tiles: Tensor  # (M, 3) int32  rationale, block of rows, block of columns ≤ it; in the order of the rationales
+    cu_tiles: Tensor  # (S+1,) int64  offsets of the rationales' tiles
+    first_tiles: list[int]  # the same on the host
+    tokens: int
+    longest: int
+    squares: int  # Σ T_s², which a Gram matrix's cost goes with
+
+    @classmethod
+    def of(cls, cu: Tensor, offsets: Sequence[int]) -> Segments:
+        """From token offsets on the device, and the same on the host."""
+        lengths = [b - a for a, b in zip(offsets, offsets[1:])]
+        tiles: list[tuple[int, int, int]] = []
+        first_tiles = [0]
+        for s, length in enumerate(lengths):
+            tiles += [(s, i, j) for i in range(-(-length // BLOCK)) for j in range(i + 1)]
+            first_tiles.append(len(tiles))
+        return cls(
+            cu=cu,
+            tiles=_moved(tiles, torch.int32, cu.device).reshape(-1, 3),
+            cu_tiles=_moved(first_tiles, torch.int64, cu.device),
+            first_tiles=first_tiles,
+            tokens=offsets[-1],
+            longest=max(lengths, default=0),
+            squares=sum(length * length for length in lengths),
+        )
+
+    @property
+    def count(self) -> int:
+        return self.cu.shape[0] - 1
+
+    @property
+    def slices(self) -> int:
+        """Slices of the longest rationale."""
+        return -(-self.longest // SLICE)
+
+
+def _moved(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -1,0 +1,212 @@
+"""HSIC, PHSIC, peaks and the proxy's controls: against dense float64, on what is independent, and on planted jumps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from compact_kernels import AdaptabilityOptions, Ragged
+from compact_kernels.information import (
+    InformationQueue,
+    _with_shuffled_mask,
+    answer_embeddings,
+    hsic,
+    median_distance,
+    noise_scale,
+    proxy_controls,
+    robust_peaks,
+)
+
+
+def dense_hsic(x: Tensor, y: Tensor, scale: float | None) -> Tensor:
+    """Song et al.'s formula on whole matrices."""
+
+    def kernel(z: Tensor) -> Tensor:
+        z = z - z.mean(0)
+        k = z @ z.T if scale is None else torch.exp(-torch.cdist(z, z).square() / (2 * scale**2))
+        return k - k.diag().diag()
+
+    k, l_, n, one = kernel(x), kernel(y), len(x), torch.ones(len(x), dtype=x.dtype)
+    middle = (one @ k @ one) * (one @ l_ @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l_ @ one)
+    return ((k @ l_).trace() + middle) / (n * (n - 3))
+
+
+def normal(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+@pytest.mark.parametrize("count", [4, 5, 130, 300])
+def test_hsic_is_the_dense_formula(count, scale):
+    x, y = normal(count, 6) + 100, normal(count, 3, seed=1)
+    truth = dense_hsic(x, y, scale)
+    torch.testing.assert_close(hsic(x, y, scale_x=scale, scale_y=scale), truth, rtol=1e-9, atol=1e-12)
+    found = hsic((x - 100).float(), y.float(), scale_x=scale, scale_y=scale)
+    assert abs(found - truth) < 1e-5 * (1 if scale else x.var() * y.var())
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_hsic_is_0_on_average_where_nothing_depends_and_grows_with_correlation(scaled):
+    draws = []
+    for seed in range(300):
+        x, y = normal(24, 8, seed=2 * seed), normal(24, 8, seed=2 * seed + 1)
+        scales = {"scale_x": median_distance(x), "scale_y": median_distance(y)} if scaled else {}
+        draws.append(hsic(x, y, **scales))
+    null = torch.stack(draws)
+    assert abs(null.mean()) < 3 * null.std() / len(null) ** 0.5
+    values = []
+    for rho in (0.0, 0.3, 0.6, 0.9):
+        x, noise = normal(400, 4), normal(400, 4, seed=1)
+        values.append(hsic(x, rho * x + (1 - rho**2) ** 0.5 * noise))
+    assert values == sorted(values) and values[1] > 0.01
+    assert abs(hsic(normal(50, 4), torch.ones(50, 2).double())) < 1e-12  # a constant answer
+
+
+def test_too_few_pairs_are_refused():
+    with pytest.raises(ValueError, match="4 pairs at least, got 3"):
+        hsic(normal(3, 2), normal(3, 2))
+    with pytest.raises(ValueError, match="x has 5 rows, y has 4"):
+        hsic(normal(5, 2), normal(4, 2))
+
+
+def shape_of(questions: int, rationales: int = 2, length: int = 6) -> Ragged:
+    count = questions * rationales
+    return Ragged.build(
+        sequence_lengths=[length + k % 3 for k in range(count)],
+        prompt_lengths=[2] * count,
+        rationales_per_question=[rationales] * questions,
+    )
+
+
+def test_phsic_is_the_covariance_of_the_other_questions():
+    ragged, queue = shape_of(5), InformationQueue(size=7)
+    seen: list[tuple[int, Tensor, Tensor]] = []  # every token: question, state, answer
+    for visit in range(3):
+        ids = torch.arange(5) + 3 * visit  # questions 3, 4, 6, 7 are met twice
+        hidden, answers = normal(int(ragged.cu_seqlens[-1]), 4, seed=visit), normal(5, 3, seed=10 + visit)
+        found = queue.measure(hidden, answers, ids, ragged)
+        cu_rows, cu_q = ragged.cu_rows.tolist(), ragged.cu_questions.tolist()
+        mine = []
+        for q in range(5):
+            for row in range(cu_rows[cu_q[q]], cu_rows[cu_q[q + 1]]):
+                mine.append((int(ids[q]), hidden[ragged.rows[row]], answers[q]))
+        everything = seen + mine
+        for row in (0, 7, len(mine) - 1):
+            own, state, answer = mine[row]
+            others = [(r, a) for i, r, a in everything if i != own]
+            r, a = torch.stack([r for r, _ in others]), torch.stack([a for _, a in others])
+            covariance = (r - r.mean(0)).T @ (a - a.mean(0)) / len(others)
+            truth = (state - r.mean(0)) @ covariance @ (answer - a.mean(0))
+            torch.testing.assert_close(found.curve[ragged.rows[row]], truth, rtol=1e-9, atol=1e-12)
+        means = [found.curve[ragged.rows[a:b]].mean() for a, b in zip(cu_rows, cu_rows[1:])]
+        torch.testing.assert_close(found.scalar, torch.stack(means), rtol=1e-9, atol=1e-12)
+        blocks = [everything[i : i + len(mine)] for i in range(0, len(everything), len(mine))]
+        per_question = []  # as the queue holds them: by visit and question
+        for block in blocks:
+            for number in dict.fromkeys(i for i, _, _ in block):
+                part = [(i, r, a) for i, r, a in block if i == number]
+                per_question.append(part)
+        kept = per_question[-7:]
+        seen = [entry for part in kept for entry in part]
+
+
+def test_an_epiphany_is_found_by_phsic_and_by_its_peak():
+    """A fixed map of the answer enters the states at a step of its own; AUC of c_t for the steps after it."""
+    generator = torch.Generator().manual_seed(0)
+    dim, length, questions = 64, 60, 16
+    image = torch.randn(dim, 32, generator=generator) / 32**0.5
+    queue, scores, labels = InformationQueue(size=128), [], []
+    lengths = [length] * questions
+    ragged = Ragged.build(
+        sequence_lengths=[n + 1 for n in lengths], prompt_lengths=[1] * questions,
+        rationales_per_question=[1] * questions,
+    )  # fmt: skip
+    for batch in range(12):
+        answers = torch.randn(questions, 32, generator=generator)
+        hidden = torch.randn(questions * (length + 1), dim, generator=generator) + 5
+        when = torch.randint(10, 50, (questions,), generator=generator)
+        for q in range(questions):
+            start = q * (length + 1)
+            hidden[start + when[q] : start + length + 1] += 0.7 * (image @ answers[q])
+        found = queue.measure(hidden, answers, torch.arange(questions) + batch * questions, ragged)
+        if batch >= 4:
+            curve = found.curve[ragged.rows].view(questions, length)
+            scores.append(curve.flatten())
+            labels.append((torch.arange(length) >= when[:, None]).flatten())
+    score, label = torch.cat(scores), torch.cat(labels)
+    ranks = score.argsort().argsort().double()
+    positives = label.sum().double()
+    auc = (ranks[label].sum() - positives * (positives - 1) / 2) / (positives * (len(label) - positives))
+    print(f"AUC of the planted epiphany: {auc:.3f}")
+    assert auc > 0.9
+
+
+def test_peaks_are_robust_and_apart():
+    curve = torch.cat([torch.sin(torch.arange(40.0)) * 0.1, torch.zeros(5), torch.arange(3.0), torch.zeros(0)])
+    curve[10] = curve[11] = 9.0
+    curve[30] = 7.0
+    offsets = torch.tensor([0, 40, 45, 48, 48])
+    found = robust_peaks(curve, offsets, 40, most=4, distance=3)
+    assert found.places.tolist()[0] == [10, 30, -1, -1]
+    assert found.places[1:].eq(-1).all()
+    assert found.z[10] > 30 and found.z[40:45].eq(0).all() and found.z.isfinite().all()
+    part = curve[:40]
+    median = part.sort().values[19]
+    mad = (part - median).abs().sort().values[19]
+    torch.testing.assert_close(found.z[:40], (part - median) / (1.4826 * mad))
+
+
+def test_the_proxys_controls_change_what_they_say_and_nothing_else():
+    ragged = Ragged.build(
+        sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
+        body_lengths=[8, 5, 9], evidence_ids=[[3, 4], [3, 4], [7]],
+        thinking=[[i in (1, 2) for i in range(n)] for n in (10, 7, 11)],
+    )  # fmt: skip
+    hidden, weight = normal(35, 6), normal(17, 6, seed=1)
+    targets = torch.zeros(35, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    found = proxy_controls(hidden, weight, targets, ragged, generator=generator)
+    swapped = Ragged.build(
+        sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
+        body_lengths=[8, 5, 9], evidence_ids=[[7], [7], [3, 4]],
+        thinking=[[i in (1, 2) for i in range(n)] for n in (10, 7, 11)],
+    )  # fmt: skip
+    other = proxy_controls(hidden, weight, targets, swapped, generator=generator)
+    torch.testing.assert_close(found.wrong_answer, other.adaptability)
+    torch.testing.assert_close(found.adaptability, other.wrong_answer)
+    assert (found.shuffled_mask != found.adaptability).any()
+    flat = AdaptabilityOptions(epsilon=1.0)  # a mask of ones: nothing to shuffle
+    same = proxy_controls(hidden, weight, targets, ragged, flat, generator)
+    torch.testing.assert_close(same.shuffled_mask, same.adaptability)
+    # flags stay within each body, as many as they were
+    moved = _with_shuffled_mask(ragged, generator)
+    for s, (a, b) in enumerate(zip(ragged.cu_rows.tolist(), ragged.cu_rows.tolist()[1:])):
+        body = int(ragged.body_lengths[s])
+        assert moved.thinking[a : a + body + 1].sum() == ragged.thinking[a : a + body + 1].sum()
+        assert torch.equal(moved.thinking[a + body + 1 : b], ragged.thinking[a + body + 1 : b])
+        assert not moved.thinking[a]
+
+
+def test_answers_are_embedded_once_a_question():
+    ragged = Ragged.build(
+        sequence_lengths=[4, 4, 4], prompt_lengths=[1, 1, 1], rationales_per_question=[2, 1],
+        evidence_ids=[[1, 2], [1, 2], []],
+    )  # fmt: skip
+    weight = normal(5, 3)
+    truth = torch.nn.functional.normalize(weight[1] + weight[2], dim=0)
+    torch.testing.assert_close(answer_embeddings(weight, ragged), torch.stack([truth, torch.zeros(3).double()]))
+
+
+def test_the_noise_scale_recovers_what_was_put_in():
+    signal, sigma, count, dim = 2.0, 3.0, 16, 50
+    mean = torch.zeros(dim).double()
+    mean[0] = signal
+    traces, signals = [], []
+    for seed in range(400):
+        grads = (mean + sigma * normal(count, dim, seed=seed)) / count
+        trace, square = noise_scale(grads.square().sum(), grads.sum(0).square().sum(), count)
+        traces.append(trace)
+        signals.append(square)
+    torch.testing.assert_close(torch.stack(traces).mean(), torch.tensor(sigma**2 * dim).double(), rtol=0.02, atol=0)
+    torch.testing.assert_close(torch.stack(signals).mean(), torch.tensor(signal**2).double(), rtol=0.3, atol=0)

@@ -1,0 +1,365 @@
+"""Per-rationale gradient norms: one backward pass against a backward pass for every rationale, in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from compact import compilation
+from compact.attention import packed_rows
+from compact.config import LoraConfig
+from compact.student import add_lora, prepare
+from compact_kernels import CompatibilityRule, Ragged, SampleGradNorms, compatibility_loss, sample_grad_norms
+from tests.architectures import tiny, token_ids
+
+LENGTHS = (7, 2, 12, 5)
+
+
+def batch(lengths=LENGTHS, prompts=None) -> tuple[Tensor, Tensor, Ragged]:
+    """Ids (1, T) with repeated tokens, targets (T,) and the shape; two questions."""
+    ids = torch.cat(token_ids(*lengths), dim=1) % 11 + 3
+    first = (len(lengths) + 1) // 2
+    ragged = Ragged.build(
+        sequence_lengths=lengths,
+        prompt_lengths=[1] * len(lengths) if prompts is None else prompts,
+        rationales_per_question=[first, len(lengths) - first] if len(lengths) > 1 else [1],
+    )
+    return ids, F.pad(ids[0, 1:], (0, 1), value=-100), ragged
+
+
+def student(name: str, lora: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = tiny(name)
+    model.set_attn_implementation("eager" if name == "gemma2" else "compact_varlen")
+    prepare(model)
+    if lora:
+        model = add_lora(model, LoraConfig(rank=2, dropout=0.0))
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                nn.init.normal_(parameter, std=0.1)
+    return nn.Module.to(model, dtype).train()
+
+
+def row_losses(model: nn.Module, ids: Tensor, targets: Tensor, ragged: Ragged) -> Tensor:
+    """(N,) through plain logits."""
+    output = model(input_ids=ids, compact=ragged)
+    logits = output.head(output.hidden[ragged.rows])
+    return F.cross_entropy(logits, targets[ragged.rows], reduction="none")
+
+
+def truth(model: nn.Module, ids: Tensor, targets: Tensor, ragged: Ragged, weights: Tensor) -> Tensor:
+    """(S,) squared norms of Σ_rows weight·loss by one backward pass a rationale."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    cu, norms = ragged.cu_rows.tolist(), []
+    for s in range(ragged.num_sequences):
+        losses = row_losses(model, ids, targets, ragged)
+        part = (losses * weights)[cu[s] : cu[s + 1]].sum()
+        grads = torch.autograd.grad(part, parameters, allow_unused=True, materialize_grads=True)
+        norms.append(sum(g.square().sum() for g in grads))
+    return torch.stack(norms)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def uniform(ragged: Ragged) -> Tensor:
+    """(N,) what a row weighs under α = 1/K and sft_reduction=mean."""
+    counts, questions = ragged.cu_rows.diff(), ragged.cu_questions.diff()
+    per = 1 / (counts * questions.repeat_interleave(questions) * ragged.num_questions).double()
+    return per.repeat_interleave(counts)
+
+
+def fused(model: nn.Module, ids: Tensor, targets: Tensor, ragged: Ragged, **options) -> Tensor:
+    output = model(input_ids=ids, compact=ragged)
+    questions = ragged.cu_questions.diff()
+    options = {"weights": (1 / questions.double()).repeat_interleave(questions), **options}
+    head = output.head
+    return compatibility_loss(
+        output.hidden, head.weight, targets, ragged, bias=head.bias, logit_scale=head.logit_scale,
+        softcap=head.softcap, **options,
+    ).loss  # fmt: skip
+
+
+@pytest.mark.parametrize("products", ["gram", "own"])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("llama", False), ("llama", True), ("qwen2", False), ("qwen3", False), ("gemma2", False), ("gemma3", False),
+        ("gpt2", False), ("gpt2", True), ("gpt_neox", False), ("phi3", False),
+    ],
+)  # fmt: skip
+def test_every_architectures_norms_are_those_of_a_backward_pass_per_rationale(name, lora, products):
+    model = student(name, lora)
+    ids, targets, ragged = batch()
+    expected = truth(model, ids, targets, ragged, uniform(ragged))
+    fused(model, ids, targets, ragged).backward()
+    ordinary = gradients(model)
+    with sample_grad_norms(model, ragged, products=products) as norms:
+        fused(model, ids, targets, ragged).backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-7, atol=0)  # the models normalise in float32
+    torch.testing.assert_close(gradients(model), ordinary, rtol=1e-9, atol=1e-12)
+    assert not any("forward" in vars(m) and "_sample_norms" in vars(m) for m in model.modules())
+
+
+def recorded(model: nn.Module, step, ragged: Ragged, **options) -> Tensor:
+    with sample_grad_norms(model, ragged, **options) as norms:
+        step().backward()
+    return norms.squared
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_norms_survive_both_gradient_checkpointings(lora, reentrant):
+    model = student("qwen2", lora)
+    ids, targets, ragged = batch()
+    expected = truth(model, ids, targets, ragged, uniform(ragged))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = recorded(model, lambda: fused(model, ids, targets, ragged), ragged)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(("name", "lora", "products"), [("qwen2", False, "gram"), ("llama", True, "own")])
+def test_compiled_layers_give_the_same_norms(monkeypatch, name, lora, products):
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    model = student(name, lora)
+    compilation.compile_layers(model)
+    recorder = SampleGradNorms(model, products=products)
+    for lengths in (LENGTHS, (3, 9), (8, 1 + 1, 5, 4, 6)):  # a graph serves batches of every shape
+        ids, targets, ragged = batch(lengths)
+        expected = truth(model, ids, targets, ragged, uniform(ragged))
+        with recorder.record(ragged) as norms:
+            fused(model, ids, targets, ragged).backward()
+        torch.testing.assert_close(norms.squared, expected, rtol=1e-7, atol=0)
+    assert counters["stats"]["unique_graphs"] <= 4  # as without norms
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_a_whole_compiled_model_with_plain_cross_entropy_gives_the_same_norms(name):
+    model = student(name)
+    ids, targets, ragged = batch()
+    weights = uniform(ragged)
+    expected = truth(model, ids, targets, ragged, weights)
+    torch._dynamo.reset()
+
+    def loss() -> Tensor:
+        cu = ragged.cu_seqlens
+        mask = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 12, "max_length_k": 12}
+        with packed_rows():
+            hidden = model.base_model(ids, position_ids=positions, use_cache=False, **mask).last_hidden_state
+        logits = model.lm_head(hidden)[0, ragged.rows]
+        return (F.cross_entropy(logits, targets[ragged.rows], reduction="none") * weights).sum()
+
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    found = recorded(model, loss, ragged)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+    found = recorded(model, torch.compile(loss, backend="aot_eager"), ragged)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+    torch._dynamo.reset()
+
+
+def test_packed_equals_one_by_one_and_micro_batches_add_up():
+    model = student("qwen2")
+    ids, targets, ragged = batch()
+    recorder = SampleGradNorms(model)
+    weights, cu = uniform(ragged), ragged.cu_seqlens.tolist()
+    rows = ragged.cu_rows.tolist()
+    expected = truth(model, ids, targets, ragged, weights)
+    model.zero_grad()
+    fused(model, ids, targets, ragged).backward()
+    ordinary = gradients(model)
+    found = []
+    for s in range(ragged.num_sequences):  # micro-batches of one rationale, gradients accumulating
+        one_ids, one_targets, one = batch(LENGTHS[s : s + 1])
+        one_ids = ids[:, cu[s] : cu[s + 1]]
+        one_targets = targets[cu[s] : cu[s + 1]]
+        with recorder.record(one) as norms:
+            (row_losses(model, one_ids, one_targets, one) * weights[rows[s] : rows[s + 1]]).sum().backward()
+        with pytest.raises(RuntimeError, match=r"lm_head\.weight has a gradient but no norm"):
+            norms.squared.sum()
+        model.zero_grad()
+        with recorder.record(one) as norms:
+            options = {"weights": torch.ones(1).double(), "normalizer": float(weights[rows[s] : rows[s + 1]].sum())}
+            fused(model, one_ids, one_targets, one, **options).backward()
+        found.append(norms.squared[0])
+        for name, p in model.named_parameters():
+            ordinary[name] -= p.grad
+        model.zero_grad()
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-7, atol=0)
+    for left in ordinary.values():
+        torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-12)
+
+
+def test_an_upstream_factor_scales_norms_and_accumulation_keeps_batches_apart():
+    model = student("gpt2")
+    ids, targets, ragged = batch()
+    recorder = SampleGradNorms(model)
+    with recorder.record(ragged) as first:
+        fused(model, ids, targets, ragged).backward()
+    once = first.squared
+    with recorder.record(ragged) as second:
+        (3 * fused(model, ids, targets, ragged)).backward()  # gradients are not zeroed
+    torch.testing.assert_close(second.squared, 9 * once, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("workspace", [1, 0])
+@pytest.mark.parametrize("rule", ["compact", "own"])
+def test_every_way_through_the_fused_head_gives_its_norms(rule, workspace):
+    model = student("gpt2")
+    ids, targets, ragged = batch((70, 33, 90, 64, 2), (5, 1, 30, 2, 1))
+    plain = CompatibilityRule(consensus=0)
+    options = {
+        "weights": None, "rule": plain if rule == "compact" else lambda statistics: plain(statistics),
+        "workspace_mib": workspace,
+    }  # fmt: skip
+    with torch.no_grad():
+        output = model(input_ids=ids, compact=ragged)
+        alpha = compatibility_loss(output.hidden, output.head.weight, targets, ragged, rule=plain).alpha
+    counts = ragged.cu_rows.diff()
+    weights = (alpha / counts / ragged.num_questions).repeat_interleave(counts)
+    expected = truth(model, ids, targets, ragged, weights)
+    found = recorded(model, lambda: fused(model, ids, targets, ragged, **options), ragged)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+def test_a_rationale_that_weighs_nothing_is_not_measured():
+    model = student("llama", lora=True)
+    ids, targets, ragged = batch()
+    alpha = torch.tensor([1.0, 0.0, 0.25, 0.75]).double()
+    with sample_grad_norms(model, ragged) as norms:
+        fused(model, ids, targets, ragged, weights=alpha).backward()
+    assert norms.norms[1] == 0 and norms.norms[[0, 2, 3]].min() > 0
+    unweighted = norms.per_weight(alpha / ragged.num_questions)
+    assert unweighted.isnan().tolist() == [False, True, False, False]
+    ones = torch.ones(4).double()
+    with sample_grad_norms(model, ragged) as norms:
+        fused(model, ids, targets, ragged, weights=ones, normalizer=1.0).backward()
+    torch.testing.assert_close(unweighted[[0, 2, 3]], norms.norms[[0, 2, 3]], rtol=1e-7, atol=0)
+
+
+def test_terms_that_mix_rationales_count_where_they_flow():
+    """With eq. 9 the norm is of the step's own gradient, split by the rationale it flows through."""
+    lengths, spans = (9, 7), [(5, 2), (3, 2)]
+    ids = torch.cat(token_ids(*lengths), dim=1)
+    ragged = Ragged.build(
+        sequence_lengths=lengths, prompt_lengths=[1, 1], rationales_per_question=[2], answer_spans=spans
+    )
+    targets = F.pad(ids[0, 1:], (0, 1), value=-100)
+    model = student("llama", lora=True)
+    alpha = torch.tensor([0.3, 0.7]).double()
+    options = {"weights": alpha, "divergence_weight": 0.5, "normalizer": 1.0}
+    expected = []
+    for s in range(2):  # the other rationale's states held fixed
+        output = model(input_ids=ids, compact=ragged)
+        mask = (torch.arange(16) < 9) == (s == 0)
+        hidden = torch.where(mask[:, None], output.hidden, output.hidden.detach())
+        loss = compatibility_loss(hidden, output.head.weight, targets, ragged, **options).loss
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        expected.append(sum(g.square().sum() for g in grads))
+    found = recorded(model, lambda: fused(model, ids, targets, ragged, **options), ragged)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-7, atol=0)
+
+
+def test_autocast_norms_are_those_of_the_gradients_it_makes():
+    model = student("llama", lora=True, dtype=torch.float32)
+    ids, targets, ragged = batch()
+    expected = truth(model.double(), ids, targets, ragged, uniform(ragged))
+    nn.Module.to(model, torch.float32)
+    for products in ("gram", "own"):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = recorded(model, lambda: fused(model, ids, targets, ragged), ragged, products=products)
+        torch.testing.assert_close(found.double(), expected, rtol=0.1, atol=0)
+
+
+def test_groups_add_up_and_name_the_parts():
+    model = student("gpt2")
+    ids, targets, ragged = batch()
+    with sample_grad_norms(model, ragged) as norms:
+        fused(model, ids, targets, ragged).backward()
+    groups = norms.by_group
+    assert set(groups) == {"wte", "wpe", "ln_1", "attn", "ln_2", "mlp", "ln_f"}
+    torch.testing.assert_close(sum(groups.values()), norms.squared)
+    by_layer = lambda name: "first" if ".0." in name else "rest"  # noqa: E731
+    with sample_grad_norms(model, ragged, groups=by_layer) as norms:
+        fused(model, ids, targets, ragged).backward()
+    assert set(norms.by_group) == {"first", "rest"}
+
+
+def test_hutchinson_is_unbiased_and_knows_its_error():
+    model = student("llama", lora=False)
+    ids, targets, ragged = batch()
+    exact = recorded(model, lambda: fused(model, ids, targets, ragged), ragged)
+    torch.manual_seed(0)
+    estimates, errors = [], []
+    recorder = SampleGradNorms(model, method="hutchinson", probes=8)
+    for _ in range(40):
+        with recorder.record(ragged) as norms:
+            fused(model, ids, targets, ragged).backward()
+        estimates.append(norms.squared)
+        errors.append(norms.standard_error)
+    mean, spread = torch.stack(estimates).mean(0), torch.stack(estimates).std(0)
+    assert ((mean - exact).abs() < 4 * spread / 40**0.5).all()
+    assert (spread > 0).all()
+    torch.testing.assert_close(torch.stack(errors).square().mean(0).sqrt(), spread, rtol=0.5, atol=0)
+
+
+class _Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x)) * self.gain
+
+
+def test_what_is_not_covered_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"gain trains, but its norm is not covered.*no rule for a _Odd"):
+        SampleGradNorms(_Odd())
+    model = _Odd()
+    recorder = SampleGradNorms(model, uncovered="skip")
+    assert recorder.skipped == ["gain"]
+    ragged = Ragged.build(sequence_lengths=[2, 3], prompt_lengths=[1, 1], rationales_per_question=[2])
+    with recorder.record(ragged), pytest.raises(RuntimeError, match="layer.weight is used twice"):
+        model(torch.randn(5, 4))
+    with recorder.record(ragged), pytest.raises(RuntimeError, match="called on 6 rows, the batch has 5"):
+        model(torch.randn(6, 4))
+    with pytest.raises(ValueError, match="no rule for a MixtralTopKRouter"):
+        SampleGradNorms(tiny("mixtral"))
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].weight = shared[0].weight
+    with pytest.raises(ValueError, match=r"0\.weight trains.*shared with 1\.weight"):
+        SampleGradNorms(shared)
+
+
+def test_frozen_parameters_do_not_count():
+    model = student("qwen2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj.bias" in name or "k_proj.weight" in name or "up_proj" in name)
+    ids, targets, ragged = batch()
+    expected = truth(model, ids, targets, ragged, uniform(ragged))
+    found = recorded(model, lambda: fused(model, ids, targets, ragged), ragged)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+def test_ddp_and_fsdp2_ranks_have_the_norms_of_their_own_rationales():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed_norms"], cwd=Path(__file__).parent.parent, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("passed:") == 6

@@ -1,0 +1,136 @@
+"""The kernels of per-rationale norms against their plain definitions in float64, on the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compact_kernels.sample_norms import plain
+from compact_kernels.sample_norms.segments import SLICE, Segments
+
+launch = pytest.importorskip("compact_kernels.sample_norms.launch", reason="needs Triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+SHORT, LONG = (1, 31, 33, 5, 64), (1, 127, 129, 1000, 1030, 31)
+LENGTHS = [SHORT, (7,), LONG] if ON_GPU else [SHORT, (7,)]
+DTYPES = [torch.float32, torch.bfloat16]
+# fp32: of three tf32 products; bf16: of float32 sums over exact products
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4}
+
+
+def segments(lengths) -> Segments:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Segments.of(offsets.int().to(DEVICE), offsets.tolist())
+
+
+def matrix(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator).to(DEVICE, dtype)
+
+
+def by_rationale(parts: torch.Tensor, cut: Segments) -> torch.Tensor:
+    return plain.segment_sum(parts, cut.cu_tiles)
+
+
+def wide(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    ("widths", "biased"), [((40,), 0), ((40,), 1), ((24, 40), 1), ((8, 24, 40), 2), ((33, 7, 5), 3)]
+)
+def test_gram_norms(lengths, widths, biased, dtype):
+    cut = segments(lengths)
+    x = matrix(cut.tokens, 48, dtype)
+    grads = [matrix(cut.tokens, width, dtype, 1 + i) for i, width in enumerate(widths)]
+    factor = torch.rand(cut.tokens, device=DEVICE)
+    for given in (None, factor):
+        found = launch.gram_norms(x, grads, biased, cut.cu, cut.tiles, given)
+        truth = plain.gram_norms(x.double(), wide(*grads), biased, cut.cu, cut.tiles, *wide(given))
+        torch.testing.assert_close(
+            by_rationale(found, cut).double(), by_rationale(truth, cut), rtol=TOLERANCE[dtype], atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_biass_norm_alone_and_a_neighbours_nan(dtype):
+    cut = segments(SHORT)
+    g = matrix(cut.tokens, 40, dtype)
+    found = launch.gram_norms(None, [g], 0, cut.cu, cut.tiles)
+    truth = plain.gram_norms(None, [g.double()], 1, cut.cu, cut.tiles)
+    torch.testing.assert_close(
+        by_rationale(found, cut).double(), by_rationale(truth, cut), rtol=10 * TOLERANCE[dtype], atol=1e-3
+    )
+    g[:1] = float("nan")
+    x = matrix(cut.tokens, 16, dtype)
+    for norms in (
+        by_rationale(launch.gram_norms(x, [g], 1, cut.cu, cut.tiles), cut),
+        launch.product(g, x, cut.cu, None, False)[1].sum(0),
+    ):
+        assert norms.isnan().tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_token_norms(lengths, dtype):
+    cut = segments(lengths)
+    g = matrix(cut.tokens, 48, dtype)
+    ids = torch.randint(5, (cut.tokens,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for ignored in (-1, 3):
+        found = launch.token_norms(ids, g, cut.cu, cut.tiles, ignored)
+        truth = plain.token_norms(ids, g.double(), cut.cu, cut.tiles, ignored)
+        torch.testing.assert_close(
+            by_rationale(found, cut).double(), by_rationale(truth, cut), rtol=TOLERANCE[dtype], atol=1e-30
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("shape", [(70, 4), (4, 70), (65, 33)])
+def test_products(lengths, shape, dtype):
+    cut = segments(lengths)
+    a, b = matrix(cut.tokens, shape[0], dtype), matrix(cut.tokens, shape[1], dtype, 1)
+    weights = torch.rand(cut.count, device=DEVICE)
+    for given in (None, weights):
+        total, norms = launch.product(a, b, cut.cu, given, True)
+        true_total, true_norms = plain.product(a.double(), b.double(), cut.cu, *wide(given), True)
+        torch.testing.assert_close(norms.double().sum(0), true_norms.sum(0), rtol=TOLERANCE[dtype], atol=0)
+        scale = true_total.abs().max().item()
+        torch.testing.assert_close(
+            total.double().sum(0), true_total[0], rtol=0, atol=scale * (1e-5 if total.dtype == torch.float32 else 1e-2)
+        )
+    again = launch.product(a, b, cut.cu, weights, True)
+    assert torch.equal(again[0], total) and torch.equal(again[1], norms)
+    if shape[1] <= 16:
+        found, truth = launch.column_norms(a, b, cut.cu), plain.column_norms(a.double(), b.double(), cut.cu)
+        torch.testing.assert_close(found.double(), truth, rtol=TOLERANCE[dtype], atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["rms", "layer", "ones"])
+def test_scale_gradients(kind, dtype):
+    cut = segments(SHORT)
+    slices = -(-cut.longest // SLICE)
+    for heads, width in ((1, 48), (3, 20)):
+        x = matrix(cut.tokens * heads, width, dtype).view(cut.tokens, heads, width)
+        g = matrix(cut.tokens * heads, width, dtype, 1).view(heads, cut.tokens, width).transpose(0, 1)
+        found = launch.scale_gradients(x, g, cut.cu, slices, kind, 1e-6).sum(1)
+        truth = plain.scale_gradients(x.double(), g.double(), cut.cu, slices, kind, 1e-6).sum(1)
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_rows(dtype):
+    rows, cut = segments((1, 20, 9)), segments((4, 40, 12))
+    g, h = matrix(rows.tokens, 30, dtype), matrix(rows.tokens, 40, dtype, 1)
+    ids = torch.randint(50, (cut.tokens,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    factor = torch.rand(rows.tokens, device=DEVICE)
+    for given in (None, factor):
+        found = launch.token_rows(g, given, h, rows.cu, ids, cut.cu, 7, cut.longest)
+        truth = plain.token_rows(g.double(), *wide(given), h.double(), rows.cu, ids, cut.cu, 7, cut.longest)
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=truth.abs().max().item() * 1e-2)
+        outside = (ids < 7) | (ids >= 37)
+        assert not found[outside].any()
