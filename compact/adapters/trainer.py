@@ -81,7 +81,7 @@ class DistillationMixin(_Host):
             if dataset is None:
                 return None
             kept = self.strategy.restrict(dataset)
-            return with_embeddings(kept, processing_class, config.consensus, device=args.device)
+            return with_embeddings(kept, processing_class, config, device=args.device)
 
         train_dataset, eval_dataset = as_used(train_dataset), as_used(eval_dataset)
         kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
