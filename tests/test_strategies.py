@@ -106,8 +106,8 @@ def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_spl
     for statistics, context in batches:
         counts = context.ragged.cu_questions.diff().tolist()
         scores = whole._scores(context).split(counts)
-        for s, l in zip(scores, statistics.difficulty.split(counts)):
-            loss = loss + (s.softmax(0) * (s.log_softmax(0) - (-l).log_softmax(0))).sum()
+        for s, real in zip(scores, statistics.difficulty.split(counts)):
+            loss = loss + (s.softmax(0) * (s.log_softmax(0) - (-real).log_softmax(0))).sum()
     expected = torch.autograd.grad(loss / 5, list(whole.net.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parts_grad, expected))
 

@@ -37,7 +37,7 @@ class LowestLoss(Strategy):
 
 
 class CaMkd(Strategy):
-    """CA-MKD: w_k = (1 − softmax_k CE_k)/(K − 1), so that a rationale the student finds hard weighs less; 1 for K = 1."""
+    """CA-MKD: w_k = (1 − softmax_k CE_k)/(K − 1): what the student finds hard weighs less. 1 for K = 1."""
 
     def weights(self, statistics: Statistics, context: Context) -> Tensor:
         ragged = statistics.ragged
