@@ -105,6 +105,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "accuracy": {name: _accuracy(run, name) for name in {**run.before, **run.after}},
         "alpha_mean": {name: _tail_mean(rows, name, "alpha") for name in run.teachers},
         "teachers": {name: {m: _tail_mean(rows, name, m) for m in METRICS} for name in run.teachers},
+        "drift": _json(run.folder / "evaluation" / "after" / "drift.json") or None,
         "spread": {m: _mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
         "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
         "loss": {"first_tenth": _loss(rows[:tenth]), "last_tenth": _loss(rows[-tenth:])},

@@ -87,6 +87,9 @@ class AdaptabilityConfig:
     span: Literal["body", "all"] = option("body", "tokens of the rationale that the sum runs over")
     length_norm: Literal["none", "mean"] = option("none", "none: a sum (paper); mean: divided by the body's length")
     epsilon: float = option(0.1, "M at other than thinking tokens", ge=0, le=1)
+    control: Literal["none", "shuffled_mask", "wrong_answer"] = option(
+        "none", "what the metric should not survive: thinking tokens at random places, another question's answer"
+    )
 
 
 @dataclass
@@ -144,11 +147,11 @@ class MindConfig:
     inertia: Literal["optimizer", "ema"] = option(
         "optimizer", "optimizer (paper): learns more slowly than the student; ema: also from averages of its losses"
     )
-    learning_rate: float = option(0.1, "times the student's, its schedule with it", gt=0)
+    rate: float = option(0.1, "learning rate, times the student's, whose schedule it follows", gt=0)
     accumulation: int = option(4, "steps of the student to one of the assistant", ge=1)
     decay: float = option(0.9, "inertia ema: what a path's average keeps of itself", ge=0, lt=1)
     warmup: float = option(1.0, "epochs in which the assistant learns alone, before the student's first step", ge=0)
-    warmup_learning_rate: float = option(1e-3, "the assistant's, in these epochs", gt=0)
+    warmup_rate: float = option(1e-3, "learning rate in these epochs", gt=0)
 
 
 @dataclass
@@ -160,6 +163,9 @@ class EvaluationConfig:
     batch_size: int = option(64, "questions generated at once", ge=1)
     instruct: bool = option(True, "end prompts of tasks and forgetting in a line that says in what form to answer")
     reference: str | None = option(None, "teacher whose rationales are scored as solutions of held-out questions")
+    held_text: str | None = option(
+        None, "text on which the distance KL(base || student) is measured: .jsonl (prompt, solution, …) or one a line"
+    )
     note: str | None = option(None, "a warning at the top of the report: what its numbers may not be set beside")
 
 
@@ -167,7 +173,7 @@ class EvaluationConfig:
 class CompactConfig:
     """The method: what α is and what the loss is (method §2–3, §5)."""
 
-    strategy: Literal["compact", "mind", "uniform", "single", "lowest_loss", "ca_mkd", "fixed"] = option(
+    strategy: Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind"] = option(
         "compact", "what α is"
     )
     adaptability: AdaptabilityConfig = option(AdaptabilityConfig, "eq. 2–3")
@@ -201,7 +207,7 @@ class CompactConfig:
             raise UserError("weights.fixed: at least one weight must be above 0")
         if self.consensus.encoder is not None and not self.reads_embeddings:
             raise UserError(
-                f"consensus.encoder: only affinity sentence and mind.features sentence read it, and "
+                f"consensus.encoder: only affinity sentence reads it, or mind.features sentence, and "
                 f"consensus.affinity is {self.consensus.affinity}"
             )
         if self.mind.width % self.mind.heads:

@@ -112,11 +112,7 @@ class Mind(Strategy):
         if learning_rate is not None and self.steps < self.options.accumulation:
             return
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                self.options.warmup_learning_rate
-                if learning_rate is None
-                else self.options.learning_rate * learning_rate
-            )
+            group["lr"] = self.options.warmup_rate if learning_rate is None else self.options.rate * learning_rate
         parameters = self._parameters()
         mean = self.window[:-1] / self.window[-1].clamp_min(1)
         for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters])):
@@ -165,7 +161,7 @@ class Mind(Strategy):
         self.net = net.to(features.device)
         for parameter in net.parameters():
             parameter.data = broadcast(parameter.data)
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.options.warmup_learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.options.warmup_rate, weight_decay=0.0)
         if self._waiting is not None:
             self._restore(self._waiting)
 
