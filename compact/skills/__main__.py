@@ -83,6 +83,7 @@ def _row(name: str, question: Question, teachers: list[str], rng: random.Random)
         "answer": question.answer,
         "task": question.kind,
         "skill": question.skill,
+        "instruct": False,  # asked in the training's form
         "rationales": [rationale(teacher, question, rng) for teacher in teachers],
     }
 

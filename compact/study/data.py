@@ -52,8 +52,6 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
     evaluation["limit"] = max(wanted.held_out, wanted.gym)
     tasks = {name: str(files[name]) for name in ("wordings", "tasks", "gym") if name in files}
     evaluation["tasks"] = tasks | evaluation.get("tasks", {})
-    # Tasks in the training's form: an instruction would change what is asked.
-    evaluation.setdefault("instruct", False)
 
 
 def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[str, Any]) -> None:
