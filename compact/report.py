@@ -99,8 +99,9 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
     return [
         table(["teacher", "α", "S_MI (adaptability)", "S_cons (consensus)", "S_PPL (difficulty)"], rows),
         f"Means over the last quarter of training. Equal weights would be {1 / len(content['alpha_mean']):.3f}; "
-        f"entropy of α: {entropy} nats. That is worth {effective[0]} teachers of equal weight in the first tenth of the "
-        f"steps and {effective[1]} in the last (1: the weights have collapsed onto one). Weights come from z-scores within a question, so they tell the order of the "
+        f"entropy of α: {entropy} nats. α is worth {effective[0]} teachers of equal weight in the first tenth of the "
+        f"steps and {effective[1]} in the last (1: it has collapsed onto one). "
+        "Weights come from z-scores within a question, so they tell the order of the "
         "teachers and not how far apart they are: the spread (standard deviation, raw) tells that.",
     ]
 
@@ -155,8 +156,8 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         "what adaptability rewards, most of all at thinking tokens.",
         "latent": "Mean states of the same rationales before and after training, in the main plane of those before.",
         "tsne": "The last states of the same rationales, before and after training, by t-SNE.",
-        "metrics": "What each metric adds to each teacher's score (mean z-score, signed as in eq. 7), before and after.",
-        "evidence": "Jumps of the evidence along the rationales of each teacher, before and after: how many, how large.",
+        "metrics": "What each metric adds to a teacher's score (mean z-score, signed as in eq. 7), before and after.",
+        "evidence": "Jumps of the evidence along each teacher's rationales, before and after: how many, how large.",
         "consensus": "The same question's consensus graph: the wider an arrow, the more the rationale at its tail "
         "attends to the one at its head; the larger a node, the more the others agree with it (the number in it).",
     }

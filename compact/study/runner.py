@@ -82,7 +82,7 @@ def run_cells(grid: Grid, cells: Sequence[Cell]) -> None:
     devices: list[int | None] = [*range(torch.cuda.device_count())] or [None]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="cells", dynamic_ncols=True)
     running: list[tuple[Job, subprocess.Popen, int | None]] = []
-    failed = 0
+    failed, state = 0, ""
     try:
         while waiting or running:
             for entry in [entry for entry in running if entry[1].poll() is not None]:
@@ -96,7 +96,8 @@ def run_cells(grid: Grid, cells: Sequence[Cell]) -> None:
                 for job in ready[: max(free, 0)]:
                     waiting.remove(job)
                     running.append((job, _start(job, device), device))
-            bar.set_postfix_str(f"{len(running)} running, {failed} failed", refresh=True)
+            said, state = state, f"{len(running)} running, {failed} failed"
+            bar.set_postfix_str(state, refresh=state != said)
             time.sleep(POLL)
     finally:
         for _, process, _ in running:
