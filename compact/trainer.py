@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -142,7 +143,7 @@ class CompactTrainer(DistillationMixin, Trainer):
             for window in tqdm(windows, desc="warm-up", disable=self.args.disable_tqdm or rank > 0):
                 # A last window too small for all ranks repeats itself: all of them must pass through the model.
                 own = window.repeat(math.ceil(world / len(window)))[rank::world]
-                batch = self._prepare_inputs(self.data_collator([dataset[int(index)] for index in own]))
+                batch = send_to_device(self.data_collator([dataset[int(index)] for index in own]), self.args.device)
                 result, context = distillation_loss(model, batch, self.strategy, self.config)
                 self.strategy.observe(result.statistics, context, result.alpha)
                 self.strategy.step()

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from compact.errors import UserError
+from compact.results import load_results
 from compact.study.__main__ import main
 from compact.study.grid import embedded_grids, load_grid
 from compact.study.runner import locked
@@ -209,3 +212,36 @@ def test_one_seed_or_one_question_leaves_an_ordinary_mean():
     assert crossed(values).se == pytest.approx(values.std(ddof=1) / 3**0.5)
     assert crossed(values.T).se == crossed(values).se
     assert crossed(np.ones((1, 1))).se is None and crossed(np.ones((3, 4))).interval() == [1, 1]
+
+
+def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeypatch):
+    import compact.analyze
+    from compact.study import cell as cells_module
+    from compact.study.data import recipe_of
+
+    monkeypatch.setattr(compact.analyze, "_draw", lambda run, content: {})
+    path = grid_file(
+        tmp_path, toy, methods={"uniform": None, "merge_of_thought": None}, set={"training.disable_tqdm": True}
+    )
+    _, cells, _ = load_grid([str(path)])
+    assert [cell.merge for cell in cells] == [0, 1]
+    recipe = recipe_of(cells[1], tmp_path / "study")
+    branches = []
+
+    def remembered(folders):
+        model = averaged(folders)
+        branches.append(([AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders], model.state_dict()))
+        return model
+
+    averaged = cells_module.averaged
+    monkeypatch.setattr(cells_module, "averaged", remembered)
+    cells_module.run_merged(recipe, 1)
+    (states, mean), run = branches[0], Path(recipe.run)
+    assert len(states) == 4
+    for name, value in mean.items():
+        assert torch.allclose(value, sum(state[name] for state in states) / 4, atol=1e-6)
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in mean)
+    saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    assert all(torch.equal(saved[name], mean[name]) for name in mean)
+    assert (run / "report.md").exists() and not (run / "branches").exists()
+    assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}

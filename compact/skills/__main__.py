@@ -112,12 +112,8 @@ def gym_rows(count: int, part: str) -> Iterator[dict[str, Any]]:
             answer = str(item["answer"])
             if len(seen) < count and item["question"] not in seen and re.fullmatch(r"-?\d+", answer):
                 seen.add(item["question"])
-                yield {
-                    "id": f"gym-{name}-{index}",
-                    "prompt": item["question"].strip(),
-                    "answer": answer,
-                    "task": "number",
-                }
+                row = {"id": f"gym-{name}-{index}", "prompt": item["question"].strip(), "answer": answer}
+                yield {**row, "task": "number", "instruct": False}
 
 
 def _write(file: Path, rows: Iterator[dict[str, Any]]) -> None:

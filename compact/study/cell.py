@@ -26,7 +26,7 @@ from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.options import plain
 from compact.results import load_results, write_atomically
-from compact.run_folder import save_student
+from compact.run_folder import claim, save_student
 from compact.train import run
 
 
@@ -38,6 +38,7 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     """
     assert recipe.data.train is not None
     folder = Path(recipe.run)
+    claim(folder, recipe)
     if (folder / "report.json").exists():
         return
     teachers = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")[
