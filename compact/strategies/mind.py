@@ -74,13 +74,16 @@ class Mind(Strategy):
         self.trend: dict[str, float] = {}  # "question\tteacher" → exponential average of L_real
         self.fresh: dict[str, float] = {}  # of this rank since the last step
         self._waiting: dict[str, Any] | None = None
+        self._scored: tuple[Context, Tensor] | None = None  # α's own scores, for the same batch's L_meta
 
     # ---- α ----
 
     @torch.no_grad()
     def given(self, context: Context) -> Tensor:
-        scores = self._scores(context)
-        ragged = context.ragged
+        with torch.enable_grad():
+            scores = self._scores(context)
+        self._scored = context, scores
+        scores, ragged = scores.detach(), context.ragged
         question = question_of_sequence(ragged)
         best = torch.segment_reduce(scores, "max", offsets=ragged.cu_questions.long(), unsafe=True)
         chosen = scores >= self.options.threshold * best[question]  # I_dyn
@@ -91,7 +94,9 @@ class Mind(Strategy):
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
         losses = self._real_losses(statistics, context)
         with torch.enable_grad():
-            predicted = _log_softmax(self._scores(context) / self.options.temperature, context.ragged)
+            scored, self._scored = self._scored, None
+            scores = scored[1] if scored is not None and scored[0] is context else self._scores(context)
+            predicted = _log_softmax(scores / self.options.temperature, context.ragged)
             target = question_softmax(-losses / self.options.temperature, context.ragged)
             meta = (predicted.exp() * (predicted - target.clamp_min(1e-30).log())).sum()
             gradients = torch.autograd.grad(meta, self._parameters())
