@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from compact.study.__main__ import main
 from compact.study.grid import embedded_grids, load_grid
 from compact.study.runner import locked
 from compact.study.statistics import crossed, t_quantile
-from tests.test_train import save_student, write_rows
+from tests.test_train import ROOT, save_student, write_rows
 from tests.toy_run import toy_rows
 
 SMALL = {
@@ -245,3 +249,23 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     assert all(torch.equal(saved[name], mean[name]) for name in mean)
     assert (run / "report.md").exists() and not (run / "branches").exists()
     assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}
+
+
+def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(toy, tmp_path):
+    path = grid_file(
+        tmp_path, toy, methods=["uniform"], settings={"few": {"skills": {"questions": 16, "held_out": 2}}}
+    )
+    study = tmp_path / "study"
+    command = [sys.executable, "-m", "compact.study", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 240
+    while not (study / "base" / "few" / "log.txt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command goes on" in said
+    with locked(study):  # no cell is left to hold it
+        assert not (study / "study.json").exists()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    assert json.loads((study / "study.json").read_text())["failed"] == {}

@@ -5,6 +5,7 @@ The same command goes on with an interrupted study, cell by cell. STUDY/study.md
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,9 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         study = Path(grid.study)
         if study.exists() and any(study.iterdir()) and not (study / "grid.yaml").exists():
             raise UserError(f"{study} is not empty and holds no study: choose another folder with --study")
-        with locked(study):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends this process ends its cells
+        with locked(study) as lock:
             write_file(plain(tree), study / "grid.yaml")
-            run_cells(grid, cells)
+            run_cells(grid, cells, lock)
             failed = write_summary(grid, cells)
     except UserError as error:
         print(f"compact.study: {error}", file=sys.stderr)

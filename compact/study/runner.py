@@ -48,8 +48,11 @@ class Job:
 
 
 @contextmanager
-def locked(study: Path) -> Iterator[None]:
-    """The study's folder is this process's; the lock goes with the process, however it ends.
+def locked(study: Path) -> Iterator[int]:
+    """The study's folder is this process's, and that of the cells it starts: the lock goes with the last of them.
+
+    Yields:
+        The lock's file descriptor, for processes to inherit.
 
     Raises:
         UserError: another study is writing to it, or it cannot be written.
@@ -71,11 +74,15 @@ def locked(study: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file.fileno()
 
 
-def run_cells(grid: Grid, cells: Sequence[Cell]) -> None:
-    """Run what is not finished. A cell that fails says why in its folder, and the others go on."""
+def run_cells(grid: Grid, cells: Sequence[Cell], lock: int) -> None:
+    """Run what is not finished. A cell that fails says why in its folder, and the others go on.
+
+    Args:
+        lock: of :func:`locked`; cells hold it too, should this process be killed and they go on.
+    """
     study = Path(grid.study)
     jobs = _jobs(grid, cells, study)
     waiting = [job for job in jobs if not job.done]
@@ -95,7 +102,7 @@ def run_cells(grid: Grid, cells: Sequence[Cell]) -> None:
                 free = most - sum(entry[2] == device for entry in running)
                 for job in ready[: max(free, 0)]:
                     waiting.remove(job)
-                    running.append((job, _start(job, device), device))
+                    running.append((job, _start(job, device, lock), device))
             said, state = state, f"{len(running)} running, {failed} failed"
             bar.set_postfix_str(state, refresh=state != said)
             time.sleep(POLL)
@@ -142,7 +149,7 @@ def _base(recipe: Recipe, folder: Path) -> Job:
     return Job(f"base of {folder.name}", folder, ["--base"])
 
 
-def _start(job: Job, device: int | None) -> subprocess.Popen:
+def _start(job: Job, device: int | None, lock: int) -> subprocess.Popen:
     if job.needs is not None:
         theirs, ours = job.needs.folder / "evaluation" / "before", job.folder / "evaluation" / "before"
         if theirs.exists() and not ours.exists():
@@ -157,7 +164,7 @@ def _start(job: Job, device: int | None) -> subprocess.Popen:
         environment.setdefault("OMP_NUM_THREADS", "2")
     with (job.folder / "log.txt").open("ab") as log:
         command = [sys.executable, "-m", "compact.study.cell", str(job.folder), *job.arguments]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
 
 
 def _finish(job: Job, code: int) -> bool:
