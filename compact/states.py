@@ -1,7 +1,8 @@
 """What a run did to its student's inside: evidence along rationales, latent space, and what each metric sees.
 
 The student as it was and as it is read the same questions with the same rationales: held-out ones where they have
-rationales, else those of the training. Everything is measured at the same positions, in float32.
+rationales, else those of the training. Everything is measured at the same positions, in the dtype of the student;
+what is kept and compared is float32.
 """
 
 from __future__ import annotations
