@@ -159,6 +159,7 @@ class EvaluationConfig:
     tasks: dict[str, str] = option(dict, "name: file of questions, out of distribution")
     forgetting: dict[str, str] = option(dict, "name: file of questions on skills not trained on")
     limit: int = option(200, "questions a task", ge=1)
+    seed: int | None = option(None, "draws a task's questions where it has more; null: the run's seed", ge=0)
     max_new_tokens: int = option(192, "tokens generated for a question at most", ge=1)
     batch_size: int = option(64, "questions generated at once", ge=1)
     instruct: bool = option(True, "end prompts of tasks and forgetting in a line that says in what form to answer")

@@ -144,6 +144,10 @@ def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
     grid, cells, _ = load_grid([str(grid_file(tmp_path, toy, methods=methods))])
     jobs = _jobs(grid, cells, Path(grid.study))
     assert [job.name for job in jobs] == ["base of few", "few/uniform/seed-0"]
+    other, _, _ = load_grid([str(grid_file(tmp_path, toy, methods=["no_consensus", "uniform"])), "--seeds", "[5]"])
+    again = _jobs(other, load_grid([str(tmp_path / "grid.yaml"), "--seeds", "[5]"])[1], Path(grid.study))
+    assert [job.name for job in again] == ["base of few", "few/no_consensus/seed-5", "few/uniform/seed-5"]
+    assert all(job.needs is again[0] for job in again[1:])  # whatever methods and seeds come later
     said = (Path(grid.study) / "cells" / "few" / "broken" / "seed-0" / "failed.txt").read_text()
     assert "weights.temperature: -1 is out of range" in said
 
@@ -156,7 +160,7 @@ def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):
     assert [cell.name for cell in cells] == [f"few/{m}/seed-{s}" for s in (3, 4) for m in ("uniform", "hot")]
     recipe = recipe_of(cells[1], tmp_path / "study")
     assert recipe.weights.temperature == 3 and recipe.training["learning_rate"] == 0.5 and recipe.seed == 3
-    assert Path(recipe.data.train).parent.name == "seed-3"
+    assert Path(recipe.data.train).name == "train-3.jsonl"
     held_out = Path(recipe.data.held_out).read_bytes()
     assert held_out == Path(recipe_of(cells[3], tmp_path / "study").data.held_out).read_bytes()
 

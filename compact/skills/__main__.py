@@ -44,6 +44,7 @@ def write_skills(
     part: str = "test",
     misleading: bool = True,
     gym: int = 0,
+    train: str = "train",
 ) -> dict[str, Path]:
     """Write the files; what is there is kept. Training questions depend on `seed`, held-out ones do not.
 
@@ -52,6 +53,7 @@ def write_skills(
         part: "test", or "validation" for choices that the test must not see.
         misleading: whether one of the four teachers misleads.
         gym: questions by reasoning-gym; 0: none.
+        train: what the file of training questions is called, without .jsonl.
 
     Raises:
         UserError: reasoning-gym is asked for and not installed.
@@ -74,7 +76,7 @@ def write_skills(
     files = {}
     for name, asked in drawn.items():
         rng = random.Random(f"{name} {seed if name == 'train' else part} teachers")
-        files[name] = folder / f"{name}.jsonl"
+        files[name] = folder / f"{train if name == 'train' else name}.jsonl"
         _write(files[name], (_row(f"{name}-{i}", question, names, rng) for i, question in enumerate(asked, 1)))
     if gym:
         files["gym"] = folder / "gym.jsonl"

@@ -30,6 +30,7 @@ def recipe_of(cell: Cell, study: Path) -> Recipe:
             _use_skills(cell, study, data, evaluation)
         if cell.fold is not None:
             _use_fold(cell, study, data, evaluation)
+        evaluation["seed"] = evaluation.get("seed") or 0  # every seed of the study is asked the same questions
         return from_dict(values)
     except UserError as error:
         raise UserError(f"cell {cell.name}: {error}") from None
@@ -40,13 +41,14 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
     assert wanted is not None
     seed = cell.seed if wanted.fresh else 0
     files = write_skills(
-        study / "data" / cell.setting / f"seed-{seed}",
+        study / "data" / cell.setting,
         questions=wanted.questions,
         held_out=wanted.held_out,
         seed=seed,
         part=wanted.part,
         misleading=wanted.misleading,
         gym=wanted.gym,
+        train=f"train-{seed}",
     )
     data |= {"train": str(files["train"]), "held_out": str(files["held_out"])}
     evaluation["limit"] = max(wanted.held_out, wanted.gym)

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from compact.config import Recipe
+from compact.config import Recipe, from_dict, read_recipe
 from compact.errors import UserError
+from compact.options import plain
 from compact.results import write_atomically
 from compact.run_folder import claim
 from compact.study.data import plain_student, recipe_of
@@ -127,11 +129,13 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
             recipe = recipe_of(cell, study)
             recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
-            if key not in bases:
-                bases[key] = _base(recipe, study / "base" / key)
-                jobs.append(bases[key])
             claim(folder, recipe)
-            job.needs = bases[key]
+            if recipe.data.held_out is not None:  # else each seed holds out questions of its own
+                if key not in bases:
+                    bases[key] = _base(recipe, study / "base" / key)
+                    jobs.append(bases[key])
+                if _asked(from_dict(plain(read_recipe(str(bases[key].folder / "recipe.yaml"))))) == _asked(recipe):
+                    job.needs = bases[key]
             job.error.unlink(missing_ok=True)
         except UserError as error:
             write_atomically(job.error, str(error))
@@ -142,11 +146,20 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
 
 def _base(recipe: Recipe, folder: Path) -> Job:
     """What the untrained student does: once for all methods and seeds, which are asked the same."""
-    plain = replace(
-        recipe, run=str(folder), strategy="uniform", weights=replace(recipe.weights, teacher=None, fixed=None)
-    )
-    claim(folder, plain)
+    if not (folder / "recipe.yaml").exists():
+        plain_recipe = Recipe(run=str(folder), strategy="uniform", training=recipe.training)
+        claim(
+            folder,
+            replace(plain_recipe, student=recipe.student, data=recipe.data, evaluation=recipe.evaluation),
+        )
     return Job(f"base of {folder.name}", folder, ["--base"])
+
+
+def _asked(recipe: Recipe) -> tuple[Any, ...]:
+    """All that an evaluation before training depends on: whose these are equal, one stands for all."""
+    data, student = recipe.data, recipe.student
+    prompts = data.held_out, data.answer_kind, data.prompt_template, data.suffix, data.max_length
+    return student.model, student.dtype, student.attention, prompts, replace(recipe.evaluation, held_text=None)
 
 
 def _start(job: Job, device: int | None, lock: int) -> subprocess.Popen:
