@@ -1,6 +1,6 @@
 """A run's report: report.md, report.json and pictures, from what its folder holds.
 
-python -m compact.analyze RUN                       writes the report anew
+python -m compact.analyze RUN                       looks into the student once, writes the report anew
 python -m compact.analyze RUN --against RUN …       prints runs side by side, with paired differences from the first
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -105,8 +106,11 @@ def summarize(run: Run) -> dict[str, Any]:
         "accuracy": {name: _accuracy(run, name) for name in {**run.before, **run.after}},
         "alpha_mean": {name: _tail_mean(rows, name, "alpha") for name in run.teachers},
         "teachers": {name: {m: _tail_mean(rows, name, m) for m in _measured(rows)} for name in run.teachers},
+        "drift": _json(run.folder / "evaluation" / "after" / "drift.json") or None,
         "spread": {m: _mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
         "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
+        "effective_teachers": {"first_tenth": _effective(rows[:tenth]), "last_tenth": _effective(rows[-tenth:])},
+        "states": _json(run.folder / "analysis" / "states.json") or None,
         "loss": {"first_tenth": _loss(rows[:tenth]), "last_tenth": _loss(rows[-tenth:])},
         "questions": run.data.get("questions") or dict.fromkeys(("used", "refused")),
         "rationales": run.data.get("rationales") or dict.fromkeys(("used", "cut", "refused", "wrong")),
@@ -156,7 +160,7 @@ def _accuracy(run: Run, name: str) -> dict[str, Any]:
 def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
     """Draw what there is to draw: title → path below the run's folder; {"": why} where nothing can be drawn."""
     try:
-        from compact import pictures, question_pictures
+        from compact import pictures, question_pictures, state_pictures
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -177,6 +181,10 @@ def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
             epsilon = run.recipe.get("adaptability", {}).get("epsilon", 0.1)
             figures["trajectory"] = question_pictures.trajectory(run.traces, run.teachers, epsilon)
             figures["consensus"] = question_pictures.consensus_graph(run.traces, run.teachers)
+        states = run.folder / "analysis" / "states.npz"
+        if states.exists():
+            with np.load(states, allow_pickle=False) as arrays:
+                figures |= state_pictures.figures(dict(arrays), run.teachers)
         for name, figure in figures.items():
             png = io.BytesIO()
             figure.savefig(png, format="png")
@@ -210,6 +218,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _effective(rows: Sequence[dict[str, Any]]) -> float | None:
+    """exp of the mean entropy of α: how many teachers of equal weight it is worth. Near 1, the weights collapsed."""
+    entropy = _mean([row["alpha_entropy"] for row in rows])
+    return None if entropy is None else math.exp(entropy)
+
+
 def _median(values: Sequence[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
@@ -227,15 +241,29 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _look_inside(folder: Path) -> None:
+    """The analysis that needs both students; where one is missing, the report goes without."""
+    from compact.states import read_states  # it needs the trainer's parts, and a report does not
+
+    try:
+        read_states(folder)
+    except UserError as error:
+        print(f"compact.analyze: the student's inside is left out: {error}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compact.analyze", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--report_only", action="store_true", help="do not look into the student, where that is due")
     parser.add_argument("--against", type=Path, nargs="+", help="other runs, to be compared with it")
     options = parser.parse_args(arguments)
     try:
         if options.against:
             print(comparison([options.run, *options.against]))
             return 0
+        run = read_run(options.run)
+        if not options.report_only and run.after and not (options.run / "analysis" / "states.json").exists():
+            _look_inside(options.run)
         write_report(options.run)
     except UserError as error:
         print(f"compact.analyze: {error}", file=sys.stderr)

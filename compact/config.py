@@ -87,6 +87,9 @@ class AdaptabilityConfig:
     span: Literal["body", "all"] = option("body", "tokens of the rationale that the sum runs over")
     length_norm: Literal["none", "mean"] = option("none", "none: a sum (paper); mean: divided by the body's length")
     epsilon: float = option(0.1, "M at other than thinking tokens", ge=0, le=1)
+    control: Literal["none", "shuffled_mask", "wrong_answer"] = option(
+        "none", "what the metric should not survive: thinking tokens at random places, another question's answer"
+    )
 
 
 @dataclass
@@ -142,14 +145,41 @@ class GradientsConfig:
 
 
 @dataclass
+class MindConfig:
+    """MIND's Teaching Assistant (method §4)."""
+
+    features: Literal["student", "sentence"] = option(
+        "student", "of a path: the student's mean hidden state, or the embedding by consensus.encoder (paper)"
+    )
+    width: int = option(256, "of the MLP and of attention; heads must divide it", ge=1)
+    heads: int = option(4, "of attention across the paths of a question", ge=1)
+    attention: bool = option(True, "false: every path is scored alone")
+    temperature: float = option(1.0, "τ of L_meta", gt=0)
+    threshold: float = option(0.8, "β: a path is used if its score is at least so much of the best one", ge=0, le=1)
+    student_temperature: float = option(0.1, "τ_student of α", gt=0)
+    inertia: Literal["optimizer", "ema"] = option(
+        "optimizer", "optimizer (paper): learns more slowly than the student; ema: also from averages of its losses"
+    )
+    rate: float = option(0.1, "learning rate, times the student's, whose schedule it follows", gt=0)
+    accumulation: int = option(4, "steps of the student to one of the assistant", ge=1)
+    decay: float = option(0.9, "inertia ema: what a path's average keeps of itself", ge=0, lt=1)
+    warmup: float = option(1.0, "epochs in which the assistant learns alone, before the student's first step", ge=0)
+    warmup_rate: float = option(1e-3, "learning rate in these epochs", gt=0)
+
+
+@dataclass
 class EvaluationConfig:
     tasks: dict[str, str] = option(dict, "name: file of questions, out of distribution")
     forgetting: dict[str, str] = option(dict, "name: file of questions on skills not trained on")
     limit: int = option(200, "questions a task", ge=1)
+    seed: int | None = option(None, "draws a task's questions where it has more; null: the run's seed", ge=0)
     max_new_tokens: int = option(192, "tokens generated for a question at most", ge=1)
     batch_size: int = option(64, "questions generated at once", ge=1)
     instruct: bool = option(True, "end prompts of tasks and forgetting in a line that says in what form to answer")
     reference: str | None = option(None, "teacher whose rationales are scored as solutions of held-out questions")
+    held_text: str | None = option(
+        None, "text on which the distance KL(base || student) is measured: .jsonl (prompt, solution, …) or one a line"
+    )
     note: str | None = option(None, "a warning at the top of the report: what its numbers may not be set beside")
 
 
@@ -157,13 +187,16 @@ class EvaluationConfig:
 class CompactConfig:
     """The method: what α is and what the loss is (method §2–3, §5)."""
 
-    strategy: Literal["compact", "uniform", "single", "lowest_loss", "fixed"] = option("compact", "what α is")
+    strategy: Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind"] = option(
+        "compact", "what α is"
+    )
     adaptability: AdaptabilityConfig = option(AdaptabilityConfig, "eq. 2–3")
     consensus: ConsensusConfig = option(ConsensusConfig, "eq. 4–5")
     difficulty: DifficultyConfig = option(DifficultyConfig, "eq. 6")
     weights: WeightsConfig = option(WeightsConfig, "eq. 7")
     divergence: DivergenceConfig = option(DivergenceConfig, "eq. 9")
     gradients: GradientsConfig = option(GradientsConfig, "per-rationale gradient norms")
+    mind: MindConfig = option(MindConfig, "strategy mind: its Teaching Assistant")
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )
@@ -187,11 +220,19 @@ class CompactConfig:
                 )
         if weights.fixed is not None and not any(weights.fixed.values()):
             raise UserError("weights.fixed: at least one weight must be above 0")
-        if self.consensus.encoder is not None and self.consensus.affinity != "sentence":
+        if self.consensus.encoder is not None and not self.reads_embeddings:
             raise UserError(
-                f"consensus.encoder: only affinity sentence reads it, and consensus.affinity is "
-                f"{self.consensus.affinity}"
+                f"consensus.encoder: only affinity sentence reads it, or mind.features sentence, and "
+                f"consensus.affinity is {self.consensus.affinity}"
             )
+        if self.mind.width % self.mind.heads:
+            raise UserError(f"mind.heads: {self.mind.heads} does not divide mind.width, which is {self.mind.width}")
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether the method reads sentence embeddings of the rationales."""
+        by_mind = self.strategy == "mind" and self.mind.features == "sentence"
+        return by_mind or self.consensus.affinity == "sentence"
 
 
 @dataclass
@@ -227,8 +268,9 @@ class Recipe(CompactConfig):
                 "demo.arms: only the embedded questions have them, and data.train names others: "
                 "add --demo.arms [] or name another recipe"
             )
-        if self.consensus.affinity == "sentence" and self.consensus.encoder is None:
-            raise UserError("consensus.encoder: affinity sentence needs it: a folder or hub id of a sentence encoder")
+        if self.reads_embeddings and self.consensus.encoder is None:
+            key = "affinity sentence" if self.consensus.affinity == "sentence" else "mind.features sentence"
+            raise UserError(f"consensus.encoder: {key} needs it: a folder or hub id of a sentence encoder")
         for key, text, slot in (
             ("data.suffix", self.data.suffix, "{answer}"),
             ("data.prompt_template", self.data.prompt_template, "{prompt}"),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from compact.config import ConsensusConfig
+from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.generation import padded
 from compact.sources import cache_folder, dataset_digest, write_arrow
@@ -35,24 +35,26 @@ EMBEDDINGS = TOKENS.set(TOKENS.get_field_index("rationales"), pa.field("rational
 def with_embeddings(
     dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase | None,
-    consensus: ConsensusConfig,
+    config: CompactConfig,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> datasets.Dataset:
-    """The tokenized questions as the consensus graph needs them: embedded, if it is drawn from embeddings.
+    """The tokenized questions as the method needs them: embedded, if the consensus graph or MIND reads embeddings.
 
     Raises:
         UserError: there are no embeddings, and nothing to make them with.
     """
-    if consensus.affinity != "sentence" or not len(dataset) or "embedding" in dataset[0]["rationales"][0]:
+    if not config.reads_embeddings or not len(dataset) or "embedding" in dataset[0]["rationales"][0]:
         return dataset
-    if consensus.encoder is None or tokenizer is None:
+    encoder = config.consensus.encoder
+    if encoder is None or tokenizer is None:
+        key = "consensus.affinity" if config.consensus.affinity == "sentence" else "mind.features"
         raise UserError(
-            "consensus.affinity is sentence, and the dataset's rationales have no `embedding`: set consensus.encoder "
+            f"{key} is sentence, and the dataset's rationales have no `embedding`: set consensus.encoder "
             "to a sentence encoder (a folder or hub id) and pass processing_class, the student's tokenizer"
         )
-    return embed_rationales(dataset, tokenizer, consensus.encoder, cache_dir=cache_dir, device=device)
+    return embed_rationales(dataset, tokenizer, encoder, cache_dir=cache_dir, device=device)
 
 
 def embed_rationales(

@@ -154,6 +154,7 @@ def _distributed() -> bool:
 def recipe_tasks(config: EvaluationConfig, held_out: Iterable[Mapping[str, Any]] | None, seed: int) -> list[Task]:
     """The tasks of a recipe: the held-out questions (task "held_out", in distribution), then `tasks`, `forgetting`."""
     tasks = []
+    seed = seed if config.seed is None else config.seed
     if held_out is not None:
         tasks.append(
             task_from_questions("held_out", held_out, limit=config.limit, seed=seed, reference=config.reference)

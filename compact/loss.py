@@ -91,13 +91,15 @@ def distillation_loss(
     questions, tokens = Denominators.of(ragged) if denominators is None else denominators
     per_question = replicas / _at_least_one(questions)
     own_kind = Strategy.divergence if strategy is None else strategy.divergence
-    context = Context(teachers=batch["teachers"], pooled=output.pooled)
+    context = Context(batch["teachers"], output.pooled, ragged, batch["question_ids"], batch.get("embeddings"))
+    if strategy is not None:
+        weights = strategy.given(context)
     result = compatibility_loss(
         hidden,
         lm_head.weight,
         _targets(batch),
         ragged,
-        rule=None if strategy is None else strategy.bind(context),
+        rule=strategy.bind(context) if strategy is not None and weights is None else None,
         weights=None if weights is None else weights.to(output.hidden.device),
         consensus=consensus,
         difficulty_reference=reference,

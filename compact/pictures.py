@@ -217,6 +217,32 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
     return fig
 
 
+def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
+    """Each method's paired difference from the baseline with its 95% interval, a panel a task.
+
+    Args:
+        records: of a study, all of one setting and measure, each with `diff_ci95`.
+    """
+    tasks = list(dict.fromkeys((record["task"], record["split"]) for record in records))
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    fig = figure(1.6 + 2.2 * len(tasks), 1.0 + 0.32 * len(methods))
+    axes = np.atleast_1d(fig.subplots(1, len(tasks), sharey=True))
+    for ax, (task, split) in zip(axes, tasks):
+        ax.axvline(0, color=GREY, linewidth=1)
+        for record in records:
+            if (record["task"], record["split"]) == (task, split):
+                y, (low, high) = methods.index(record["method"]), record["diff_ci95"]
+                colour = PALETTE[2] if low > 0 else PALETTE[3] if high < 0 else GREY
+                ax.plot([low, high], [y, y], color=colour, linewidth=2.4)
+                ax.plot(record["diff_vs_uniform"], y, "o", color=colour, markersize=5)
+        ax.set_title(f"{plain(task)}\n{SPLITS[split]}", fontsize=9)
+        ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(methods)), [plain(name) for name in methods])
+    axes[0].invert_yaxis()
+    fig.supxlabel(f"difference from {plain(baseline)}, points", fontsize=9)
+    return fig
+
+
 def series(rows: Sequence[Mapping[str, Any]], teacher: str, key: str) -> np.ndarray:
     """One value a step, NaN where the teacher had no rationale in it."""
     return np.array([row["teachers"].get(teacher, {}).get(key, math.nan) for row in rows], dtype=float)

@@ -19,6 +19,7 @@ def markdown(content: Mapping[str, Any], recipe: str, pictures: Mapping[str, str
         *_accuracy(content["accuracy"]),
         "## Teachers",
         *_teachers(content),
+        *(["## Inside the student", *_states(content["states"])] if content["states"] else []),
         "## Pictures",
         *_pictures(content, pictures),
         "## Data",
@@ -100,12 +101,51 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
         "difficulty": "S_PPL (difficulty)",
         "influence": "u (gradient norm)",
     }
+    effective = [number(content["effective_teachers"][when], 2) for when in ("first_tenth", "last_tenth")]
     return [
         table(["teacher", "α", *(columns[name] for name in next(iter(content["teachers"].values())))], rows),
         f"Means over the last quarter of training. Equal weights would be {1 / len(content['alpha_mean']):.3f}; "
-        f"entropy of α: {entropy} nats. Weights come from z-scores within a question, so they tell the order of the "
+        f"entropy of α: {entropy} nats. α is worth {effective[0]} teachers of equal weight in the first tenth of the "
+        f"steps and {effective[1]} in the last (1: it has collapsed onto one). "
+        "Weights come from z-scores within a question, so they tell the order of the "
         "teachers and not how far apart they are: the spread (standard deviation, raw) tells that.",
     ]
+
+
+def _states(content: Mapping[str, Any]) -> list[str]:
+    """What :func:`compact.states.read_states` found."""
+    lines = [
+        f"Both students read the same {content['questions']} questions with all their rationales. Linear CKA of the "
+        f"mean states, before against after: {number(content['cka']['pooled'], 3)}, of the last states "
+        f"{number(content['cka']['last'], 3)} (1: the same up to rotation and scale). The centre moved by "
+        f"{number(content['pca_shift']['pooled'], 2)} spreads in the main plane of the states before.",
+    ]
+    rows = [
+        [when, *(number(values[name], 3) for name in ("peaks", "sharpest", "rise"))]
+        for when, values in content["trajectories"].items()
+    ]
+    lines.append(
+        table(["", f"jumps of the evidence above {content['peak']} nats", "largest jump", "whole rise"], rows)
+    )
+    lines.append(
+        "What each metric does to each teacher, after training: mean of its z-score as it enters the score (eq. 7), "
+        "and the α of COMPACT's rule. Positive raises the weight."
+    )
+    names = ["adaptability", "consensus", "difficulty"]
+    rows = [
+        [name, f"{100 * of['wrong']:.0f}%", *(number(of["after"][f"z_{m}"], 2) for m in names)]
+        + [number(of["after"]["alpha"], 3)]
+        for name, of in content["teachers"].items()
+    ]
+    lines.append(table(["teacher", "wrong answers", *names, "α"], rows))
+    finds = [
+        [when, *(number(values[m], 2) for m in (*names, "alpha"))] for when, values in content["finds_wrong"].items()
+    ]
+    lines.append(
+        "How often a right rationale scores above a wrong one (0.50 is chance, below it the metric misleads):"
+    )
+    lines.append(table(["", *names, "α"], finds))
+    return lines
 
 
 def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
@@ -120,6 +160,10 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         "statistics": "What the weights are made from: each teacher's raw metrics, and how even the weights are.",
         "trajectory": "One question: how sure the student is of the gold answer as it reads each rationale. A rise is "
         "what adaptability rewards, most of all at thinking tokens.",
+        "latent": "Mean states of the same rationales before and after training, in the main plane of those before.",
+        "tsne": "The last states of the same rationales, before and after training, by t-SNE.",
+        "metrics": "What each metric adds to a teacher's score (mean z-score, signed as in eq. 7), before and after.",
+        "evidence": "Jumps of the evidence along each teacher's rationales, before and after: how many, how large.",
         "consensus": "The same question's consensus graph: the wider an arrow, the more the rationale at its tail "
         "attends to the one at its head; the larger a node, the more the others agree with it (the number in it).",
     }

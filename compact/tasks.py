@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def load_task(
 
     A row has a `prompt` (a string or messages) or a `question`; an `answer`; where it is a choice, `options`: {A:
     text, …} or a list of texts; and, if it likes, `id`, `task` (the kind), `solution` or `explanation` (a reference
-    rationale).
+    rationale), and `instruct`: false where the prompt is in the training's form and is to be asked as it is.
 
     Args:
         kind: how answers are compared; default: each row's `task`, else guessed from all answers.
@@ -106,7 +106,8 @@ def load_task(
         rows.append(row)
     every_row_says = all("task" in record for _, record in records)
     source = "told" if kind or every_row_says else "guessed from the answers"
-    return _task(name, rows, split, source, limit, seed, instruct)
+    bare = {row.id for row, (_, record) in zip(rows, records) if record.get("instruct") is False}
+    return _task(name, rows, split, source, limit, seed, instruct, bare)
 
 
 def task_from_questions(
@@ -136,14 +137,23 @@ def task_from_questions(
 
 
 def _task(
-    name: str, rows: list[TaskRow], split: str, source: str, limit: int | None, seed: int, instruct: bool
+    name: str,
+    rows: list[TaskRow],
+    split: str,
+    source: str,
+    limit: int | None,
+    seed: int,
+    instruct: bool,
+    bare: Set[str] = frozenset(),
 ) -> Task:
     if split not in SPLITS:
         raise UserError(f"task {name}: split {split!r} is none of {', '.join(SPLITS)}")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
     if instruct:
-        rows = [replace(row, prompt=_append(row.prompt, INSTRUCTIONS[row.kind])) for row in rows]
+        rows = [
+            row if row.id in bare else replace(row, prompt=_append(row.prompt, INSTRUCTIONS[row.kind])) for row in rows
+        ]
     return Task(name, tuple(rows), split, source)
 
 

@@ -28,9 +28,10 @@ from compact.analyze import write_report
 from compact.collate import Collator
 from compact.config import Recipe, load_recipe
 from compact.demo.arms import run_arms
+from compact.drift import measure_drift
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
-from compact.results import write_atomically
+from compact.results import load_results, write_atomically
 from compact.run_folder import Phases, claim, save_student
 from compact.student import compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
@@ -67,11 +68,14 @@ AT_LEAST = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
     """One whole run in the folder `recipe.run`; goes on where an interrupted one stopped.
 
+    Args:
+        only_before: stop where training would begin, after the evaluation of the student as it is.
+
     Returns:
-        The content of report.json.
+        The content of report.json; nothing with `only_before`.
 
     Raises:
         UserError: the recipe, the data or the folder cannot be used; says what, where and the way out.
@@ -126,16 +130,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if (folder / "analysis" / f"{when}.json").exists():
             return
         with phases(f"evaluate_{when}"):
-            evaluate_tasks(
-                student,
-                tokenizer,
-                tasks,
-                folder,
-                when,
-                data=recipe.data,
-                batch_size=recipe.evaluation.batch_size,
-                max_new_tokens=recipe.evaluation.max_new_tokens,
-            )
+            if not load_results(folder, when)[0]:
+                evaluate_tasks(
+                    student,
+                    tokenizer,
+                    tasks,
+                    folder,
+                    when,
+                    data=recipe.data,
+                    batch_size=recipe.evaluation.batch_size,
+                    max_new_tokens=recipe.evaluation.max_new_tokens,
+                )
             if state.is_main_process:
                 trace = trace_question(
                     student, tokenizer, example, trainer.strategy, recipe, report.teachers, collator, device
@@ -146,6 +151,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     untrained = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with untrained, torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         look("before", model.to(device))
+    if only_before:
+        return {}
     with phases("train"):
         trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
     with phases("save"):
@@ -157,6 +164,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     student.to(device)  # type: ignore[arg-type]
     look("after", prepare(student, projections=projections))
     if state.is_main_process:
+        if recipe.evaluation.held_text is not None:
+            with phases("drift"):
+                measure_drift(recipe, student, tokenizer, folder)
         write_report(folder)
     state.wait_for_everyone()
     return json.loads((folder / "report.json").read_text())

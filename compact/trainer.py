@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,6 +25,7 @@ from compact.adapters.trainer import DistillationMixin, refuse_arguments
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
 from compact.errors import UserError
+from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
 from compact_kernels import SampleGradNorms
 
@@ -150,6 +153,29 @@ class CompactTrainer(DistillationMixin, Trainer):
         except ValueError as error:
             raise UserError(f"gradients.norms: {error}") from error
 
+    def warm_up(self) -> None:
+        """Let a strategy that learns look at the data before the student's first step, as often as it asks for.
+
+        The student does not move, and neither does its random state: what follows is as if nothing had been.
+        """
+        epochs, dataset = self.strategy.warmup_epochs, self.train_dataset
+        if not epochs or not isinstance(dataset, Dataset):
+            return
+        rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_train_batch_size
+        generator = torch.Generator().manual_seed(self.args.seed)
+        passes = [torch.randperm(len(dataset), generator=generator) for _ in range(math.ceil(epochs))]
+        order = torch.cat(passes)[: math.ceil(epochs * len(dataset))]
+        windows = order.split(size * world)
+        model = self.model_wrapped.train()
+        with torch.random.fork_rng(), torch.no_grad(), self.compute_loss_context_manager():
+            for window in tqdm(windows, desc="warm-up", disable=self.args.disable_tqdm or rank > 0):
+                # A last window too small for all ranks repeats itself: all of them must pass through the model.
+                own = window.repeat(math.ceil(world / len(window)))[rank::world]
+                batch = send_to_device(self.data_collator([dataset[int(index)] for index in own]), self.args.device)
+                result, context = distillation_loss(model, batch, self.strategy, self.config)
+                self.strategy.observe(result.statistics, context, result.alpha)
+                self.strategy.step()
+
     # ---- logs ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -241,6 +267,8 @@ class _StepCallback(TrainerCallback):
         if args.should_save:
             for leftover in Path(args.output_dir).glob(".checkpoint-*.writing"):
                 shutil.rmtree(leftover, ignore_errors=True)
+        if state.global_step == 0:
+            self.trainer.warm_up()
         self.trainer.table.start(state.global_step, write=state.is_world_process_zero)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -252,7 +280,7 @@ class _StepCallback(TrainerCallback):
         self.learning_rate = self.trainer._get_learning_rate()  # of the step to come: the schedule moves after it
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.strategy.step()
+        self.trainer.strategy.step(self.learning_rate)
         self.trainer.table.close_step(state.global_step, state.epoch, self.learning_rate, self.trainer._grad_norm)
 
 

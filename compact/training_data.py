@@ -69,7 +69,7 @@ def training_data(
     kept = build_strategy(recipe, report.teachers).restrict(train_set)
     if kept is not train_set:
         _recount(report, train_set, kept)
-    train_set = with_embeddings(kept, tokenizer, recipe.consensus, cache_dir=cache, device=PartialState().device)
+    train_set = with_embeddings(kept, tokenizer, recipe, cache_dir=cache, device=PartialState().device)
     return train_set, held_out, report
 
 
@@ -120,6 +120,6 @@ def example_question(
     except UserError:  # not one of the few is usable
         return train_set[0]
     candidates = with_embeddings(
-        candidates, tokenizer, recipe.consensus, cache_dir=folder / "cache", device=PartialState().device
+        candidates, tokenizer, recipe, cache_dir=folder / "cache", device=PartialState().device
     )
     return max(candidates, key=lambda item: len(item["rationales"]))

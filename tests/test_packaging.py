@@ -84,7 +84,7 @@ def test_a_wheel_holds_every_recipe_and_both_packages(tmp_path):
         name
         for name in tracked.stdout.splitlines()
         if (ROOT / name).is_file()
-        and (name.startswith("compact/recipes/") or re.match(r"compact(_kernels)?/.*\.py$", name))
+        and (name.startswith(("compact/recipes/", "compact/grids/")) or re.match(r"compact(_kernels)?/.*\.py$", name))
     }
     held = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
     assert held == expected

@@ -102,7 +102,7 @@ def test_one_teacher_under_token_is_transformers_own_loss(tmp_path):
     assert float(ours) == pytest.approx(float(total / count), abs=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["compact", "uniform", "lowest_loss"])
+@pytest.mark.parametrize("strategy", ["compact", "uniform", "lowest_loss", "mind"])
 def test_a_resumed_run_is_the_straight_run(tmp_path, strategy):
     method = {"strategy": strategy}
     settings = {"method": method, "epochs": 2, "save_strategy": "steps", "save_steps": 5, "logging_steps": 2}
@@ -144,7 +144,7 @@ class _Learned(Strategy):
         ((self.score[context.teachers] + statistics.difficulty) ** 2).sum().backward()
         self.seen += 1
 
-    def step(self):
+    def step(self, learning_rate=None):
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from compact import student
 from compact.collate import Collator
 from compact.config import CompactConfig
+from compact.controls import controlled
 from compact.embed import with_embeddings
 from compact.errors import UserError
 from compact.loss import Denominators, distillation_loss
@@ -80,8 +81,8 @@ class DistillationMixin(_Host):
         def as_used(dataset: Dataset | None) -> Dataset | None:
             if dataset is None:
                 return None
-            kept = self.strategy.restrict(dataset)
-            return with_embeddings(kept, processing_class, config.consensus, device=args.device)
+            kept = controlled(self.strategy.restrict(dataset), config.adaptability.control)
+            return with_embeddings(kept, processing_class, config, device=args.device)
 
         train_dataset, eval_dataset = as_used(train_dataset), as_used(eval_dataset)
         kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))

@@ -8,10 +8,12 @@ common: :func:`held_out` decides by a hash of the content, whatever the seed.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 LARGEST = 20  # no number of a problem, of its steps or of its answer exceeds this
+FAMILIES = ("change", "people", "boxes")
 NUM_STEPS = (1, 2, 2, 3, 3)  # of the questions to distill, drawn from evenly
 NAMES = "Ann Ben Cid Dot Eva Fay Gus Ida".split()
 THINGS = "apples pens books coins cards shells".split()
@@ -111,15 +113,20 @@ def held_out(content: str) -> bool:
     return sha256(content.encode()).digest()[0] < 64
 
 
-def draw_problem(rng: random.Random, num_steps: int) -> Problem:
-    """A problem with `num_steps` steps, all of whose numbers lie between 0 and :data:`LARGEST`."""
-    family = rng.choice(("change", "people", "boxes"))
-    boxes, start = (rng.randint(2, 4), rng.randint(2, 5)) if family == "boxes" else (1, rng.randint(2, 12))
+def draw_problem(
+    rng: random.Random, num_steps: int, *, largest: int = LARGEST, families: Sequence[str] = FAMILIES
+) -> Problem:
+    """A problem of one of `families` with `num_steps` steps, all of whose numbers lie between 0 and `largest`."""
+    family = rng.choice(families)
+    if family == "boxes":
+        boxes, start = rng.randint(2, 4), rng.randint(2, largest // 4)
+    else:
+        boxes, start = 1, rng.randint(2, 3 * largest // 5)
     changes: list[int] = []
     total = boxes * start
     while len(changes) + (boxes > 1) < num_steps:
-        change = rng.randint(1, 9) * rng.choice((1, -1))
-        if 0 <= total + change <= LARGEST:
+        change = rng.randint(1, 9 * largest // 20) * rng.choice((1, -1))
+        if 0 <= total + change <= largest:
             changes.append(change)
             total += change
     people = rng.sample(NAMES, len(changes) + 1 if family == "people" else 1)

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
-from compact.strategies.baselines import Fixed, LowestLoss, Single, Uniform
+from compact.strategies.baselines import CaMkd, Fixed, LowestLoss, Single, Uniform
 from compact.strategies.compact import Compact
+from compact.strategies.mind import Mind
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "compact": Compact,
+    "mind": Mind,
     "uniform": Uniform,
     "single": Single,
     "lowest_loss": LowestLoss,
+    "ca_mkd": CaMkd,
     "fixed": Fixed,
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compact.config import CompactConfig
 from compact.errors import UserError
-from compact_kernels import Statistics
+from compact_kernels import Ragged, Statistics
 
 
 class Context(NamedTuple):
@@ -18,10 +18,13 @@ class Context(NamedTuple):
 
     teachers: Tensor  # (S,) int64, indices into the strategy's teacher names
     pooled: Tensor  # (S, D) the student's mean hidden state of each rationale, detached
+    ragged: Ragged
+    question_ids: Sequence[str]  # Q of them
+    embeddings: Tensor | None = None  # (S, E) sentence embeddings, where the configuration asks for them
 
 
 class Strategy:
-    """Decides α. Subclasses override :meth:`weights`; one that learns also overrides the four methods below it.
+    """Decides α. Subclasses override :meth:`weights` or :meth:`given`; one that learns also the methods below them.
 
     Args:
         config: the method's configuration.
@@ -29,10 +32,15 @@ class Strategy:
     """
 
     divergence: Literal["kl", "jsd"] = "kl"  # the kind of L_MCon that belongs to the method
+    warmup_epochs: float = 0.0  # passes over the data that the strategy learns from before the student's first step
 
     def __init__(self, config: CompactConfig, teachers: Sequence[str]) -> None:
         self.config = config
         self.teachers = list(teachers)
+
+    def given(self, context: Context) -> Tensor | None:
+        """α (S,) where it needs no statistics of the batch: then the pass over the head has nothing to wait for."""
+        return None
 
     def weights(self, statistics: Statistics, context: Context) -> Tensor:
         """α (S,), ≥ 0, summing to one over each question. Called without gradient, inside the pass."""
@@ -67,11 +75,15 @@ class Strategy:
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
         """Called after every training batch's loss: where a learned strategy computes and accumulates its own."""
 
-    def step(self) -> None:
-        """Called after every optimizer step of the student."""
+    def step(self, learning_rate: float | None = None) -> None:
+        """Called on every rank after each optimizer step of the student, and after each batch of the warm-up.
+
+        Args:
+            learning_rate: the student's in that step; None in the warm-up, in which the student does not move.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that must survive a resume; saved in every checkpoint."""
+        """Tensors and plain values that must survive a resume; saved in every checkpoint. Called on every rank."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

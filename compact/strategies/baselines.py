@@ -11,7 +11,7 @@ from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
 from compact_kernels import CompatibilityRule, Statistics
-from compact_kernels.rule import question_of_sequence, segment_sum
+from compact_kernels.rule import question_of_sequence, question_softmax, segment_sum
 
 
 class Uniform(Strategy):
@@ -36,6 +36,17 @@ class LowestLoss(Strategy):
         return best / segment_sum(best, ragged.cu_questions)[question_of_sequence(ragged)]
 
 
+class CaMkd(Strategy):
+    """CA-MKD: w_k = (1 − softmax_k CE_k)/(K − 1): what the student finds hard weighs less. 1 for K = 1."""
+
+    def weights(self, statistics: Statistics, context: Context) -> Tensor:
+        ragged = statistics.ragged
+        question = question_of_sequence(ragged)
+        others = (ragged.cu_questions.diff() - 1)[question]
+        hardness = question_softmax(statistics.difficulty, ragged)
+        return ((1 - hardness) / others.clamp_min(1)).where(others > 0, 1.0)
+
+
 class Fixed(Strategy):
     """A weight per teacher, given (TinyLLM); normalised over the teachers that a question has."""
 
@@ -47,9 +58,9 @@ class Fixed(Strategy):
         if (self.table < 0).any() or not (self.table > 0).any():
             raise UserError(f"weights.fixed is {fixed}: weights are not negative and at least one is positive")
 
-    def weights(self, statistics: Statistics, context: Context) -> Tensor:
-        ragged = statistics.ragged
-        weight = self.table.to(statistics.difficulty)[context.teachers]
+    def given(self, context: Context) -> Tensor:
+        ragged = context.ragged
+        weight = self.table.to(ragged.device)[context.teachers]
         return weight / segment_sum(weight, ragged.cu_questions)[question_of_sequence(ragged)]
 
     def uses_teacher(self, index: int) -> bool:

@@ -1,0 +1,90 @@
+"""How far the student has moved: KL(base ‖ student), nats a token, on text that neither was trained on here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compact.config import Recipe
+from compact.errors import UserError
+from compact.generation import LOGIT_CHUNK, padded
+from compact.results import mean, standard_error, write_atomically
+from compact.student import head, load_student, unwrap
+
+TEXTS, TOKENS, BATCH = 200, 256, 16
+FIELDS = ("text", "prompt", "question", "solution", "explanation", "answer")
+
+
+def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
+    """Up to `limit` texts: of JSON Lines whatever of :data:`FIELDS` a row has, else every line that is not empty.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"evaluation.held_text: there is no file {path}")
+    texts: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip() and len(texts) < limit:
+            row = json.loads(line) if path.suffix == ".jsonl" else {"text": line}
+            texts.append("\n".join(str(row[name]) for name in FIELDS if isinstance(row.get(name), str)))
+    if not any(texts):
+        raise UserError(f"evaluation.held_text: {path} holds no text; rows need one of {', '.join(FIELDS)}")
+    return texts
+
+
+@torch.no_grad()
+def token_divergences(base: nn.Module, student: nn.Module, ids: list[list[int]]) -> list[float]:
+    """Mean over the positions of each text of KL(base ‖ student), in nats; both models on one device."""
+    out: list[float] = []
+    for start in range(0, len(ids), BATCH):
+        batch = ids[start : start + BATCH]
+        device = next(student.parameters()).device
+        tokens, mask = padded(batch, 0, device, left=False)
+        states = [_states(model, tokens, mask) for model in (base, student)]
+        rows = mask.bool()
+        parts = []
+        left, right = (hidden[rows] for hidden in states)
+        heads = [head(unwrap(model)) for model in (base, student)]
+        chunk = max(1, LOGIT_CHUNK // heads[0].weight.shape[0])
+        for first in range(0, left.shape[0], chunk):
+            p = heads[0](left[first : first + chunk]).float().log_softmax(-1)
+            q = heads[1](right[first : first + chunk]).float().log_softmax(-1)
+            parts.append((p.exp() * (p - q)).sum(-1))
+        out += [float(part.mean()) for part in torch.cat(parts).split([len(row) for row in batch])]
+    return out
+
+
+def _states(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    backbone: Any = unwrap(model).base_model
+    return backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def base_student(recipe: Recipe, like: nn.Module) -> PreTrainedModel:
+    """The student as it was before training, on the device and in the dtype of `like`."""
+    config = replace(recipe.student, lora=None, compile=False, gradient_checkpointing=False)
+    model, _ = load_student(config, seed=recipe.seed, projections=recipe.consensus.affinity == "attention")
+    weight = next(like.parameters())
+    return nn.Module.to(unwrap(model), device=weight.device, dtype=weight.dtype).eval()
+
+
+def measure_drift(recipe: Recipe, student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write RUN/evaluation/after/drift.json: {"kl": {mean, standard_error, n}, "text"}."""
+    assert recipe.evaluation.held_text is not None
+    texts = read_texts(recipe.evaluation.held_text)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS] for text in texts]
+    ids = [row for row in ids if row]
+    values = token_divergences(base_student(recipe, student), student, ids)
+    content = {
+        "kl": {"mean": mean(values), "standard_error": standard_error(values), "n": len(values)},
+        "values": values,
+        "text": recipe.evaluation.held_text,
+    }
+    write_atomically(folder / "evaluation" / "after" / "drift.json", json.dumps(content))

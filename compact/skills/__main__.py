@@ -1,0 +1,155 @@
+"""python -m compact.skills FOLDER: the files of the skills study.
+
+train.jsonl       questions with the rationales of four teachers
+held_out.jsonl    in distribution: the same skills and wordings, other contents
+wordings.jsonl    out of distribution: a wording of each skill that was never trained on
+tasks.jsonl       out of distribution: tasks that were never trained on
+gym.jsonl         the same, by reasoning-gym's generators and verifiers, where it is installed (--gym N)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from compact.errors import UserError
+from compact.results import write_atomically
+from compact.skills.questions import HELD_OUT_WORDING, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, Question, draw_questions
+from compact.skills.teachers import rationale, team
+
+# reasoning-gym's generators whose answers are numbers, at a difficulty for small students.
+GYM: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+    "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 4},
+    "gcd": {"min_value": 2, "max_value": 30},
+    "lcm": {"min_value": 2, "max_value": 12},
+}
+GYM_SEED = 10**7  # an item's own seed is seed + index: far from every other use
+
+
+def write_skills(
+    folder: Path,
+    *,
+    questions: int = 1000,
+    held_out: int = 400,
+    seed: int = 0,
+    part: str = "test",
+    misleading: bool = True,
+    gym: int = 0,
+    train: str = "train",
+) -> dict[str, Path]:
+    """Write the files; what is there is kept. Training questions depend on `seed`, held-out ones do not.
+
+    Args:
+        questions: to train on. held_out: in each of the three held-out files.
+        part: "test", or "validation" for choices that the test must not see.
+        misleading: whether one of the four teachers misleads.
+        gym: questions by reasoning-gym; 0: none.
+        train: what the file of training questions is called, without .jsonl.
+
+    Raises:
+        UserError: reasoning-gym is asked for and not installed.
+    """
+    if part not in ("test", "validation"):
+        raise UserError(f"skills.part is {part!r}; it is test or validation")
+    names = team(misleading)
+    drawn = {
+        "train": draw_questions(
+            random.Random(f"train {seed}"), questions, part="train", skills=TAUGHT, wordings=TRAINED_WORDINGS
+        ),
+        "held_out": draw_questions(random.Random(part), held_out, part=part, skills=TAUGHT, wordings=TRAINED_WORDINGS),
+        "wordings": draw_questions(
+            random.Random(f"{part} wordings"), held_out, part=part, skills=TAUGHT, wordings=(HELD_OUT_WORDING,)
+        ),
+        "tasks": draw_questions(
+            random.Random(f"{part} tasks"), held_out, part=part, skills=UNTAUGHT, wordings=TRAINED_WORDINGS[:1]
+        ),
+    }
+    files = {}
+    for name, asked in drawn.items():
+        rng = random.Random(f"{name} {seed if name == 'train' else part} teachers")
+        files[name] = folder / f"{train if name == 'train' else name}.jsonl"
+        _write(files[name], (_row(f"{name}-{i}", question, names, rng) for i, question in enumerate(asked, 1)))
+    if gym:
+        files["gym"] = folder / "gym.jsonl"
+        if not files["gym"].exists():
+            _write(files["gym"], gym_rows(gym, part))
+    return files
+
+
+def _row(name: str, question: Question, teachers: list[str], rng: random.Random) -> dict[str, Any]:
+    return {
+        "id": name,
+        "prompt": question.prompt,
+        "answer": question.answer,
+        "task": question.kind,
+        "skill": question.skill,
+        "instruct": False,  # asked in the training's form
+        "rationales": [rationale(teacher, question, rng) for teacher in teachers],
+    }
+
+
+def gym_rows(count: int, part: str) -> Iterator[dict[str, Any]]:
+    """Different questions by reasoning-gym whose answer is a number, the generators in turn."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(
+            "skills.gym needs the package reasoning-gym: pip install reasoning-gym, or set skills.gym to 0"
+        )
+    import reasoning_gym
+
+    seed = GYM_SEED + (10**6 if part == "validation" else 0)
+    sources = [reasoning_gym.create_dataset(name, size=4 * count, seed=seed, **how) for name, how in GYM.items()]
+    seen: set[str] = set()
+    for index in range(4 * count):
+        for name, source in zip(GYM, sources):
+            item = source[index]
+            answer = str(item["answer"])
+            if len(seen) < count and item["question"] not in seen and re.fullmatch(r"-?\d+", answer):
+                seen.add(item["question"])
+                row = {"id": f"gym-{name}-{index}", "prompt": item["question"].strip(), "answer": answer}
+                yield {**row, "task": "number", "instruct": False}
+
+
+def _write(file: Path, rows: Iterator[dict[str, Any]]) -> None:
+    if not file.exists():
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compact.skills", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--questions", type=int, default=1000, help="to train on (default: 1000)")
+    parser.add_argument("--held_out", type=int, default=400, help="in each held-out file (default: 400)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training questions (default: 0)")
+    parser.add_argument("--part", choices=("test", "validation"), default="test")
+    parser.add_argument("--honest", action="store_true", help="no misleading teacher")
+    parser.add_argument("--gym", type=int, default=0, help="questions by reasoning-gym (default: none)")
+    given = parser.parse_args(arguments)
+    try:
+        files = write_skills(
+            given.folder,
+            questions=given.questions,
+            held_out=given.held_out,
+            seed=given.seed,
+            part=given.part,
+            misleading=not given.honest,
+            gym=given.gym,
+        )
+    except UserError as error:
+        print(f"compact.skills: {error}", file=sys.stderr)
+        return 2
+    for file in files.values():
+        print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

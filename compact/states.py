@@ -1,0 +1,194 @@
+"""What a run did to its student's inside: evidence along rationales, latent space, and what each metric sees.
+
+The student as it was and as it is read the same questions with the same rationales: held-out ones where they have
+rationales, else those of the training. Everything is measured at the same positions, in the dtype of the student;
+what is kept and compared is float32.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from compact.collate import Collator, to_device
+from compact.config import Recipe, from_dict, read_recipe
+from compact.data import load_questions, tokenize_questions
+from compact.drift import base_student
+from compact.errors import UserError
+from compact.evaluate import load_run
+from compact.loss import distillation_loss, forward
+from compact.options import plain
+from compact.results import mean, write_atomically
+from compact.strategies.baselines import Uniform
+from compact.strategies.compact import Compact
+from compact.student import prepare
+from compact_kernels.rule import question_zscore
+
+QUESTIONS = 64
+BATCH = 8  # questions
+PEAK = 0.1  # nats: a jump of the evidence that counts as a peak
+SIGNS = {"adaptability": 1, "consensus": 1, "difficulty": -1}  # of a metric's z-score in eq. 7
+
+
+def read_states(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
+    """Measure both students of a finished run; write RUN/analysis/states.npz and states.json and give the latter.
+
+    Raises:
+        UserError: the run is not finished, or its data or first student is no longer where it was.
+    """
+    student, tokenizer = load_run(run)
+    recipe = from_dict(plain(read_recipe(str(run / "recipe.yaml"))))
+    if recipe.student.model == "demo" or recipe.data.train is None:
+        from compact.demo import build
+
+        recipe = build(recipe)
+    items, teachers = _items(recipe, tokenizer, run, questions)
+    base = base_student(recipe, student)
+    projections = recipe.consensus.affinity == "attention"
+    collate = Collator(tokenizer, ifd=recipe.difficulty.kind == "ifd")
+    found = {
+        when: _measure(prepare(model, projections=projections), items, recipe, teachers, collate)
+        for when, model in (("before", base), ("after", student.eval()))
+    }
+    wrong, teacher = (found["before"][name] for name in ("wrong", "teacher"))
+    arrays = {f"{name}_{when}": value for when, values in found.items() for name, value in values.items()}
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_atomically(run / "analysis" / "states.npz", packed.getvalue())
+    content = summary(found, wrong, teacher, teachers)
+    content |= {"questions": len(items), "peak": PEAK}
+    write_atomically(run / "analysis" / "states.json", json.dumps(content, indent=1))
+    return content
+
+
+def _items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[list[dict[str, Any]], list[str]]:
+    cache = run / "cache"
+    assert recipe.data.train is not None
+    for source in filter(None, (recipe.data.held_out, recipe.data.train)):
+        rows, _ = load_questions(source, answer_kind=recipe.data.answer_kind, cache_dir=cache)
+        rows = rows.filter(lambda row: len(row["rationales"]) > 1)
+        if len(rows):
+            few = rows.select(range(min(count, len(rows))))
+            tokens, report = tokenize_questions(few, tokenizer, recipe.data, cache_dir=cache)
+            return list(tokens), report.teachers
+    raise UserError(f"{run}: no question has several rationales, so there is nothing to compare")
+
+
+@torch.no_grad()
+def _measure(
+    model: nn.Module, items: Sequence[dict[str, Any]], recipe: Recipe, teachers: Sequence[str], collate: Collator
+) -> dict[str, Any]:
+    """(S, …) of all rationales: pooled and last states, metrics and their z-scores, α under each metric, peaks."""
+    device = next(model.parameters()).device
+    compact, uniform = Compact(recipe, teachers), Uniform(recipe, teachers)
+    if recipe.consensus.affinity == "sentence":  # its encoder read the training's rationales alone
+        recipe = replace(recipe, consensus=replace(recipe.consensus, affinity="cosine", encoder=None))
+    columns: dict[str, list[np.ndarray]] = {}
+
+    def keep(name: str, value: Any) -> None:
+        value = value.float().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        columns.setdefault(name, []).append(value)
+
+    for start in tqdm(range(0, len(items), BATCH), desc="states", leave=False, disable=None):
+        few = items[start : start + BATCH]
+        batch = to_device(collate(list(few)), device)
+        ragged = batch["ragged"]
+        result, context = distillation_loss(model, batch, uniform, recipe)
+        statistics = result.statistics
+        keep("pooled", context.pooled)
+        keep("last", forward(model, batch).eos_hidden)
+        keep("alpha", compact.weights(statistics, context))
+        for name, sign in SIGNS.items():
+            keep(name, getattr(statistics, name))
+            keep(f"z_{name}", sign * question_zscore(getattr(statistics, name), ragged))
+        rationales = [rationale for item in few for rationale in item["rationales"]]
+        keep("teacher", [rationale["teacher"] for rationale in rationales])
+        keep("wrong", [rationale["wrong"] for rationale in rationales])
+        evidence = statistics.tokens.evidence.float().cpu().numpy()
+        offsets = ragged.host.cu_rows.tolist()
+        jumps = [
+            np.diff(evidence[first : first + rationale["body_length"] + 1])
+            for first, rationale in zip(offsets, rationales)
+        ]
+        keep("peaks", [float((jump > PEAK).sum()) for jump in jumps])
+        keep("sharpest", [float(jump.max(initial=0.0)) for jump in jumps])
+        keep("rise", [float(jump.sum()) for jump in jumps])
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def summary(
+    found: Mapping[str, Mapping[str, np.ndarray]], wrong: np.ndarray, teacher: np.ndarray, teachers: Sequence[str]
+) -> dict[str, Any]:
+    """The numbers of :func:`read_states`, from its arrays."""
+    before, after = found["before"], found["after"]
+    by_teacher: dict[str, Any] = {}
+    for index, name in enumerate(teachers):
+        own = teacher == index
+        if own.any():
+            by_teacher[name] = {
+                "wrong": float(wrong[own].mean()),
+                **{
+                    when: {column: float(values[column][own].mean()) for column in _COLUMNS}
+                    for when, values in found.items()
+                },
+            }
+    return {
+        "cka": {layer: linear_cka(before[layer], after[layer]) for layer in ("pooled", "last")},
+        "pca_shift": {layer: pca_shift(before[layer], after[layer])["shift"] for layer in ("pooled", "last")},
+        "trajectories": {
+            when: {name: mean(values[name].tolist()) for name in ("peaks", "sharpest", "rise")}
+            for when, values in found.items()
+        },
+        "teachers": by_teacher,
+        "finds_wrong": {
+            when: {name: auc(values[f"z_{name}"], wrong) for name in SIGNS} | {"alpha": auc(values["alpha"], wrong)}
+            for when, values in found.items()
+        },
+    }
+
+
+_COLUMNS = ("alpha", *(f"z_{name}" for name in SIGNS), *SIGNS, "peaks", "sharpest", "rise")
+
+
+def linear_cka(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Linear centred kernel alignment of two representations of the same items (Kornblith et al. 2019), in [0, 1].
+
+    Args:
+        one, other: (n, d) and (n, e).
+    """
+    x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
+    cross, own, theirs = (np.linalg.norm(a.T @ b) for a, b in ((x, y), (x, x), (y, y)))
+    return float(cross**2 / (own * theirs)) if own > 0 and theirs > 0 else None
+
+
+def pca_shift(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """Both in the plane of the two main directions of `before`, and how far the centre has moved.
+
+    Returns:
+        before, after: (n, 2); shift: the distance of the centroids in the plane over the root mean square distance
+        of `before` from its own.
+    """
+    centre = before.mean(0, dtype=np.float64)
+    _, _, directions = np.linalg.svd(before.astype(np.float64) - centre, full_matrices=False)
+    points = [(value.astype(np.float64) - centre) @ directions[:2].T for value in (before, after)]
+    spread = math.sqrt(float((points[0] ** 2).sum(1).mean()))
+    moved = float(np.linalg.norm(points[1].mean(0) - points[0].mean(0)))
+    return {"before": points[0], "after": points[1], "shift": moved / spread if spread else None}
+
+
+def auc(score: np.ndarray, wrong: np.ndarray) -> float | None:
+    """How often a right rationale scores above a wrong one, ties counted half; 0.5 is chance. None: only one kind."""
+    right, bad = score[~wrong.astype(bool)], score[wrong.astype(bool)]
+    if not len(right) or not len(bad):
+        return None
+    return float((right[:, None] > bad).mean() + 0.5 * (right[:, None] == bad).mean())

@@ -1,0 +1,136 @@
+"""python -m compact.study.cell FOLDER: one cell of a study, in a process of its own; FOLDER/recipe.yaml is its recipe.
+
+With --base the student is only evaluated as it is; with --merge N a branch a teacher is trained and merged, N times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from compact.analyze import write_report
+from compact.config import Recipe, from_dict, read_recipe
+from compact.data import load_questions
+from compact.drift import measure_drift
+from compact.errors import UserError
+from compact.evaluate import evaluate_tasks, recipe_tasks
+from compact.options import plain
+from compact.results import load_results, write_atomically
+from compact.run_folder import claim, save_student
+from compact.train import run
+
+
+def run_merged(recipe: Recipe, rounds: int) -> None:
+    """Branches that each learn from one teacher, merged by averaging their weights (Merge-of-Thought's idea).
+
+    Every round trains its branches from the last round's average, with an even share of the recipe's epochs; the
+    branches are ordinary runs in RUN/branches. RUN then holds the merged student, its evaluation and a report.
+    """
+    assert recipe.data.train is not None
+    folder = Path(recipe.run)
+    claim(folder, recipe)
+    if (folder / "report.json").exists():
+        return
+    teachers = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")[
+        1
+    ].teachers
+    epochs = float(recipe.training.get("num_train_epochs", 3)) / rounds  # type: ignore[arg-type]
+    student = recipe.student
+    for number in range(1, rounds + 1):
+        branches = []
+        for teacher in teachers:
+            branch = replace(
+                recipe,
+                run=str(folder / "branches" / f"round-{number}-{teacher}"),
+                strategy="single",
+                weights=replace(recipe.weights, teacher=teacher),
+                student=student,
+                training={**recipe.training, "num_train_epochs": epochs},
+                evaluation=replace(recipe.evaluation, tasks={}, forgetting={}, held_text=None, limit=1),
+            )
+            run(branch)
+            branches.append(Path(branch.run) / "student")
+        average = folder / f"round-{number}"
+        if not average.exists():
+            aside = average.with_name(f".{average.name}.writing")
+            averaged(branches).save_pretrained(aside)
+            AutoTokenizer.from_pretrained(branches[0]).save_pretrained(aside)
+            aside.replace(average)
+        student = replace(student, model=str(average))
+    model = AutoModelForCausalLM.from_pretrained(average, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(average)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    held_out = None
+    if recipe.data.held_out is not None:
+        held_out, _ = load_questions(
+            recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache"
+        )
+    settings = recipe.evaluation
+    evaluate_tasks(
+        model,
+        tokenizer,
+        recipe_tasks(settings, held_out, recipe.seed),
+        folder,
+        "after",
+        data=recipe.data,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    if settings.held_text is not None:
+        measure_drift(recipe, model, tokenizer, folder)
+    save_student(model, tokenizer, folder)
+    for leftover in (folder / "branches", *folder.glob("round-*")):
+        shutil.rmtree(leftover)
+    write_report(folder)
+
+
+def averaged(folders: Sequence[Path]) -> PreTrainedModel:
+    """A model whose weights are the means, in float32, of those in `folders`, in their own dtype."""
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype="auto")
+    states = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict() for folder in folders]
+    mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+    model.load_state_dict({name: value.to(states[0][name].dtype) for name, value in mean.items()})
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compact.study.cell", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", action="store_true")
+    parser.add_argument("--merge", type=int, default=0)
+    parser.add_argument("--drop_student", action="store_true")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    started, folder = time.time(), given.folder
+    try:
+        recipe = from_dict(plain(read_recipe(str(folder / "recipe.yaml"))))
+        if given.base:
+            if not load_results(folder, "before")[0]:
+                run(recipe, only_before=True)
+        elif given.merge:
+            run_merged(recipe, given.merge)
+        else:
+            run(recipe)
+    except UserError as error:
+        print(f"compact.study: {error}", file=sys.stderr)
+        return 2
+    # Optimizer states are many times the student's size, and a finished cell goes on with none of them.
+    for part in ["checkpoints", "cache", *(["student"] if given.drop_student else [])]:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    write_atomically(folder / "cell.json", json.dumps({"seconds": time.time() - started, "peak_reserved": peak}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

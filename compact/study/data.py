@@ -1,0 +1,100 @@
+"""What cells read: generated questions, folds of a file, and a student that is read from a GGUF file once."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from compact.config import Recipe, from_dict
+from compact.data import question_text
+from compact.errors import UserError
+from compact.results import write_atomically
+from compact.skills.__main__ import write_skills
+from compact.student import load_student
+from compact.study.grid import Cell, plain_tree
+
+
+def recipe_of(cell: Cell, study: Path) -> Recipe:
+    """The whole recipe of a cell, its data written into the study's folder if it is not there.
+
+    Raises:
+        UserError: with the cell's name, what is wrong with its recipe or its data.
+    """
+    values = plain_tree(cell)
+    values["run"] = str(study / "cells" / cell.name)
+    data, evaluation = values.setdefault("data", {}), values.setdefault("evaluation", {})
+    try:
+        if cell.skills is not None:
+            _use_skills(cell, study, data, evaluation)
+        if cell.fold is not None:
+            _use_fold(cell, study, data, evaluation)
+        evaluation["seed"] = evaluation.get("seed") or 0  # every seed of the study is asked the same questions
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: {error}") from None
+
+
+def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    wanted = cell.skills
+    assert wanted is not None
+    seed = cell.seed if wanted.fresh else 0
+    files = write_skills(
+        study / "data" / cell.setting,
+        questions=wanted.questions,
+        held_out=wanted.held_out,
+        seed=seed,
+        part=wanted.part,
+        misleading=wanted.misleading,
+        gym=wanted.gym,
+        train=f"train-{seed}",
+    )
+    data |= {"train": str(files["train"]), "held_out": str(files["held_out"])}
+    evaluation["limit"] = max(wanted.held_out, wanted.gym)
+    tasks = {name: str(files[name]) for name in ("wordings", "tasks", "gym") if name in files}
+    evaluation["tasks"] = tasks | evaluation.get("tasks", {})
+
+
+def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """Questions into folds by their text, the same for every seed: each question is held out once a seed."""
+    source = Path(str(data.get("train")))
+    if source.suffix != ".jsonl" or not source.is_file():
+        raise UserError(f"folds: data.train must be a .jsonl file of questions, and is {data.get('train')!r}")
+    folder = study / "data" / cell.setting / f"fold-{cell.fold}"
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if any("rationales" not in row for row in rows):
+        raise UserError(f"folds: {source} must have one question a row, with its rationales")
+    texts = sorted({_text(row) for row in rows})
+    if len(texts) < cell.folds:
+        raise UserError(f"folds: {cell.folds} of them need as many questions, and {source} has {len(texts)}")
+    random.Random(0).shuffle(texts)
+    fold_of = {text: index % cell.folds for index, text in enumerate(texts)}
+    held = [row for row in rows if fold_of[_text(row)] == cell.fold]
+    for name, part in (("held_out", held), ("train", [row for row in rows if fold_of[_text(row)] != cell.fold])):
+        file = folder / f"{name}.jsonl"
+        data[name] = str(file)
+        if not file.exists():
+            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+    evaluation["limit"] = max(len(held), evaluation.get("limit", 0))
+
+
+def _text(row: dict[str, Any]) -> str:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
+    return question_text({"prompt": prompt, "is_messages": not isinstance(row["prompt"], str)})
+
+
+def plain_student(recipe: Recipe, study: Path) -> str:
+    """The student's folder: a GGUF file takes half a minute to read, so it is read once a study."""
+    if not recipe.student.model.endswith(".gguf"):
+        return recipe.student.model
+    folder = study / "student"
+    if not folder.exists():
+        from dataclasses import replace
+
+        model, tokenizer = load_student(replace(recipe.student, lora=None, compile=False), seed=0, projections=False)
+        aside = folder.with_name(".student.writing")
+        model.save_pretrained(aside)  # type: ignore[operator]
+        tokenizer.save_pretrained(aside)
+        aside.replace(folder)
+    return str(folder)

@@ -1,0 +1,216 @@
+"""A grid: what YAML says of a study, and the cells it means. Every mistake is named with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from compact import options
+from compact.commandline import find, set_flags
+from compact.config import Recipe, embedded_recipes, read_recipe
+from compact.errors import UserError
+from compact.options import Given, as_given, option, refuse
+from compact.yamlfile import read_file
+
+GRIDS = Path(__file__).parent.parent / "grids"
+
+
+@dataclass
+class Grid:
+    """The keys of a grid."""
+
+    study: str = option("runs/study", "the study's folder; nothing is written outside it")
+    recipe: str = option("gsm8k", "a recipe's file, or the name of an embedded one")
+    set: dict[str, object] = option(dict, "recipe keys of every cell")
+    settings: dict[str, object] = option(
+        lambda: {"default": {}}, "name: recipe keys of a setting; skills: and folds: make its data"
+    )
+    methods: object = option(list, "names of known methods, or name: recipe keys; single:TEACHER and merge are known")
+    seeds: list[int] = option(lambda: [0], "of the runs", ge=0)
+    baseline: str = option("uniform", "the method that the others are compared with")
+    parallel: int | None = option(None, "cells at once on a GPU; null: as many as fit", ge=1)
+    keep_students: bool = option(True, "false: a finished cell's student is deleted")
+
+
+@dataclass
+class SkillsConfig:
+    """`skills:` of a setting: questions by :mod:`compact.skills`."""
+
+    questions: int = option(1000, "to train on", ge=8)
+    held_out: int = option(400, "in each held-out file", ge=1)
+    part: str = option("test", "test, or validation for choices that the test must not see")
+    misleading: bool = option(True, "whether one of the four teachers misleads")
+    gym: int = option(0, "questions by reasoning-gym; 0: none", ge=0)
+    fresh: bool = option(True, "whether each seed has training questions of its own")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    setting: str
+    method: str
+    seed: int
+    fold: int | None
+    tree: Given  # the recipe's, without what depends on files of the study
+    skills: SkillsConfig | None
+    folds: int
+    merge: int  # rounds of branches that are merged; 0: an ordinary run
+
+    @property
+    def name(self) -> str:
+        fold = "" if self.fold is None else f"-fold-{self.fold}"
+        return f"{self.setting}/{self.method.replace(':', '-')}/seed-{self.seed}{fold}"
+
+
+def known_methods() -> dict[str, Given]:
+    """The catalogue, compact/grids/methods.yaml: name → recipe keys."""
+    return read_file(GRIDS / "methods.yaml").value
+
+
+def embedded_grids() -> list[str]:
+    return sorted(path.stem for path in GRIDS.glob("*.yaml") if path.stem != "methods")
+
+
+def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
+    """The grid of a command line `GRID [--key value …]`, its cells in the order in which they are run, and its tree.
+
+    Raises:
+        UserError: an unknown key, method or recipe key, with file, line and the nearest name.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"name a grid: a YAML file, or one of {', '.join(embedded_grids())}")
+    path = Path(argv[0])
+    if not path.is_file() and argv[0] in embedded_grids():
+        path = GRIDS / f"{argv[0]}.yaml"
+    if not path.is_file():
+        near = options.nearest(argv[0], embedded_grids())
+        raise UserError(f"{argv[0]}: no such file, nor an embedded grid ({', '.join(embedded_grids())}){near}")
+    tree = read_file(path)
+    _set_flags(tree, argv[1:])
+    grid = options.build(Grid, tree)
+    methods = _methods(tree.value.get("methods", Given([])))
+    if grid.baseline not in methods:
+        place = tree.value.get("baseline", Given(None, str(path)))
+        refuse(place, "baseline", f"{grid.baseline!r} is none of the methods: {', '.join(methods)}")
+    if not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
+        refuse(tree.value["seeds"], "seeds", f"{grid.seeds}: at least one, each once")
+    for name in (*methods, *grid.settings):
+        if "/" in name or name.startswith("."):
+            refuse(tree, name, "is a folder's name too: letters, digits, : . _ -")
+    return grid, _cells(grid, tree, methods), tree
+
+
+def _set_flags(tree: Given, words: list[str]) -> None:
+    """Flags of the grid's own keys; `--set.KEY value` gives a recipe key to every cell."""
+    set_flags(Grid, tree, words)
+
+
+def _methods(given: Given) -> dict[str, Given]:
+    """Name → recipe keys, from a list of names or a mapping."""
+    known, value = known_methods(), given.value
+    if isinstance(value, list):
+        value = {str(name): Given(None, given.place) for name in value}
+    if not isinstance(value, dict) or not value:
+        refuse(given, "methods", "name at least one: a list of names, or name: recipe keys")
+    methods = {}
+    for name, keys in value.items():
+        if keys.value is not None:
+            methods[str(name)] = keys
+        elif name in known:
+            methods[name] = known[name]
+        elif str(name).startswith("single:"):
+            teacher = str(name).partition(":")[2]
+            methods[name] = as_given({"strategy": "single", "weights.teacher": teacher}, keys.place)
+        else:
+            near = options.nearest(str(name), known)
+            refuse(keys, "methods", f"{name!r} is no known method ({', '.join(known)}, single:TEACHER){near}")
+    return methods
+
+
+def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
+    if grid.recipe not in embedded_recipes() and not Path(grid.recipe).is_file():
+        read_recipe(grid.recipe)  # says what is wrong with the name
+    common = tree.value.get("set", Given({}))
+    settings = tree.value.get("settings", Given({"default": Given({})})).value
+    cells = []
+    # Seeds last: a study that is stopped early has whole rows of seeds in every method alike.
+    for seed in grid.seeds:
+        for setting, keys in settings.items():
+            own = dict(keys.value or {})
+            skills = _skills(own.pop("skills", None))
+            folds = _whole(own.pop("folds", None), "folds", least=2)
+            for fold in range(folds) if folds else [None]:
+                for method, changes in methods.items():
+                    theirs = dict(changes.value)
+                    merge = _whole(theirs.pop("merge", None), "merge", least=1)
+                    recipe = read_recipe(grid.recipe)
+                    for overrides in (common.value, own, theirs, {"seed": Given(seed)}):
+                        overlay(recipe, overrides)
+                    cells.append(Cell(str(setting), method, seed, fold, recipe, skills, folds, merge))
+    return cells
+
+
+def overlay(tree: Given, overrides: Mapping[str, Given]) -> None:
+    """Put recipe keys, with dots or nested, over a recipe's tree.
+
+    Raises:
+        UserError: a key that recipes do not have.
+    """
+    for name, item in overrides.items():
+        try:
+            keys, _ = find(Recipe, f"--{name}")
+        except UserError as error:
+            raise UserError(f"{item.place}: {str(error).removeprefix('--')}") from None
+        node = tree.value
+        for key in keys[:-1]:
+            if key not in node or not isinstance(node[key].value, dict):
+                node[key] = Given({}, item.place)
+            node = node[key].value
+        last, old = keys[-1], node.get(keys[-1])
+        if isinstance(item.value, dict) and old is not None and isinstance(old.value, dict):
+            overlay(tree, {f"{name}.{inner}": value for inner, value in item.value.items()})
+        else:
+            node[last] = _copy(item)
+
+
+def _copy(given: Given) -> Given:
+    """Cells must not share the dicts that later keys are put into."""
+    if isinstance(given.value, dict):
+        return Given({name: _copy(as_given(item)) for name, item in given.value.items()}, given.place)
+    return given
+
+
+def _skills(given: Given | None) -> SkillsConfig | None:
+    if given is None:
+        return None
+    config = options.build(SkillsConfig, Given(given.value or {}, given.place), "skills")
+    if config.part not in ("test", "validation"):
+        refuse(given, "skills.part", f"{config.part!r} is neither test nor validation")
+    return config
+
+
+def _whole(given: Given | None, key: str, least: int) -> int:
+    if given is None:
+        return 0
+    if not isinstance(given.value, int) or given.value < least:
+        refuse(given, key, f"{given.value!r} is not a whole number of at least {least}")
+    return given.value
+
+
+def grid_help() -> str:
+    lines = [
+        "python -m compact.study GRID [--key value …]",
+        "",
+        f"GRID: a YAML file, or {', '.join(embedded_grids())}.",
+    ]
+    lines += [f"  {spec.name}: {spec.metadata['help']}" for spec in fields(Grid)]
+    lines += [f"skills.{spec.name}: {spec.metadata['help']}" for spec in fields(SkillsConfig)]
+    lines += ["", f"Known methods: {', '.join(known_methods())}, single:TEACHER."]
+    return "\n".join(lines)
+
+
+def plain_tree(cell: Cell) -> dict[str, Any]:
+    return options.plain(cell.tree)

@@ -1,0 +1,208 @@
+"""Runs the cells of a study: as many at once as fit, each in a process of its own, each to be gone on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from compact.config import Recipe, from_dict, read_recipe
+from compact.errors import UserError
+from compact.options import plain
+from compact.results import write_atomically
+from compact.run_folder import claim
+from compact.study.data import plain_student, recipe_of
+from compact.study.grid import Cell, Grid
+
+CONTEXT = 1 << 30  # what a process takes of a GPU beside what torch reserves, roughly
+MOST = 8  # processes of a GPU: they take turns
+POLL = 0.2  # seconds
+
+
+@dataclass(eq=False)
+class Job:
+    """One process to run."""
+
+    name: str
+    folder: Path
+    arguments: list[str]
+    needs: Job | None = None  # must be over before
+
+    @property
+    def error(self) -> Path:
+        return self.folder / "failed.txt"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "cell.json").exists()
+
+
+@contextmanager
+def locked(study: Path) -> Iterator[int]:
+    """The study's folder is this process's, and that of the cells it starts: the lock goes with the last of them.
+
+    Yields:
+        The lock's file descriptor, for processes to inherit.
+
+    Raises:
+        UserError: another study is writing to it, or it cannot be written.
+    """
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+        file = (study / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"the study's folder {study} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{study}: another study is writing to it (process {file.read().strip() or 'unknown'}); wait for it, "
+                "or choose another folder with --study"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def run_cells(grid: Grid, cells: Sequence[Cell], lock: int) -> None:
+    """Run what is not finished. A cell that fails says why in its folder, and the others go on.
+
+    Args:
+        lock: of :func:`locked`; cells hold it too, should this process be killed and they go on.
+    """
+    study = Path(grid.study)
+    jobs = _jobs(grid, cells, study)
+    waiting = [job for job in jobs if not job.done]
+    devices: list[int | None] = [*range(torch.cuda.device_count())] or [None]
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="cells", dynamic_ncols=True)
+    running: list[tuple[Job, subprocess.Popen, int | None]] = []
+    failed, state = 0, ""
+    try:
+        while waiting or running:
+            for entry in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove(entry)
+                failed += not _finish(entry[0], entry[1].returncode)
+                bar.update()
+            most = grid.parallel or _fitting(jobs)
+            for device in devices:
+                ready = [job for job in waiting if job.needs is None or job.needs not in [*waiting, *_of(running)]]
+                free = most - sum(entry[2] == device for entry in running)
+                for job in ready[: max(free, 0)]:
+                    waiting.remove(job)
+                    running.append((job, _start(job, device, lock), device))
+            said, state = state, f"{len(running)} running, {failed} failed"
+            bar.set_postfix_str(state, refresh=state != said)
+            time.sleep(POLL)
+    finally:
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
+        bar.close()
+
+
+def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
+    """A job for each student as it is, and one a cell, which waits for it and takes its evaluation over."""
+    bases: dict[str, Job] = {}
+    jobs = []
+    for cell in cells:
+        folder = study / "cells" / cell.name
+        job = Job(cell.name, folder, [f"--merge={cell.merge}"] if cell.merge else [])
+        if not grid.keep_students:
+            job.arguments.append("--drop_student")
+        try:
+            recipe = recipe_of(cell, study)
+            recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
+            key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
+            claim(folder, recipe)
+            if recipe.data.held_out is not None:  # else each seed holds out questions of its own
+                if key not in bases:
+                    bases[key] = _base(recipe, study / "base" / key)
+                    jobs.append(bases[key])
+                if _asked(from_dict(plain(read_recipe(str(bases[key].folder / "recipe.yaml"))))) == _asked(recipe):
+                    job.needs = bases[key]
+            job.error.unlink(missing_ok=True)
+        except UserError as error:
+            write_atomically(job.error, str(error))
+            continue
+        jobs.append(job)
+    return jobs
+
+
+def _base(recipe: Recipe, folder: Path) -> Job:
+    """What the untrained student does: once for all methods and seeds, which are asked the same."""
+    if not (folder / "recipe.yaml").exists():
+        plain_recipe = Recipe(run=str(folder), strategy="uniform", training=recipe.training)
+        claim(
+            folder,
+            replace(plain_recipe, student=recipe.student, data=recipe.data, evaluation=recipe.evaluation),
+        )
+    return Job(f"base of {folder.name}", folder, ["--base"])
+
+
+def _asked(recipe: Recipe) -> tuple[Any, ...]:
+    """All that an evaluation before training depends on: whose these are equal, one stands for all."""
+    data, student = recipe.data, recipe.student
+    prompts = data.held_out, data.answer_kind, data.prompt_template, data.suffix, data.max_length
+    return student.model, student.dtype, student.attention, prompts, replace(recipe.evaluation, held_text=None)
+
+
+def _start(job: Job, device: int | None, lock: int) -> subprocess.Popen:
+    if job.needs is not None:
+        theirs, ours = job.needs.folder / "evaluation" / "before", job.folder / "evaluation" / "before"
+        if theirs.exists() and not ours.exists():
+            aside = ours.with_name(".before.writing")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(theirs, aside)
+            aside.replace(ours)
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if device is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+        environment.setdefault("OMP_NUM_THREADS", "2")
+    with (job.folder / "log.txt").open("ab") as log:
+        command = [sys.executable, "-m", "compact.study.cell", str(job.folder), *job.arguments]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
+
+
+def _finish(job: Job, code: int) -> bool:
+    if code == 0 and job.done:
+        return True
+    lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line for line in lines if line.startswith("compact.")] or lines or [f"it ended with status {code}"]
+    write_atomically(job.error, said[-1].partition("compact.study: ")[2] or said[-1])
+    return False
+
+
+def _of(running: Sequence[tuple[Job, subprocess.Popen, int | None]]) -> list[Job]:
+    return [entry[0] for entry in running]
+
+
+def _fitting(jobs: Sequence[Job]) -> int:
+    """Cells at once on a GPU: as many of the largest seen so far as its memory holds; one until one was seen."""
+    if not torch.cuda.is_available():
+        return 1
+    peaks = [
+        json.loads((job.folder / "cell.json").read_text())["peak_reserved"]
+        for job in jobs
+        if job.needs is not None and job.done
+    ]
+    if not peaks:
+        return 1
+    total = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(MOST, (os.cpu_count() or 2) // 2, int(0.9 * total // (1.1 * max(peaks) + CONTEXT))))

@@ -1,0 +1,235 @@
+"""What came out of a study: study.json, study.md and pictures, from what its cells' folders hold."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compact.comparison import MEASURES
+from compact.report import table
+from compact.results import TaskResult, load_results, write_atomically
+from compact.study.grid import Cell, Grid
+from compact.study.statistics import Estimate, crossed
+
+# (task, split, measure) → question → value, of one seed
+Values = dict[tuple[str, str, str], dict[str, float]]
+NAMES = dict(zip(MEASURES, ("accuracy", "answer_logprob", "solution_logprob")))
+UNITS = {"accuracy": "%", "answer_logprob": "nats a token", "solution_logprob": "nats a token", "kl": "nats a token"}
+BEFORE = "before training"
+
+
+def write_summary(grid: Grid, cells: Sequence[Cell]) -> dict[str, str]:
+    """Write study.json, study.md and pictures; give the failed cells with their reasons."""
+    study = Path(grid.study)
+    failed = {}
+    for cell in cells:
+        error = study / "cells" / cell.name / "failed.txt"
+        if error.exists():
+            failed[cell.name] = error.read_text(encoding="utf-8").strip()
+    records = [record for setting in grid.settings for record in _setting(study, str(setting), cells, grid.baseline)]
+    content = {
+        "baseline": grid.baseline,
+        "units": UNITS,
+        "records": records,
+        "weights": _weights(study, cells),
+        "seconds": _seconds(study, cells),
+        "cells": len(cells),
+        "failed": failed,
+    }
+    write_atomically(study / "study.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(study / "study.md", _markdown(content, grid, _pictures(study, records, grid.baseline)))
+    return failed
+
+
+def _setting(study: Path, setting: str, cells: Sequence[Cell], baseline: str) -> list[dict[str, Any]]:
+    """The records of one setting; those of the student before training come first."""
+    ours = [cell for cell in cells if cell.setting == setting]
+    seeds = {
+        method: _by_seed(study, [cell for cell in ours if cell.method == method], "after")
+        for method in dict.fromkeys(cell.method for cell in ours)
+    }
+    first = [cell for cell in ours if cell.seed == ours[0].seed and cell.method == baseline]
+    everything = {BEFORE: _by_seed(study, first, "before")} | seeds
+    records = []
+    for method, found in everything.items():
+        for key in dict.fromkeys(key for values in found.values() for key in values):
+            estimate = _estimate({seed: values[key] for seed, values in found.items() if key in values})
+            record: dict[str, Any] = {"setting": setting, "method": method, "task": key[0], "split": key[1]}
+            record |= {"measure": key[2], "mean": estimate.mean, "se": estimate.se, "seeds": len(found)}
+            record["n"] = len(next(values[key] for values in found.values() if key in values))
+            difference = None if method in (BEFORE, baseline) else _difference(found, seeds[baseline], key)
+            record["diff_vs_uniform"] = None if difference is None else difference.mean
+            record["diff_ci95"] = None if difference is None else difference.interval()
+            records.append(record)
+    return records
+
+
+def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]:
+    """What each seed reached; a seed one of whose folds is missing is left out."""
+    found: dict[int, Values] = {}
+    for seed in dict.fromkeys(cell.seed for cell in cells):
+        values: Values = {}
+        folds = [cell for cell in cells if cell.seed == seed]
+        for cell in folds:
+            folder = study / "cells" / cell.name
+            results, _ = load_results(folder, when)
+            if not results or (when == "after" and not (folder / "report.json").exists()):
+                break
+            _add(values, results, "" if cell.fold is None else f"{cell.fold}/")
+            drift = folder / "evaluation" / when / "drift.json"
+            if drift.exists():
+                texts = json.loads(drift.read_text())["values"]
+                kl = values.setdefault(("held_text", "forgetting", "kl"), {})
+                kl |= {f"{cell.fold}/{index}": value for index, value in enumerate(texts)}
+        else:
+            found[seed] = values
+    return found
+
+
+def _add(values: Values, results: Mapping[str, TaskResult], prefix: str) -> None:
+    """Put a cell's predictions to those of its seed; of several tasks out of distribution also the pool."""
+    pooled = [name for name, result in results.items() if result.split == "ood"]
+    for name, result in results.items():
+        for title, measure in MEASURES.items():
+            for row in result.predictions:
+                value = measure(row)
+                if value is None:
+                    continue
+                values.setdefault((name, result.split, NAMES[title]), {})[f"{prefix}{row['id']}"] = value
+                if name in pooled and len(pooled) > 1:
+                    values.setdefault(("all", "ood", NAMES[title]), {})[f"{prefix}{name}/{row['id']}"] = value
+
+
+def _estimate(by_seed: Mapping[int, Mapping[str, float]]) -> Estimate:
+    """Over seeds and questions; over seeds alone where they were asked different questions."""
+    shared = [item for item in next(iter(by_seed.values())) if all(item in values for values in by_seed.values())]
+    if shared and all(len(values) == len(shared) for values in by_seed.values()):
+        return crossed(np.array([[values[item] for item in shared] for values in by_seed.values()]))
+    return crossed(np.array([[float(np.mean(list(values.values())))] for values in by_seed.values()]))
+
+
+def _difference(
+    ours: Mapping[int, Values], theirs: Mapping[int, Values], key: tuple[str, str, str]
+) -> Estimate | None:
+    """Paired: the same questions under the same seeds."""
+    paired = {}
+    for seed in ours.keys() & theirs.keys():
+        one, other = ours[seed].get(key, {}), theirs[seed].get(key, {})
+        if items := [item for item in one if item in other]:
+            paired[seed] = {item: one[item] - other[item] for item in items}
+    return _estimate(dict(sorted(paired.items()))) if paired else None
+
+
+def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Mean α of each teacher in the last quarter of training, over seeds, and its entropy."""
+    reports: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        file = study / "cells" / cell.name / "report.json"
+        if file.exists():
+            reports.setdefault((cell.setting, cell.method), []).append(json.loads(file.read_text()))
+    out = []
+    for (setting, method), found in reports.items():
+        known = [report for report in found if report["alpha_entropy"] is not None]
+        if known:
+            teachers = [name for name, value in known[0]["alpha_mean"].items() if value is not None]
+            alpha = {name: float(np.mean([r["alpha_mean"][name] for r in known])) for name in teachers}
+            entropy = float(np.mean([report["alpha_entropy"] for report in known]))
+            out.append({"setting": setting, "method": method, "alpha": alpha, "entropy": entropy})
+    return out
+
+
+def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, float] | None:
+    """What a finished cell took, on the clock."""
+    files = [study / "cells" / cell.name / "cell.json" for cell in cells]
+    seconds = [json.loads(file.read_text())["seconds"] for file in files if file.exists()]
+    return {"median": float(np.median(seconds)), "sum": float(np.sum(seconds))} if seconds else None
+
+
+def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -> str:
+    records, baseline = content["records"], content["baseline"]
+    parts = [
+        f"# {Path(grid.study).name}",
+        f"{content['cells']} cells: {len(grid.settings)} settings, recipe `{grid.recipe}`, seeds {grid.seeds}. "
+        f"Mean ± one standard error; in brackets the paired difference from `{baseline}` with its 95% interval, which "
+        "allows for other seeds and other questions (two-way random effects). Bold: the interval is clear of zero.",
+    ]
+    if content["failed"]:
+        reasons = "\n".join(f"- `{name}`: {why}" for name, why in content["failed"].items())
+        parts.append(f"**{len(content['failed'])} cells failed** and are in no number below:\n\n{reasons}")
+    for setting in dict.fromkeys(record["setting"] for record in records):
+        parts.append(f"## {setting}")
+        ours = [record for record in records if record["setting"] == setting]
+        for measure in dict.fromkeys(record["measure"] for record in ours):
+            parts += [f"**{measure}**, {UNITS[measure]}", _table(ours, measure)]
+        weights = [entry for entry in content["weights"] if entry["setting"] == setting]
+        if weights:
+            names = list(dict.fromkeys(name for entry in weights for name in entry["alpha"]))
+            cells = [
+                [entry["method"], *(f"{entry['alpha'].get(name, 0):.3f}" for name in names), f"{entry['entropy']:.2f}"]
+                for entry in weights
+            ]
+            parts += ["**Mean α in the last quarter of training**", table(["method", *names, "entropy"], cells)]
+    parts += [f"![{Path(path).stem}]({path})" for path in pictures]
+    if content["seconds"]:
+        parts.append(
+            f"A cell took {content['seconds']['median']:.0f} s (median), all {content['seconds']['sum']:.0f} s."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(records: Sequence[dict[str, Any]], measure: str) -> str:
+    found = [record for record in records if record["measure"] == measure]
+    tasks = list(dict.fromkeys((record["task"], record["split"]) for record in found))
+    sizes = {(record["task"], record["split"]): record["n"] for record in found}
+    names = [f"{task} ({split}, n = {sizes[task, split]})" for task, split in tasks]
+    rows = []
+    for method in dict.fromkeys(record["method"] for record in found):
+        by_task = {(record["task"], record["split"]): record for record in found if record["method"] == method}
+        seeds = max(record["seeds"] for record in by_task.values())
+        rows.append([method, seeds, *(_cell(by_task.get(task), measure) for task in tasks)])
+    return table(["method", "seeds", *names], rows)
+
+
+def _cell(record: Mapping[str, Any] | None, measure: str) -> str:
+    if record is None:
+        return "–"
+    digits = 1 if measure == "accuracy" else 3
+    text = f"{record['mean']:.{digits}f}" + ("" if record["se"] is None else f" ± {record['se']:.{digits}f}")
+    if record["diff_vs_uniform"] is not None:
+        shown = f"{record['diff_vs_uniform']:+.{digits}f}"
+        if record["diff_ci95"] is not None:
+            low, high = record["diff_ci95"]
+            shown += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+            shown = f"**{shown}**" if low > 0 or high < 0 else shown
+        text += f" ({shown})"
+    return text.replace("-", "−")
+
+
+def _pictures(study: Path, records: Sequence[dict[str, Any]], baseline: str) -> list[str]:
+    """A picture a setting: every method's difference from the baseline, with its interval, a panel a task."""
+    try:
+        from compact import pictures
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return []
+    paths = []
+    with pictures.style():
+        for setting in dict.fromkeys(record["setting"] for record in records):
+            shown = [
+                record
+                for record in records
+                if record["setting"] == setting and record["measure"] == "accuracy" and record["diff_ci95"] is not None
+            ]
+            if shown:
+                png = io.BytesIO()
+                pictures.differences(shown, baseline).savefig(png, format="png")
+                path = f"pictures/{setting}.png"
+                write_atomically(study / path, png.getvalue())
+                paths.append(path)
+    return paths

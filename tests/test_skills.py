@@ -1,0 +1,118 @@
+"""The skills: right derivations, parts that share nothing, teachers that err as declared."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from compact.data import load_questions
+from compact.errors import UserError
+from compact.skills.__main__ import main, write_skills
+from compact.skills.questions import HELD_OUT_WORDING, PARTS, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, WEEK, draw_questions
+from compact.skills.teachers import TEACHERS, rationale, team
+
+ALL = {**TAUGHT, **UNTAUGHT}
+
+
+def drawn(count: int, part: str, skills=TAUGHT, wordings=TRAINED_WORDINGS, seed: int = 0):
+    return draw_questions(random.Random(seed), count, part=part, skills=skills, wordings=wordings)
+
+
+def test_every_equation_of_a_right_derivation_holds():
+    checked = 0
+    for question in drawn(300, "train", ALL):
+        lines = question.derive(lambda value: value)
+        for line in lines:
+            if match := re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", line.equation):
+                left, sign, right, result = match.groups()
+                assert eval(f"{left} {sign} {right}") == int(result), (question.prompt, line)
+                checked += 1
+            elif match := re.fullmatch(r"(\w+) \+ (\d+) = (\w+)", line.equation):
+                assert WEEK[(WEEK.index(match[1]) + int(match[2])) % 7] == match[3]
+        assert lines[-1].result == question.answer
+        if question.kind == "number" and question.skill not in ("order", "weekday"):
+            assert question.answer == lines[-1].equation.rsplit("= ", 1)[1]
+    assert checked > 400
+
+
+def test_the_order_of_people_follows_from_what_is_said():
+    for question in drawn(24, "train", {"order": TAUGHT["order"]}, (0,)):
+        pairs = re.findall(r"(\w+) is \w+ than (\w+)\.", question.prompt)
+        above = {
+            name: sum(_over(name, other, pairs) for other in {x for p in pairs for x in p})
+            for p in pairs
+            for name in p
+        }
+        ranked = sorted(above, key=lambda name: -above[name])
+        place = 2 if "second" in question.prompt else 3
+        assert question.answer == ranked[place - 1]
+
+
+def _over(one: str, other: str, pairs) -> bool:
+    below = [b for a, b in pairs if a == one]
+    return other in below or any(_over(name, other, pairs) for name in below)
+
+
+def test_no_content_is_asked_in_two_parts_and_held_out_wordings_and_tasks_are_not_trained_on():
+    contents = {part: {(q.skill, q.content) for q in drawn(200, part, seed=7)} for part in PARTS}
+    for one in PARTS:
+        for other in PARTS:
+            assert one == other or not contents[one] & contents[other]
+    trained = drawn(300, "train")
+    assert {q.wording for q in trained} == set(TRAINED_WORDINGS)
+    assert {q.wording for q in drawn(100, "test", wordings=(HELD_OUT_WORDING,))} == {HELD_OUT_WORDING}
+    assert not TAUGHT.keys() & UNTAUGHT.keys()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_err_as_often_as_declared_and_close_with_what_they_found(name):
+    rng, wrong, declared = random.Random(3), 0, 0.0
+    questions = drawn(400, "train", seed=3)
+    for question in questions:
+        told = rationale(name, question, rng)
+        assert told["completion"].endswith(f"\nThe answer is {told['answer']}.")
+        wrong += told["answer"] != question.answer
+        declared += TEACHERS[name].error_rate(question.skill)
+    spread = (declared * (1 - declared / 400)) ** 0.5
+    assert abs(wrong - declared) <= 3 * spread + 1e-9
+    assert (name == "misleading") == (wrong == 400)
+
+
+def test_half_of_the_misleading_rationales_stop_a_step_early():
+    rng = random.Random(4)
+    early = 0
+    questions = [q for q in drawn(400, "train", seed=4) if q.skill in ("change", "people", "boxes", "shop", "digits")]
+    for question in questions:
+        lines = question.derive(lambda value: value)
+        early += rationale("misleading", question, rng)["answer"] == lines[-2].result
+    assert 0.4 < early / len(questions) < 0.6
+
+
+def test_the_files_are_questions_whose_held_out_part_no_seed_changes(tmp_path, capsys):
+    first = write_skills(tmp_path / "a", questions=40, held_out=16, seed=0)
+    second = write_skills(tmp_path / "b", questions=40, held_out=16, seed=1)
+    for name in ("held_out", "wordings", "tasks"):
+        assert first[name].read_bytes() == second[name].read_bytes()
+    assert first["train"].read_bytes() != second["train"].read_bytes()
+    rows, report = load_questions(str(first["train"]))
+    assert report.teachers == team(True) and report.questions["used"] == 40 and not report.rationales["refused"]
+    flagged = {r["teacher"] for row in rows for r in row["rationales"] if r["wrong"]}
+    assert "misleading" in flagged
+    stated = [json.loads(line) for line in first["train"].read_text().splitlines()]
+    for row, told in zip(rows, stated):
+        for read, written in zip(row["rationales"], told["rationales"]):
+            assert read["wrong"] == (written["answer"] != told["answer"]), (told["prompt"], written)
+    assert main([str(tmp_path / "c"), "--questions", "16", "--held_out", "8", "--honest"]) == 0
+    assert "train.jsonl" in capsys.readouterr().out
+    assert load_questions(str(tmp_path / "c" / "train.jsonl"))[1].teachers == team(False)
+
+
+def test_more_questions_than_there_are_and_a_missing_package_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"there are not 9,999 different questions of the test part: ask for \d"):
+        drawn(9999, "test", {"weekday": TAUGHT["weekday"]}, (0,))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install reasoning-gym"):
+        write_skills(tmp_path, questions=8, held_out=8, gym=4)

@@ -1,0 +1,117 @@
+"""What a run did to its student's inside: the measures against their definitions, and a toy run looked into."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import compact.analyze
+from compact.controls import controlled
+from compact.drift import token_divergences
+from compact.states import auc, linear_cka, pca_shift
+from compact.train import main
+from tests.test_train import flags, save_student, write_rows
+from tests.toy_run import toy_model, toy_rows, toy_trainer
+
+
+def test_cka_is_one_for_a_rotation_and_small_for_what_has_nothing_to_do_with_it():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 8))
+    rotation, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
+    assert linear_cka(x, rng.normal(size=(400, 8))) < 0.1
+    assert linear_cka(x, np.ones((400, 3))) is None
+
+
+def test_the_shift_is_measured_in_the_spread_of_the_states_before():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(500, 5)) * [10, 5, 1, 1, 1]
+    _, _, directions = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    spread = np.sqrt((((x - x.mean(0)) @ directions[:2].T) ** 2).sum(1).mean())
+    assert pca_shift(x, x)["shift"] == pytest.approx(0, abs=1e-9)
+    assert pca_shift(x, x + 3 * spread * directions[0])["shift"] == pytest.approx(3)
+    assert pca_shift(x, x + 100 * directions[4])["shift"] == pytest.approx(0, abs=1e-9)
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    assert auc(np.array([1.0, 2.0, 3.0, 2.0]), np.array([0, 1, 0, 0])) == pytest.approx((0 + 1 + 0.5) / 3)
+    assert auc(np.array([1.0, 2.0]), np.array([0, 0])) is None
+
+
+def test_the_distance_from_the_base_is_the_divergence_of_the_distributions():
+    base, student = toy_model(0).eval(), toy_model(1).eval()
+    ids = [[5, 6, 7, 8, 9], [10, 11]]
+    got = token_divergences(base, student, ids)
+    for row, value in zip(ids, got):
+        with torch.no_grad():
+            p, q = (m(torch.tensor([row])).logits[0].double().log_softmax(-1) for m in (base, student))
+        assert value == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert token_divergences(base, base, ids) == [0, 0]
+
+
+def test_controls_spoil_what_they_name_and_nothing_else(tmp_path):
+    dataset = toy_trainer(tmp_path).train_dataset
+    shuffled, wrong = controlled(dataset, "shuffled_mask"), controlled(dataset, "wrong_answer")
+    moved = 0
+    for item, other, false in zip(dataset, shuffled, wrong):
+        assert item["evidence_ids"] == other["evidence_ids"] != false["evidence_ids"]
+        assert item["rationales"] == false["rationales"]
+        for a, b in zip(item["rationales"], other["rationales"]):
+            assert sum(a["thinking"]) == sum(b["thinking"])
+            assert a["thinking"][a["body_length"] :] == b["thinking"][a["body_length"] :]
+            moved += a["thinking"] != b["thinking"]
+            assert {k: v for k, v in a.items() if k != "thinking"} == {k: v for k, v in b.items() if k != "thinking"}
+    assert moved > 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("states")
+    save_student(folder / "student")
+    write_rows(folder / "questions.jsonl", toy_rows(11))
+    (folder / "recipe.yaml").write_text("strategy: compact\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact.analyze, "_draw", lambda run, content: {})
+        options = {"training__max_steps": 3, "student__lora": None, "student__lora__rank": None}
+        assert main(flags(folder, folder / "run", **options)) == 0
+    return folder / "run"
+
+
+def test_analyze_looks_into_the_student_and_the_report_tells(run):
+    assert compact.analyze.main([str(run)]) == 0
+    states = json.loads((run / "analysis" / "states.json").read_text())
+    arrays = np.load(run / "analysis" / "states.npz", allow_pickle=False)
+    assert 0 < states["cka"]["pooled"] <= 1 and states["pca_shift"]["pooled"] > 0
+    teacher, alpha = arrays["teacher_after"], arrays["alpha_after"]
+    assert alpha.sum() == pytest.approx(states["questions"], abs=1e-4)
+    assert set(states["teachers"]) == {"terse", "wordy", "wrong"}
+    for index, name in enumerate(("terse", "wordy", "wrong")):
+        of = states["teachers"][name]
+        assert of["wrong"] == (name == "wrong")
+        assert of["after"]["alpha"] == pytest.approx(alpha[teacher == index].mean(), abs=1e-6)
+    score = sum(arrays[f"z_{name}_after"] for name in ("adaptability", "consensus", "difficulty"))
+    assert (alpha[score == score.max()] > 1 / 3).all()
+    assert states["finds_wrong"]["after"]["alpha"] is not None
+    text = (run / "report.md").read_text()
+    assert "Inside the student" in text and "Linear CKA" in text
+    pictures = {path.stem for path in (run / "pictures").iterdir()}
+    assert {"latent", "metrics", "evidence", "weights"} <= pictures
+    assert ("tsne" in pictures) == _has_sklearn()
+
+
+def test_without_scikit_learn_the_message_says_how_to_get_it(monkeypatch):
+    from compact.state_pictures import tsne
+
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        tsne(np.ones((5, 3)))
+
+
+def _has_sklearn() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("sklearn") is not None

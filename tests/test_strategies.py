@@ -1,0 +1,192 @@
+"""Learned and fixed weightings: MIND against its equations, the baselines against theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compact.errors import UserError
+from compact.metrics import read_metrics
+from compact.strategies import Context, build_strategy
+from compact.strategies.mind import TeachingAssistant
+from compact_kernels import Ragged, Statistics, TokenStatistics
+from tests.test_trainer import largest_difference, launch, parameters
+from tests.toy_run import toy_config, toy_trainer
+
+
+def batch_of(counts: list[int], width: int = 12, seed: int = 0) -> tuple[Statistics, Context]:
+    """Random statistics of questions with `counts` rationales of 2 to 5 scored rows each."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(counts)
+    lengths = torch.randint(2, 6, (total,), generator=generator).tolist()
+    ragged = Ragged.build(
+        sequence_lengths=[n + 3 for n in lengths], prompt_lengths=[3] * total, rationales_per_question=counts
+    )
+    rows = torch.randn(sum(lengths), generator=generator).abs()
+    tokens = TokenStatistics(-rows, rows, rows, rows)
+    difficulty = torch.stack([part.mean() for part in rows.split(lengths)])
+    statistics = Statistics(ragged, tokens, difficulty, difficulty, difficulty, torch.tensor(lengths).float())
+    pooled = torch.randn(total, width, generator=generator)
+    teachers = torch.cat([torch.arange(count) for count in counts])
+    return statistics, Context(teachers, pooled, ragged, [f"q{i}" for i in range(len(counts))])
+
+
+def mind(**options):
+    return build_strategy(toy_config({"strategy": "mind", "mind": {"width": 16, **options}}), ["a", "b", "c", "d"])
+
+
+def test_paths_of_other_questions_and_padding_change_no_score():
+    torch.manual_seed(0)
+    counts = [3, 1, 4, 2]
+    _, context = batch_of(counts)
+    net = TeachingAssistant(12, 16, heads=4)
+    together = net(context.pooled, context.ragged)
+    assert ((0 < together) & (together < 1)).all()
+    alone = []
+    for count, pooled in zip(counts, context.pooled.split(counts)):
+        alone.append(net(pooled, batch_of([count])[1].ragged))
+    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+
+
+def test_attention_across_paths_is_what_lets_one_path_change_anothers_score():
+    for heads, moves in ((4, True), (0, False)):
+        torch.manual_seed(0)
+        net = TeachingAssistant(12, 16, heads)
+        _, context = batch_of([3])
+        other = context.pooled.clone()
+        other[2] = -other[2]
+        first, second = net(context.pooled, context.ragged), net(other, context.ragged)
+        assert (first[:2] != second[:2]).all() == moves and first[2] != second[2]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.97, 1.0])
+def test_alpha_is_a_softmax_over_the_paths_near_the_best(threshold):
+    strategy = mind(threshold=threshold, student_temperature=0.25)
+    counts = [3, 1, 4]
+    _, context = batch_of(counts)
+    alpha = strategy.given(context)
+    scores = strategy._scores(context).detach()
+    for got, s in zip(alpha.split(counts), scores.split(counts)):
+        chosen = s >= threshold * s.max()
+        expected = torch.where(chosen, (s / 0.25).exp(), 0.0)
+        assert torch.allclose(got, expected / expected.sum(), atol=1e-6)
+    assert (alpha == 0).any() == (threshold > 0)
+
+
+def test_the_assistant_comes_to_foresee_the_losses():
+    strategy = mind()
+    statistics, context = batch_of([4] * 12)
+
+    def gap():
+        target = (-statistics.difficulty).split(4)
+        scores = strategy._scores(context).detach().split(4)
+        pairs = [(s.softmax(0), t.softmax(0)) for s, t in zip(scores, target)]
+        return float(sum((p * (p / t).log()).sum() for p, t in pairs))
+
+    before = gap()
+    for _ in range(150):
+        strategy.observe(statistics, context, strategy.given(context))
+        strategy.step()
+    assert gap() < 0.3 * before
+    assert context.pooled.grad is None and not context.pooled.requires_grad
+
+
+def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_split():
+    whole, parts = mind(accumulation=2), mind(accumulation=2)
+    batches = [batch_of([3, 1], seed=1), batch_of([4, 2, 2], seed=2)]
+    for strategy in (whole, parts):
+        torch.manual_seed(0)
+        strategy._scores(batches[0][1])
+    for statistics, context in batches:
+        whole.observe(statistics, context, None)
+        parts.observe(statistics, context, None)
+        parts.step(1.0)  # two steps of the student: still one of the assistant
+    parts_grad = [p.grad.clone() for p in parts.net.parameters()]
+    loss = 0.0
+    for statistics, context in batches:
+        counts = context.ragged.cu_questions.diff().tolist()
+        scores = whole._scores(context).split(counts)
+        for s, real in zip(scores, statistics.difficulty.split(counts)):
+            loss = loss + (s.softmax(0) * (s.log_softmax(0) - (-real).log_softmax(0))).sum()
+    expected = torch.autograd.grad(loss / 5, list(whole.net.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parts_grad, expected))
+
+
+def test_the_averages_of_ema_follow_slowly():
+    strategy = mind(inertia="ema", decay=0.9)
+    statistics, context = batch_of([2])
+    first = strategy._real_losses(statistics, context)
+    assert torch.allclose(first, statistics.difficulty)
+    strategy.observe(statistics, context, None)
+    strategy.step(1.0)
+    later = Statistics(
+        context.ragged,
+        TokenStatistics(*(2 * t for t in statistics.tokens)),
+        *(statistics.difficulty,) * 3,
+        statistics.targets_per_rationale,
+    )
+    assert torch.allclose(strategy._real_losses(later, context), 1.1 * statistics.difficulty)
+
+
+def test_the_warm_up_moves_the_assistant_and_nothing_of_the_student(tmp_path):
+    trainer = toy_trainer(tmp_path, method={"strategy": "mind"})
+    trainer.create_optimizer_and_scheduler(10)
+    start, random = parameters(trainer), torch.get_rng_state()
+    trainer.warm_up()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert largest_difference(start, parameters(trainer)) == 0
+    moments = trainer.strategy.optimizer.state_dict()["state"]
+    assert moments[0]["step"] == 6  # 24 questions, 4 a batch
+
+
+@pytest.mark.parametrize("options", [{"inertia": "optimizer"}, {"inertia": "ema", "accumulation": 3}])
+def test_an_interrupted_assistant_is_the_uninterrupted_one_to_the_last_bit(tmp_path, options):
+    method = {"strategy": "mind", "mind": {"warmup": 0.5, **options}}
+    settings = {"method": method, "epochs": 2, "save_strategy": "steps", "save_steps": 5}
+    straight = toy_trainer(tmp_path, **settings)
+    straight.train()
+    resumed = toy_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    ours, theirs = straight.strategy.state_dict(), resumed.strategy.state_dict()
+    assert all(torch.equal(ours["net"][name], theirs["net"][name]) for name in ours["net"])
+    assert ours["trend"] == theirs["trend"] and ours["steps"] == theirs["steps"]
+    assert largest_difference(parameters(straight), parameters(resumed)) == 0
+
+
+def test_two_ranks_and_accumulation_train_the_same_assistant(tmp_path):
+    settings = {"method": {"strategy": "mind", "mind": {"warmup": 0.0, "accumulation": 2}}, "optim": "sgd"}
+    settings |= {"max_grad_norm": 0.0}
+    launch({str(tmp_path / "two"): {**settings, "batch": 2, "accumulate": 2}}, ranks=2)
+    one = toy_trainer(tmp_path / "one", batch=8, **settings)
+    start = parameters(one)
+    one.train()
+    two = torch.load(tmp_path / "two" / "parameters.pt", weights_only=True)
+    assert largest_difference(parameters(one), two) < 1e-3 * largest_difference(parameters(one), start)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        for name in a["teachers"]:
+            assert a["teachers"][name]["alpha"] == pytest.approx(b["teachers"][name]["alpha"], rel=1e-3)
+
+
+def test_ca_mkd_weighs_the_hard_less():
+    strategy = build_strategy(toy_config({"strategy": "ca_mkd"}), ["a", "b", "c", "d"])
+    counts = [3, 1, 2]
+    statistics, context = batch_of(counts)
+    alpha = strategy.weights(statistics, context)
+    for got, loss in zip(alpha.split(counts), statistics.difficulty.split(counts)):
+        expected = (1 - loss.softmax(0)) / (len(loss) - 1) if len(loss) > 1 else torch.ones(1)
+        assert torch.allclose(got, expected) and float(got.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mind": {"width": 10, "heads": 4}}, "mind.heads.*does not divide"),
+        ({"mind": {"threshold": 1.5}}, "mind.threshold.*at most 1"),
+        ({"strategy": "mind", "mind": {"features": "sentence"}}, "consensus.encoder: mind.features"),
+        ({"mind": {"hedas": 2}}, "did you mean mind.heads"),
+    ],
+)
+def test_what_the_assistant_cannot_be_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        toy_config(options)
