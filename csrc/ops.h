@@ -13,6 +13,22 @@ namespace compact {
 
 using torch::stable::Tensor;
 
+// int32 offsets on the CPU, of which entries first … last run upwards from `least` and end at `most` at the latest.
+inline const int32_t* offsets_of(
+    const Tensor& tensor, int64_t first, int64_t last, int64_t least, int64_t most, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.is_contiguous() && tensor.numel() > last,
+      name, " are int32, contiguous, at least ", last + 1);
+  const int32_t* offsets = tensor.const_data_ptr<int32_t>();
+  for (int64_t i = first; i <= last; ++i) {
+    STD_TORCH_CHECK(
+        offsets[i] >= least && offsets[i] <= most, name, " are not offsets: ", name, "[", i, "] is ", offsets[i],
+        ", not within ", least, " to ", most);
+    least = offsets[i];
+  }
+  return offsets;
+}
+
 void row_statistics(
     Tensor z, Tensor targets, std::optional<Tensor> bias, std::optional<Tensor> answer_ids,
     std::optional<Tensor> cu_answers, std::optional<Tensor> cu_rows, double inner, double outer, int64_t ignore_index,

@@ -237,6 +237,26 @@ def test_the_divergence_and_its_gradient_are_those_of_float64(kind, dtype):
 
 
 @NEEDS_LIBRARY
+@pytest.mark.parametrize("kind", ["kl", "jsd"])
+def test_the_divergence_is_exact_where_one_rationale_has_nearly_all_of_alpha(kind):
+    ragged = Ragged.build(
+        sequence_lengths=[5] * 3, prompt_lengths=[1] * 3, rationales_per_question=[3], answer_spans=[(1, 2)] * 3
+    )
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(15, 16, generator=generator)
+    weight = torch.randn(5000, 16, generator=generator)
+    alpha = torch.tensor([1e-6, 1.0, 2e-6])
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = hidden.to(dtype).requires_grad_()
+        value = answer_divergence(leaf, weight.to(dtype), ragged, alpha, kind=kind)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        results.append([value.detach().double(), *gradient.double().split(5)])
+    for truth, actual in zip(*results):
+        assert (actual - truth).norm() <= 2e-5 * truth.norm()
+
+
+@NEEDS_LIBRARY
 @pytest.mark.parametrize(
     ("position", "value", "words"),
     [
@@ -244,8 +264,10 @@ def test_the_divergence_and_its_gradient_are_those_of_float64(kind, dtype):
         (1, torch.zeros(6, dtype=torch.int64), "one a row"),
         (2, torch.zeros(5002), r"bias is float32, \(V,\)"),
         (3, torch.tensor([5, -1, 61]), r"answer_ids\[1\] is -1"),
-        (4, torch.tensor([0, 2, 2, 9], dtype=torch.int32), "not offsets"),
-        (9, torch.zeros(10, 8), "room for rows 2 to 9"),
+        (4, torch.tensor([0, 2, 2, 9], dtype=torch.int32), r"cu_answers\[3\] is 9, not within 2 to 3"),
+        (5, torch.tensor([0, 3, -5, 9], dtype=torch.int32), r"cu_rows\[2\] is -5"),
+        (9, torch.zeros(10, 8), "room for 7 rows from 2 on"),
+        (10, 2**63 - 2, "room for 7 rows"),
         (0, torch.zeros(7, 5003, dtype=torch.float64), "float32 or bfloat16"),
     ],
 )
@@ -254,6 +276,53 @@ def test_what_would_touch_foreign_memory_is_refused(position, value, words):
     arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
         OPS.row_statistics(*arguments)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize(
+    ("cu_questions", "cu_span", "first_row"),
+    [
+        ([0, 10**6, 2], [0, 2, 4], 0),
+        ([-5, 2], [0, 2, 4], 0),
+        ([0, 2, 4], [0, 10**6, 4 - 10**6, 3, 4], 0),
+        ([0, 4], [0, 2, 1, 3, 5], 0),
+        ([0, 2], [-8, -6, -4], -8),
+        ([0, 2], [0, 2, 4], 1),
+        ([0, 2], [0, 2, 4], 2**63 - 2),
+    ],
+)
+def test_offsets_that_leave_the_rows_are_refused(cu_questions, cu_span, first_row):
+    questions, span = (torch.tensor(offsets, dtype=torch.int32) for offsets in (cu_questions, cu_span))
+    place = (torch.rand(len(cu_span) - 1), 0, len(cu_questions) - 1, first_row, False)
+    with pytest.raises(RuntimeError, match="are not offsets|first_row is"):
+        OPS.answer_divergence(
+            torch.rand(4, 30), torch.ones(4), questions, span, *place, torch.zeros(2), torch.zeros(9), None
+        )
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("outer", [0.0, 3.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_so_and_alone(value, outer):
+    clean, poisoned = (statistics_arguments(torch.float32, outer) for _ in range(2))
+    poisoned[2][7] = clean[2][7] = 0.0
+    poisoned[0][4, 7] = value
+    for arguments in (clean, poisoned):
+        OPS.row_statistics(*arguments)
+    others = torch.tensor([row for row in range(7) if row != 4])
+    assert torch.equal(poisoned[9][:, 2:][:, others], clean[9][:, 2:][:, others])
+    assert torch.equal(poisoned[0][others], clean[0][others])
+    if value != value or not outer:  # a softcap makes an infinite logit finite
+        assert poisoned[9][:4, 2 + 4].isnan().all()
+
+
+@NEEDS_LIBRARY
+def test_every_op_on_tensors_has_a_fake():
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("compact_native::")]
+    with_tensors = [name for name in names if "Tensor" in str(getattr(OPS, name.partition("::")[2]).default._schema)]
+    assert len(with_tensors) == 5
+    for name in with_tensors:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), name
 
 
 @NEEDS_LIBRARY

@@ -35,28 +35,37 @@ struct DivergenceCall {
   const float* gain;  // null: the value is asked for
 };
 
-// p and log p, then t (in place of log p) of every row over a block; the members' Σ α p where asked.
+// p and log p, then t (in place of log p) of every row over a block; for eq. 9 also Σ α (p − p of the heaviest).
 COMPACT_INLINE void probabilities_and_t(
-    const DivergenceCall& call, const Position& place, int64_t first, int64_t count, float* p, float* t, float* other,
-    float* mixed) {
+    const DivergenceCall& call, const Position& place, int64_t first, int64_t count, float total_weight,
+    int64_t heaviest, float* p, float* t, float* other, float* mixed) {
   const int64_t members = static_cast<int64_t>(place.members.size());
-  float total_weight = 0;
-  for (int64_t i = 0; i < count; ++i) other[i] = mixed[i] = 0;
+  for (int64_t i = 0; i < count; ++i) mixed[i] = 0;
   for (int64_t k = 0; k < members; ++k) {
     const int64_t row = call.cu_span[place.members[k]] + place.step - call.first_row;
     const float* e = call.rows + row * call.stride + first;
     const float inverse = 1.0f / call.sums[row], log_sum = std::log(call.sums[row]);
-    const float weight = call.alpha[place.members[k]];
-    total_weight += weight;
     float *p_k = p + k * kColumns, *t_k = t + k * kColumns;
     for (int64_t i = 0; i < count; ++i) {
       p_k[i] = e[i] * inverse;
       t_k[i] = log(e[i] < kTiny ? kTiny : e[i]) - log_sum;
-      other[i] += weight * t_k[i];
-      mixed[i] += weight * p_k[i];
     }
   }
-  if (!call.jsd) {
+  if (!call.jsd) {  // relative to the heaviest rationale, whose own term is all rounding otherwise
+    const float* p_most = p + heaviest * kColumns;
+    std::copy_n(t + heaviest * kColumns, count, other);
+    for (int64_t k = 0; k < members; ++k) {
+      for (int64_t i = 0; i < count; ++i) t[k * kColumns + i] -= other[i];
+    }
+    std::fill_n(other, count, 0.0f);
+    for (int64_t k = 0; k < members; ++k) {
+      const float weight = call.alpha[place.members[k]];
+      const float *p_k = p + k * kColumns, *t_k = t + k * kColumns;
+      for (int64_t i = 0; i < count; ++i) {
+        other[i] += weight * t_k[i];
+        mixed[i] += weight * (p_k[i] - p_most[i]);
+      }
+    }
     for (int64_t k = 0; k < members; ++k) {
       for (int64_t i = 0; i < count; ++i) t[k * kColumns + i] = total_weight * t[k * kColumns + i] - other[i];
     }
@@ -89,10 +98,15 @@ COMPACT_INLINE void positions_of(
     float *p = room.data(), *t = p + members * kColumns, *other = t + members * kColumns, *mixed = other + kColumns;
     score.assign(members, 0.0);
     float total_weight = 0;
-    for (const int64_t member : place.members) total_weight += call.alpha[member];
+    int64_t heaviest = 0;
+    for (int64_t k = 0; k < members; ++k) {
+      total_weight += call.alpha[place.members[k]];
+      if (call.alpha[place.members[k]] > call.alpha[place.members[heaviest]]) heaviest = k;
+    }
+    const float *p_most = p + heaviest * kColumns, apart = call.jsd ? 0.0f : total_weight;
     for (int64_t first = 0; first < call.vocabulary; first += kColumns) {
       const int64_t count = std::min(kColumns, call.vocabulary - first);
-      probabilities_and_t(call, place, first, count, p, t, other, mixed);
+      probabilities_and_t(call, place, first, count, total_weight, heaviest, p, t, other, mixed);
       for (int64_t k = 0; k < members; ++k) {
         const float *p_k = p + k * kColumns, *t_k = t + k * kColumns;
         const int64_t entry = call.cu_span[place.members[k]] + place.step;
@@ -105,8 +119,10 @@ COMPACT_INLINE void positions_of(
         }
         float* out = call.rows + (entry - call.first_row) * call.stride + first;
         const float gain = call.gain[place.members[k]] / static_cast<float>(place.length);
-        const float shift = (call.jsd ? 0.0f : total_weight) - call.scores[entry], share = call.jsd ? 0.0f : 1.0f;
-        for (int64_t i = 0; i < count; ++i) out[i] = gain * (p_k[i] * (t_k[i] + shift) - share * mixed[i]);
+        const float score = call.scores[entry];
+        for (int64_t i = 0; i < count; ++i) {
+          out[i] = gain * (p_k[i] * (t_k[i] - score) + (apart * (p_k[i] - p_most[i]) - mixed[i]));
+        }
       }
     }
     if (call.gain == nullptr) {
@@ -150,13 +166,11 @@ std::vector<Position> positions_of_questions(
   return found;
 }
 
-template <class T>
-T* checked(const Tensor& tensor, int64_t count, const char* name) {
-  const auto dtype = sizeof(T) == sizeof(float) && std::is_floating_point_v<T> ? ScalarType::Float : ScalarType::Int;
+float* checked(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() >= count, name, " has ", count,
-      " entries at least, contiguous, ", dtype == ScalarType::Float ? "float32" : "int32");
-  return static_cast<T*>(tensor.data_ptr());
+      tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() >= count, name, " has ",
+      count, " entries at least, contiguous, float32");
+  return static_cast<float*>(tensor.data_ptr());
 }
 
 }  // namespace
@@ -172,24 +186,22 @@ void answer_divergence(
       0 <= first_question && first_question <= last_question && last_question < cu_questions.numel(), "questions ",
       first_question, " to ", last_question, " of ", cu_questions.numel() - 1);
   const int64_t rationales = cu_span.numel() - 1;
-  const int32_t* questions = checked<int32_t>(cu_questions, 1, "cu_questions");
+  STD_TORCH_CHECK(0 <= first_row && first_row <= INT32_MAX, "first_row is ", first_row);
+  const int32_t* questions = offsets_of(cu_questions, first_question, last_question, 0, rationales, "cu_questions");
   DivergenceCall call{};
   call.rows = static_cast<float*>(rows.mutable_data_ptr());
   call.stride = rows.stride(0);
   call.vocabulary = rows.size(1);
-  call.sums = checked<float>(sums, rows.size(0), "sums");
-  call.cu_span = checked<int32_t>(cu_span, 1, "cu_span");
-  call.alpha = checked<float>(alpha, rationales, "alpha");
+  call.sums = checked(sums, rows.size(0), "sums");
+  call.cu_span = offsets_of(
+      cu_span, questions[first_question], questions[last_question], first_row, first_row + rows.size(0), "cu_span");
+  call.alpha = checked(alpha, rationales, "alpha");
   call.first_row = first_row;
   call.jsd = jsd;
-  STD_TORCH_CHECK(questions[last_question] <= rationales, "cu_questions and cu_span are of different batches");
   const int64_t last_row = call.cu_span[questions[last_question]];
-  STD_TORCH_CHECK(
-      call.cu_span[questions[first_question]] == first_row && last_row - first_row <= rows.size(0),
-      "the questions' answer rows are ", first_row, " to ", last_row, ", there are ", rows.size(0));
-  call.scores = checked<float>(scores, last_row, "scores");
-  call.gain = gain ? checked<float>(*gain, rationales, "gain") : nullptr;
-  float* values = checked<float>(per_question, last_question, "per_question");
+  call.scores = checked(scores, last_row, "scores");
+  call.gain = gain ? checked(*gain, rationales, "gain") : nullptr;
+  float* values = checked(per_question, last_question, "per_question");
 
   const std::vector<Position> positions = positions_of_questions(questions, call.cu_span, first_question, last_question);
   if (gain) {  // rows without a partner have no gradient

@@ -245,13 +245,6 @@ const float* numbers(const Tensor& tensor, int64_t count, const char* name) {
   return tensor.const_data_ptr<float>();
 }
 
-const int32_t* offsets(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() > 0, name,
-      " is int32, contiguous, one more than there are rationales");
-  return tensor.const_data_ptr<int32_t>();
-}
-
 Head head_of(const std::optional<Tensor>& bias, double inner, double outer) {
   return {bias ? bias->const_data_ptr<float>() : nullptr, static_cast<float>(inner), static_cast<float>(outer)};
 }
@@ -266,8 +259,8 @@ void row_statistics(
   const int64_t rows = z.size(0), vocabulary = z.size(1);
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(0) == 10 && table.stride(1) == 1 &&
-          first_row >= 0 && first_row + rows <= table.size(1),
-      "table is float32, (10, N), with room for rows ", first_row, " to ", first_row + rows);
+          first_row >= 0 && first_row <= table.size(1) - rows,
+      "table is float32, (10, N), with room for ", rows, " rows from ", first_row, " on");
   StatisticsCall call{};
   call.z = z.mutable_data_ptr();
   call.stride = z.stride(0);
@@ -291,16 +284,10 @@ void row_statistics(
         answer_ids->scalar_type() == ScalarType::Long && answer_ids->is_contiguous(),
         "answer_ids are int64, contiguous");
     call.answer_ids = answer_ids->const_data_ptr<int64_t>();
-    call.cu_answers = offsets(*cu_answers, "cu_answers");
-    call.cu_rows = offsets(*cu_rows, "cu_rows");
-    call.num_rationales = cu_rows->numel() - 1;
     STD_TORCH_CHECK(cu_answers->numel() == cu_rows->numel(), "cu_answers and cu_rows differ in length");
-    for (int64_t i = 0; i < call.num_rationales; ++i) {
-      STD_TORCH_CHECK(
-          call.cu_answers[i] >= 0 && call.cu_answers[i] <= call.cu_answers[i + 1] &&
-              call.cu_answers[i + 1] <= answer_ids->numel(),
-          "cu_answers are not offsets into answer_ids");
-    }
+    call.num_rationales = cu_rows->numel() - 1;
+    call.cu_answers = offsets_of(*cu_answers, 0, call.num_rationales, 0, answer_ids->numel(), "cu_answers");
+    call.cu_rows = offsets_of(*cu_rows, 0, call.num_rationales, 0, INT32_MAX, "cu_rows");
     for (int64_t i = 0; i < answer_ids->numel(); ++i) {
       STD_TORCH_CHECK(
           call.answer_ids[i] >= 0 && call.answer_ids[i] < vocabulary, "answer_ids[", i, "] is ", call.answer_ids[i],

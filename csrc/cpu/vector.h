@@ -67,7 +67,7 @@ COMPACT_INLINE void assign(bfloat16& to, float x) { to.bits = rounded(x); }
 // exp(x) for |x| ≤ 88 within 1.5 ulp (a NaN stays one): x = k·ln 2 + r, a polynomial in r, and k into the exponent.
 COMPACT_INLINE float exp(float x) {
   const float shifter = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
-  const float k = (x * 1.44269504f + shifter) - shifter;
+  const float shifted = x * 1.44269504f + shifter, k = shifted - shifter;
   const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -76,7 +76,7 @@ COMPACT_INLINE float exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return p * __builtin_bit_cast(float, (static_cast<int32_t>(k) + 127) << 23);
+  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23);  // its low bits are k
 }
 
 COMPACT_INLINE float exp_or_zero(float x) { return x < kUnderflow ? 0.0f : exp(x < kUnderflow ? kUnderflow : x); }
