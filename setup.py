@@ -196,9 +196,11 @@ class BuildNative(build_ext):
             library = Path(self.get_ext_filename(extension.name))
             for name in (library, library.with_suffix(".json")):
                 built, place = self.build_lib / name, ROOT / name
-                place.unlink(missing_ok=True)  # a running program keeps the file it has loaded
                 if built.exists():
-                    shutil.copy(built, place)
+                    shutil.copy(built, f"{place}.part")
+                    os.replace(f"{place}.part", place)  # a running program keeps the file it has loaded
+                else:
+                    place.unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         paths = [Path(self.build_lib, self.get_ext_filename(extension.name)) for extension in self.extensions]

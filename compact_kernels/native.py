@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,35 +48,50 @@ def load(folder: Path = FOLDER) -> Library:
     if os.environ.get("COMPACT_KERNELS_NATIVE") == "0":
         return Library(False, "COMPACT_KERNELS_NATIVE is 0 in the environment")
     try:
-        record = json.loads(note.read_text()) if note.exists() else {}
-    except ValueError:
-        record = {}
+        record = json.loads(note.read_text())
+    except (OSError, ValueError):
+        record = None
+    record = record if isinstance(record, dict) else {}
     if not path.exists():
         reason = record.get("not_built") or "it was not built: install the package, or python setup.py build_ext -i"
         return Library(False, reason, record=record)
-    reason = _mismatch(folder, record) or _open(path, record)
+    reason = _mismatch(path, record) or _open(path, record)
     if reason:
         warnings.warn(f"compact_kernels' native library is left aside: {reason}; {REPAIR}", stacklevel=2)
         return Library(False, reason, record=record)
-    return Library(True, cuda="cuda_archs" in record, record=record)
+    return Library(True, cuda=bool(record.get("cuda_archs")), record=record)
 
 
-def _mismatch(folder: Path, record: dict[str, Any]) -> str:
+def _mismatch(path: Path, record: dict[str, Any]) -> str:
     """Why a library cannot fit, as far as that is known without opening it."""
+    if not record:
+        return f"{path.with_suffix('.json')}, which says what it was built from, cannot be read"
     here = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if here and (int(here[1]), int(here[2])) < OLDEST_TORCH:
         return f"it needs torch 2.11 or newer, this is {torch.__version__}"
-    sources = folder.parent / "csrc"
-    if sources.is_dir() and record.get("sources") != source_digest(sources):
+    sources = path.parent.parent / "csrc"  # in a checkout; installed, some other package's may be there
+    if (sources / "registration.cpp").is_file() and record.get("sources") != source_digest(sources):
         return f"{sources} has changed since it was built"
+    if path.is_file() and _is_cut_short(path):
+        return f"{path} is cut short"
     return ""
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether the table at an ELF file's end is missing: opening such a file may kill the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False  # the loader says so itself
+    (table,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < table + size * count
 
 
 def _open(path: Path, record: dict[str, Any]) -> str:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        words = (str(error).splitlines() or ["no message"])[0]
+        words = (str(error.__cause__ or error).splitlines() or ["no message"])[0]
         made = record.get("torch", "unknown")
         return f"it was built with torch {made}, and torch {torch.__version__} cannot load it ({words})"
     return ""

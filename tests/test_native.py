@@ -49,11 +49,49 @@ def test_a_library_that_torch_cannot_load_is_left_aside_with_one_sentence(tmp_pa
     assert not library.loaded and "\n" not in library.reason
 
 
+@pytest.mark.parametrize("note", ["[]", "null", "not JSON", None])
+def test_a_library_without_a_record_is_not_opened(tmp_path, note):
+    (tmp_path / "_native.so").write_bytes(b"not a library")
+    if note is not None:
+        (tmp_path / "_native.json").write_text(note)
+    with pytest.warns(UserWarning, match="left aside: .*_native.json, which says what it was built from"):
+        assert not native.load(tmp_path).loaded
+
+
+@NEEDS_LIBRARY
+def test_a_library_that_is_cut_short_is_not_opened(tmp_path):
+    whole = (native.FOLDER / "_native.so").read_bytes()
+    shutil.copy(native.FOLDER / "_native.json", tmp_path)
+    for size in (1000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "_native.so").write_bytes(whole[:size])
+        with pytest.warns(UserWarning, match="_native.so is cut short"):  # opening it would be the end of this process
+            assert not native.load(tmp_path).loaded
+
+
+@NEEDS_LIBRARY
+def test_a_library_that_asks_for_another_torchs_function_is_told_by_its_name(tmp_path):
+    whole = (native.FOLDER / "_native.so").read_bytes()
+    (tmp_path / "_native.so").write_bytes(whole.replace(b"\0torch_parallel_for\0", b"\0torch_parallel_fox\0"))
+    shutil.copy(native.FOLDER / "_native.json", tmp_path)
+    with pytest.warns(UserWarning, match="undefined symbol: torch_parallel_fox"):
+        assert not native.load(tmp_path).loaded
+
+
+def test_another_packages_csrc_is_not_taken_for_the_sources(tmp_path):
+    folder = tmp_path / "compact_kernels"
+    folder.mkdir()
+    (tmp_path / "csrc").mkdir()
+    (folder / "_native.so").write_bytes(b"not a library")
+    (folder / "_native.json").write_text(json.dumps({"sources": "0" * 64}))
+    with pytest.warns(UserWarning, match="cannot load it"):
+        native.load(folder)
+
+
 def test_a_library_of_other_sources_or_an_older_torch_is_not_opened(tmp_path, monkeypatch):
     folder = tmp_path / "compact_kernels"
     folder.mkdir()
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "ops.h").write_text("// changed")
+    (tmp_path / "csrc" / "registration.cpp").write_text("// changed")
     (folder / "_native.so").write_bytes(b"not a library")
     (folder / "_native.json").write_text(json.dumps({"sources": "0" * 64}))
     with pytest.warns(UserWarning, match="csrc has changed since it was built"):
