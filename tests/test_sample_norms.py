@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -135,11 +136,12 @@ def test_compiled_layers_give_the_same_norms(monkeypatch, name, lora, products):
     torch._dynamo.reset()
     counters.clear()
     model = student(name, lora)
+    plain = copy.deepcopy(model)
     compilation.compile_layers(model)
     recorder = SampleGradNorms(model, products=products)
     for lengths in (LENGTHS, (3, 9), (8, 1 + 1, 5, 4, 6)):  # a graph serves batches of every shape
         ids, targets, ragged = batch(lengths)
-        expected = truth(model, ids, targets, ragged, uniform(ragged))
+        expected = truth(plain, ids, targets, ragged, uniform(ragged))
         with recorder.record(ragged) as norms:
             fused(model, ids, targets, ragged).backward()
         torch.testing.assert_close(norms.squared, expected, rtol=1e-7, atol=0)
@@ -248,6 +250,51 @@ def test_a_rationale_that_weighs_nothing_is_not_measured():
     with sample_grad_norms(model, ragged) as norms:
         fused(model, ids, targets, ragged, weights=ones, normalizer=1.0).backward()
     torch.testing.assert_close(unweighted[[0, 2, 3]], norms.norms[[0, 2, 3]], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_unweighted_norms_leave_the_gradients_weighted_and_measure_what_weighs_nothing(name, lora):
+    model = student(name, lora)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    ids, targets, ragged = batch()
+    alpha, counts = torch.tensor([1.0, 0.0, 0.25, 0.75]).double(), ragged.cu_rows.diff()
+    options = {"weights": alpha, "normalizer": 0.3}
+    expected = truth(model, ids, targets, ragged, (1 / counts.double()).repeat_interleave(counts))
+    plain = fused(model, ids, targets, ragged, **options)
+    plain.backward()
+    ordinary = gradients(model)
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with sample_grad_norms(model, ragged, norms="unweighted") as norms:
+            loss = fused(model, ids, targets, ragged, **options)
+            loss.backward()
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(norms.squared, expected, rtol=1e-7, atol=0)
+        torch.testing.assert_close(norms.weights, alpha * 0.3)
+        noise = 1e-12 if name == "gpt2" else 2e-7  # the others normalise in float32
+        torch.testing.assert_close(gradients(model), ordinary, rtol=1e-6, atol=noise)
+    with sample_grad_norms(model, ragged, norms="unweighted"), pytest.raises(ValueError, match="divergence mixes"):
+        fused(model, ids, targets, ragged, divergence_weight=0.1, **options)
+
+
+def test_unweighted_norms_refuse_what_they_cannot_weigh_by_name():
+    _, _, ragged = batch()
+    with pytest.raises(ValueError, match=r"unweighted norms: lm_head\.weight trains"):
+        SampleGradNorms(student("llama"), norms="unweighted")
+    bias = student("qwen2").requires_grad_(False)
+    bias.model.layers[0].self_attn.q_proj.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"unweighted norms: model\.layers\.0\.self_attn\.q_proj\.bias trains"):
+        SampleGradNorms(bias, norms="unweighted")
+    with pytest.raises(ValueError, match="unweighted norms are exact"):
+        SampleGradNorms(student("llama", lora=True), norms="unweighted", method="hutchinson")
+    model = student("llama", lora=True)
+    ids, targets, ragged = batch()
+    with sample_grad_norms(model, ragged, norms="unweighted") as norms:
+        row_losses(model, ids, targets, ragged).sum().backward()
+    with pytest.raises(RuntimeError, match="has to be compact_kernels.compatibility_loss"):
+        norms.squared.sum()
 
 
 def test_terms_that_mix_rationales_count_where_they_flow():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
 from compact_kernels.sample_norms.recorder import active
-from compact_kernels.weighting import Decision, Settled, Weighting, decide, settled
+from compact_kernels.weighting import Decision, Settled, Weighting, decide, given_row_weight, settled
 
 
 def product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
@@ -58,10 +60,16 @@ def weighted_loss(
 
     The divergence is None where the pass could not take it along: the caller adds it.
     """
-    dtype = product_dtype(hidden, head.weight)
+    dtype, recorder = product_dtype(hidden, head.weight), active()
+    unweighted = recorder is not None and recorder.unweighted and torch.is_grad_enabled()
+    if unweighted and weighting.divergence_weight:
+        raise ValueError(
+            "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
+            'set divergence_weight to 0, or take norms="weighted"'
+        )
     if weighting.by_question and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
-    if weighting.by_question:
+    if weighting.by_question and not unweighted:
         norms, inputs = recorded(head, ragged)
         call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled(), norms)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call, *inputs)
@@ -75,6 +83,13 @@ def weighted_loss(
     final = settled(weighting, targets, ragged, detached.logprob.dtype)
     decision, _ = decide(detached, targets, ragged, final)
     loss = -(decision.row_weight * tokens.logprob).sum()
+    if unweighted:  # the layers weigh their gradients by c_s themselves
+        assert recorder is not None and recorder.scales is not None
+        recorder.scales.copy_(decision.alpha * final.normalizer)
+        alone = replace(final, normalizer=torch.ones_like(final.normalizer))
+        weight = given_row_weight(torch.ones_like(decision.alpha), decision.targets_per_rationale, ragged, alone)
+        flows = -(weight * tokens.logprob).sum()
+        loss = flows + (loss - flows).detach()
     return loss, loss.detach(), None, decision, detached, final
 
 
