@@ -135,13 +135,30 @@ class DivergenceConfig:
 class GradientsConfig:
     """Per-rationale gradient norms (method §6)."""
 
-    norms: Literal["off", "exact", "hutchinson"] = option(
-        "off", "measure each rationale's gradient over all parameters; hutchinson: by random projections"
+    norms: Literal["off", "exact", "unweighted", "hutchinson"] = option(
+        "off",
+        "measure each rationale's gradient over all parameters; unweighted: what it is before α, also where α is 0 "
+        "(head frozen, divergence.weight 0); hutchinson: by random projections",
     )
     probes: int = option(16, "projections of hutchinson", ge=2, le=64)
-    cap: float | None = option(
-        None, "longest gradient of a rationale's weighted loss at the last hidden state; the head must be frozen", gt=0
+    cap: float | None = option(None, "longest gradient of a rationale's weighted loss, by cap_by", gt=0)
+    cap_by: Literal["hidden", "last"] = option(
+        "hidden",
+        "hidden: at the last hidden state, exactly (the head must be frozen); last: over all parameters, by what the "
+        "rationale's norm was when it was seen last, times its weight now (needs norms; one process)",
     )
+
+    def check(self) -> None:
+        if self.cap is not None and self.cap_by == "last" and self.norms == "off":
+            raise UserError("gradients.cap_by last caps by measured norms: set gradients.norms to exact")
+
+
+@dataclass
+class InformationConfig:
+    """Mutual information along the rationales while training (method §7). Nothing of it enters the weights."""
+
+    every: int = option(0, "optimizer steps between two measurements; 0: off", ge=0)
+    queue: int = option(256, "questions that PHSIC and HSIC pair a state with, the newest", ge=4)
 
 
 @dataclass

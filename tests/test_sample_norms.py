@@ -297,27 +297,73 @@ def test_unweighted_norms_refuse_what_they_cannot_weigh_by_name():
         norms.squared.sum()
 
 
-def test_terms_that_mix_rationales_count_where_they_flow():
-    """With eq. 9 the norm is of the step's own gradient, split by the rationale it flows through."""
-    lengths, spans = (9, 7), [(5, 2), (3, 2)]
+MIXED = {
+    "lora": ("llama", True, False), "head": ("llama", False, False), "capped": ("gemma2", False, False),
+    "tied": ("gpt2", False, False), "masked": ("llama", False, True),
+}  # fmt: skip
+
+
+def mixed_batch(masked: bool) -> tuple[Tensor, Tensor, Ragged]:
+    """Two questions, answer spans, one of them of a rationale whose answer has no target."""
+    lengths, spans = (9, 7, 5, 6), [(5, 2), (3, 2), (2, 2), (3, 2)]
     ids = torch.cat(token_ids(*lengths), dim=1)
     ragged = Ragged.build(
-        sequence_lengths=lengths, prompt_lengths=[1, 1], rationales_per_question=[2], answer_spans=spans
+        sequence_lengths=lengths, prompt_lengths=[1] * 4, rationales_per_question=[2, 2], answer_spans=spans
     )
     targets = F.pad(ids[0, 1:], (0, 1), value=-100)
-    model = student("llama", lora=True)
-    alpha = torch.tensor([0.3, 0.7]).double()
-    options = {"weights": alpha, "divergence_weight": 0.5, "normalizer": 1.0}
-    expected = []
-    for s in range(2):  # the other rationale's states held fixed
+    if masked:
+        targets[ragged.rows[ragged.span_rows[:2]]] = -100
+    return ids, targets, ragged
+
+
+@pytest.mark.parametrize("rule", [False, True])
+@pytest.mark.parametrize("case", MIXED)
+def test_terms_that_mix_rationales_count_where_they_flow(case, rule):
+    """With eq. 9 the norm is of the step's own gradient, split by the rationale it flows through."""
+    name, lora, masked = MIXED[case]
+    ids, targets, ragged = mixed_batch(masked)
+    model = student(name, lora)
+    alpha = torch.tensor([0.3, 0.7, 0.6, 0.4]).double()
+    options = {"divergence_weight": 0.5, "normalizer": 0.8, "divergence_normalizer": 0.6}
+    options |= {"rule": (lambda statistics: alpha) if rule else None, "weights": None if rule else alpha}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss_through(s: int) -> Tensor:
+        """The other rationales' states, and their logits, held fixed."""
         output = model(input_ids=ids, compact=ragged)
-        mask = (torch.arange(16) < 9) == (s == 0)
-        hidden = torch.where(mask[:, None], output.hidden, output.hidden.detach())
-        loss = compatibility_loss(hidden, output.head.weight, targets, ragged, **options).loss
-        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        expected.append(sum(g.square().sum() for g in grads))
+        place = torch.arange(len(targets))
+        inside = ((place >= ragged.cu_seqlens[s]) & (place < ragged.cu_seqlens[s + 1]))[:, None]
+        logits = output.head(output.hidden)
+        logits = torch.where(inside, logits, logits.detach())
+        eye = torch.eye(logits.shape[1], dtype=logits.dtype)
+        return compatibility_loss(logits, eye, targets, ragged, **options, implementation="reference").loss
+
+    expected = []
+    for s in range(4):
+        grads = torch.autograd.grad(loss_through(s), list(parameters.values()), allow_unused=True)
+        expected.append(sum(g.square().sum() for g in grads if g is not None))
+    fused(model, ids, targets, ragged, **options).backward()
+    ordinary = gradients(model)
     found = recorded(model, lambda: fused(model, ids, targets, ragged, **options), ragged)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-7, atol=0)
+    torch.testing.assert_close(gradients(model), ordinary, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "divergence"), [("llama", 0.5), ("gpt2", 0.5), ("qwen2", 0.0)])
+def test_a_whole_compiled_step_with_a_trained_head_gives_the_same_norms(name, divergence):
+    model = student(name)
+    ids, targets, ragged = mixed_batch(False)
+    alpha = torch.tensor([0.3, 0.7, 0.6, 0.4]).double()
+
+    def loss() -> Tensor:
+        return fused(model, ids, targets, ragged, weights=alpha, divergence_weight=divergence)
+
+    expected = recorded(model, loss, ragged)
+    model.zero_grad()
+    torch._dynamo.reset()
+    found = recorded(model, torch.compile(loss, backend="aot_eager"), ragged)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+    torch._dynamo.reset()
 
 
 def test_autocast_norms_are_those_of_the_gradients_it_makes():

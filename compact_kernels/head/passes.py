@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,19 @@ def weighted_loss(
             "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
             'set divergence_weight to 0, or take norms="weighted"'
         )
+    trains = torch.is_grad_enabled() and (
+        head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    )
+    if recorder is not None and torch.compiler.is_compiling() and (trains or unweighted):
+        # Norms are collected beside the pass, which a graph cannot hold: it is left here.
+        return _eager_loss(hidden, head, targets, ragged, weighting, workspace_mib)
     if weighting.by_question and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
+    if recorder is not None and trains and weighting.divergence_weight and not weighting.by_question:
+        with torch.no_grad():  # α first: the head's gradient rows then hold the divergence too
+            tokens = token_logprobs(hidden[ragged.rows], head, targets, ragged, weighting.ignore_index, workspace_mib)
+            final = settled(weighting, targets, ragged, tokens.logprob.dtype)
+            weighting = replace(weighting, weights=decide(tokens, targets, ragged, final)[0].alpha)
     if weighting.by_question and not unweighted:
         norms, inputs = recorded(head, ragged)
         call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled(), norms)
@@ -91,6 +103,11 @@ def weighted_loss(
         flows = -(weight * tokens.logprob).sum()
         loss = flows + (loss - flows).detach()
     return loss, loss.detach(), None, decision, detached, final
+
+
+@torch.compiler.disable
+def _eager_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics, Settled]:
+    return weighted_loss(*inputs)
 
 
 def recorded(head: LinearHead, ragged: Ragged | None) -> tuple[HeadNorms | None, list[Tensor | None]]:
