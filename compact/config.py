@@ -148,10 +148,6 @@ class GradientsConfig:
         "rationale's norm was when it was seen last, times its weight now (needs norms; one process)",
     )
 
-    def check(self) -> None:
-        if self.cap is not None and self.cap_by == "last" and self.norms == "off":
-            raise UserError("gradients.cap_by last caps by measured norms: set gradients.norms to exact")
-
 
 @dataclass
 class InformationConfig:
@@ -213,6 +209,7 @@ class CompactConfig:
     weights: WeightsConfig = option(WeightsConfig, "eq. 7")
     divergence: DivergenceConfig = option(DivergenceConfig, "eq. 9")
     gradients: GradientsConfig = option(GradientsConfig, "per-rationale gradient norms")
+    information: InformationConfig = option(InformationConfig, "mutual information while training")
     mind: MindConfig = option(MindConfig, "strategy mind: its Teaching Assistant")
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
@@ -241,6 +238,16 @@ class CompactConfig:
             raise UserError(
                 f"consensus.encoder: only affinity sentence reads it, or mind.features sentence, and "
                 f"consensus.affinity is {self.consensus.affinity}"
+            )
+        gradients = self.gradients
+        if gradients.cap is not None and gradients.cap_by == "last" and gradients.norms == "off":
+            raise UserError("gradients.cap_by: last caps by measured norms; set gradients.norms to exact")
+        if gradients.cap is None and gradients.cap_by != "hidden":
+            raise UserError("gradients.cap_by: only gradients.cap reads it, and that is null")
+        if gradients.norms == "unweighted" and self.divergence.weight:
+            raise UserError(
+                "gradients.norms: unweighted needs divergence.weight 0, for the divergence mixes rationales; set that "
+                "or take exact"
             )
         if self.mind.width % self.mind.heads:
             raise UserError(f"mind.heads: {self.mind.heads} does not divide mind.width, which is {self.mind.width}")

@@ -225,7 +225,8 @@ def detached(module: nn.Module, wanted: bool) -> Iterator[None]:
     """A layer's parameters without their gradients, which whoever asks for this makes."""
     parameters = dict(module._parameters)
     if wanted:
-        module._parameters.update({key: None if p is None else p.detach() for key, p in parameters.items()})  # type: ignore[arg-type]
+        for key, parameter in parameters.items():
+            module._parameters[key] = None if parameter is None else parameter.detach()  # type: ignore[assignment]
     try:
         yield
     finally:
