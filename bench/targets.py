@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from bench.records import Record
 
 HEADS = ("151936x896", "128256x2048", "152064x3584")
-MODES = ("_frozen", "_compiled")  # endings of names: contenders of one mode are compared with each other
+MODES = ("_frozen", "_compiled", "_captured")  # endings of names: contenders of one mode are compared with each other
+
+
+# Of a step with norms over the same step without, by what trains and by mode; Opacus covers `linear` and `lora` alone.
+LIMITS: dict[str, dict[str, float]] = {
+    "lora": {"": 1.10, "_compiled": 1.03, "_captured": 1.03},
+    "full": {"": 1.10, "_compiled": 1.07, "_captured": 1.07},
+    "linear": {},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ def is_ours(record: Record) -> bool:
 
 
 def mode(record: Record) -> str:
-    """ "_frozen", "_compiled" or ""."""
+    """One of :data:`MODES`, or ""."""
     return next((ending for ending in MODES if record["contender"].endswith(ending)), "")
 
 
@@ -87,6 +95,25 @@ def _promises(records: list[Record]) -> Iterator[Verdict]:
                 promise = f"whole step, {size.upper()} {kind}{', compiled' if name != 'compact' else ''}"
                 yield at.peer(work, promise, time_limit, name)
                 yield at.leanest(work, promise, memory_limit, name)
+    yield from _norms(records)
+
+
+def _norms(records: list[Record]) -> Iterator[Verdict]:
+    """Steps with per-rationale gradient norms: each mode against the same step without, eager against Opacus."""
+    works = [
+        (f"step_{size}_{kind}_norms", f"{size.upper()} {kind}", kind) for size in ("0.5b", "1.5b") for kind in LIMITS
+    ]
+    works.append(("step_0.5b_full_long_norms", "0.5B full, 8 × 2048", "long"))
+    for work, label, kind in works:
+        at = _Case(records, next((record["head"] for record in records if record["work"] == work), ""))
+        for ending, limit in LIMITS.get(kind, {"_compiled": 1.15, "_captured": 1.15}).items():
+            name, without = f"compact{ending}", f"compact_without_norms{ending}"
+            promise = f"norms, {label}{', ' + ending[1:] if ending else ''}"
+            yield at.other(work, name, without, promise, limit)
+            if ending != "_captured":  # a graph's memory is its own from capture on
+                yield at.memory_ratio(work, name, without, f"{promise}: memory", 1.05)
+        if kind in ("lora", "linear"):
+            yield at.other(work, "compact", "opacus_ghost", f"norms, {label}, against ghost clipping", 0.6)
 
 
 @dataclass(frozen=True)
@@ -131,6 +158,15 @@ class _Case:
     def other(self, work: str, name: str, other: str, promise: str, limit: float) -> Verdict:
         found = self.find(work, other) or {}
         return self.ratio(work, promise, limit, name, found.get("median_ms"), other)
+
+    def memory_ratio(self, work: str, name: str, other: str, promise: str, limit: float) -> Verdict:
+        ours, theirs = self.find(work, name), self.find(work, other) or {}
+        if ours is None or ours.get("peak_mib") is None:
+            return Verdict(work, self.head, promise, limit, "×", None, _missing(name, ours))
+        if not theirs.get("peak_mib"):
+            return Verdict(work, self.head, promise, limit, "×", None, f"{other}: not measured")
+        ratio = ours["peak_mib"] / theirs["peak_mib"]
+        return Verdict(work, self.head, promise, limit, "×", ratio, f"memory of {other}", ours["peak_mib"])
 
     def memory(self, work: str, promise: str, limit: float, name: str = "compact") -> Verdict:
         ours = self.find(work, name)

@@ -135,13 +135,26 @@ class DivergenceConfig:
 class GradientsConfig:
     """Per-rationale gradient norms (method §6)."""
 
-    norms: Literal["off", "exact", "hutchinson"] = option(
-        "off", "measure each rationale's gradient over all parameters; hutchinson: by random projections"
+    norms: Literal["off", "exact", "unweighted", "hutchinson"] = option(
+        "off",
+        "measure each rationale's gradient over all parameters; unweighted: what it is before α, also where α is 0 "
+        "(head frozen, divergence.weight 0); hutchinson: by random projections",
     )
     probes: int = option(16, "projections of hutchinson", ge=2, le=64)
-    cap: float | None = option(
-        None, "longest gradient of a rationale's weighted loss at the last hidden state; the head must be frozen", gt=0
+    cap: float | None = option(None, "longest gradient of a rationale's weighted loss, by cap_by", gt=0)
+    cap_by: Literal["hidden", "last"] = option(
+        "hidden",
+        "hidden: at the last hidden state, exactly (the head must be frozen); last: over all parameters, by what the "
+        "rationale's norm was when it was seen last, times its weight now (needs norms; one process)",
     )
+
+
+@dataclass
+class InformationConfig:
+    """Mutual information along the rationales while training (method §7). Nothing of it enters the weights."""
+
+    every: int = option(0, "optimizer steps between two measurements; 0: off", ge=0)
+    queue: int = option(256, "questions that PHSIC and HSIC pair a state with, the newest", ge=4)
 
 
 @dataclass
@@ -196,6 +209,7 @@ class CompactConfig:
     weights: WeightsConfig = option(WeightsConfig, "eq. 7")
     divergence: DivergenceConfig = option(DivergenceConfig, "eq. 9")
     gradients: GradientsConfig = option(GradientsConfig, "per-rationale gradient norms")
+    information: InformationConfig = option(InformationConfig, "mutual information while training")
     mind: MindConfig = option(MindConfig, "strategy mind: its Teaching Assistant")
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
@@ -224,6 +238,16 @@ class CompactConfig:
             raise UserError(
                 f"consensus.encoder: only affinity sentence reads it, or mind.features sentence, and "
                 f"consensus.affinity is {self.consensus.affinity}"
+            )
+        gradients = self.gradients
+        if gradients.cap is not None and gradients.cap_by == "last" and gradients.norms == "off":
+            raise UserError("gradients.cap_by: last caps by measured norms; set gradients.norms to exact")
+        if gradients.cap is None and gradients.cap_by != "hidden":
+            raise UserError("gradients.cap_by: only gradients.cap reads it, and that is null")
+        if gradients.norms == "unweighted" and self.divergence.weight:
+            raise UserError(
+                "gradients.norms: unweighted needs divergence.weight 0, for the divergence mixes rationales; set that "
+                "or take exact"
             )
         if self.mind.width % self.mind.heads:
             raise UserError(f"mind.heads: {self.mind.heads} does not divide mind.width, which is {self.mind.width}")

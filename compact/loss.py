@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,14 @@ from torch.nn import functional as F
 
 from compact.config import CompactConfig
 from compact.errors import UserError
+from compact.norm_cap import LastNormCap
 from compact.strategies.base import Context, Strategy
 from compact.student import StudentOutput
 from compact_kernels import (
     AdaptabilityOptions,
     CompatibilityOutput,
     Ragged,
+    Statistics,
     compatibility_loss,
     linear_token_stats,
     question_consensus,
@@ -52,6 +54,7 @@ def distillation_loss(
     weights: Tensor | None = None,
     denominators: Denominators | None = None,
     replicas: int = 1,
+    cap: LastNormCap | None = None,
 ) -> tuple[CompatibilityOutput, Context]:
     """One forward pass of the student over a packed batch, and the loss of method eq. 11 on it.
 
@@ -66,6 +69,7 @@ def distillation_loss(
             (:class:`compact.adapters.WindowLoader`), else those of this batch alone.
         replicas: R, what the gradient is divided by afterwards (data-parallel ranks, and accumulation steps where
             the host divides by them); the loss is multiplied by it.
+        cap: holds α below what the rationales' last norms allow (``gradients.cap_by: last``).
     """
     if (strategy is None) == (weights is None):
         raise UserError("distillation_loss: give either a strategy or weights, and None for the other")
@@ -80,26 +84,30 @@ def distillation_loss(
         if strategy is not None and config.difficulty.kind == "ifd":
             alone = batch["unconditional"]
             reference = _mean_loss(forward(model, alone), alone, config.workspace_mib)
-    hidden, cap = output.hidden, config.gradients.cap
-    if cap is not None:
+    hidden = output.hidden
+    if config.gradients.cap is not None and config.gradients.cap_by == "hidden":
         if lm_head.weight.requires_grad:
             raise UserError(
                 "gradients.cap: the output head trains, and its own gradient cannot be capped in the same backward "
-                "pass; train with LoRA, freeze the head, or set gradients.cap to null"
+                "pass; set gradients.cap_by to last, train with LoRA, freeze the head, or set gradients.cap to null"
             )
-        hidden = capped(hidden, ragged, cap * replicas)  # the loss is multiplied by the replicas
-    questions, tokens = Denominators.of(ragged) if denominators is None else denominators
-    per_question = replicas / _at_least_one(questions)
+        # the loss is multiplied by the replicas
+        hidden = capped(hidden, ragged, config.gradients.cap * replicas)
+    normalizer, per_question = normalizers(config, ragged, denominators, replicas)
     own_kind = Strategy.divergence if strategy is None else strategy.divergence
-    context = Context(batch["teachers"], output.pooled, ragged, batch["question_ids"], batch.get("embeddings"))
+    context = Context(batch["teachers"], output.pooled, ragged, batch["question_ids"], batch.get("embeddings"), output)
+    rule = None
     if strategy is not None:
         weights = strategy.given(context)
+        rule = strategy.bind(context) if weights is None else None
+    if cap is not None:
+        weights, rule = _held(weights, rule, cap.most(batch, normalizer))
     result = compatibility_loss(
         hidden,
         lm_head.weight,
-        _targets(batch),
+        targets_of(batch),
         ragged,
-        rule=strategy.bind(context) if strategy is not None and weights is None else None,
+        rule=rule,
         weights=None if weights is None else weights.to(output.hidden.device),
         consensus=consensus,
         difficulty_reference=reference,
@@ -111,7 +119,7 @@ def distillation_loss(
         divergence=own_kind if config.divergence.kind == "strategy" else config.divergence.kind,
         divergence_weight=config.divergence.weight,
         sft_reduction=config.sft_reduction,
-        normalizer=replicas / _at_least_one(tokens) if config.sft_reduction == "token" else per_question,
+        normalizer=normalizer,
         divergence_normalizer=per_question,
         bias=lm_head.bias,
         logit_scale=lm_head.logit_scale,
@@ -119,6 +127,25 @@ def distillation_loss(
         workspace_mib=config.workspace_mib,
     )
     return result, context
+
+
+def normalizers(
+    config: CompactConfig, ragged: Ragged, denominators: Denominators | None, replicas: int
+) -> tuple[Tensor | float, Tensor | float]:
+    """c_s/α_s, what a rationale's loss is multiplied with besides α, and R/Q (method §3)."""
+    questions, tokens = Denominators.of(ragged) if denominators is None else denominators
+    per_question = replicas / _at_least_one(questions)
+    return (replicas / _at_least_one(tokens) if config.sft_reduction == "token" else per_question), per_question
+
+
+def _held(
+    weights: Tensor | None, rule: Callable[[Statistics], Tensor] | None, most: Tensor
+) -> tuple[Tensor | None, Callable[[Statistics], Tensor] | None]:
+    """The weights or the rule, nowhere above `most` (S,)."""
+    if weights is not None:
+        return torch.minimum(weights.to(most.device), most.to(weights.dtype)), None
+    assert rule is not None
+    return None, lambda statistics: torch.minimum(rule(statistics), most)
 
 
 def consensus_vectors(output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig) -> tuple[Tensor, Tensor]:
@@ -155,7 +182,7 @@ def _consensus(output: StudentOutput, batch: Mapping[str, Any], config: CompactC
     )
 
 
-def _targets(batch: Mapping[str, Any]) -> Tensor:
+def targets_of(batch: Mapping[str, Any]) -> Tensor:
     """(T,) the next token of every position; the first label of each sequence is −100, so none crosses over."""
     return F.pad(batch["labels"][0, 1:], (0, 1), value=-100)
 
@@ -167,7 +194,7 @@ def _mean_loss(output: StudentOutput, batch: Mapping[str, Any], workspace_mib: i
     tokens = linear_token_stats(
         output.hidden,
         lm_head.weight,
-        _targets(batch),
+        targets_of(batch),
         ragged,
         bias=lm_head.bias,
         logit_scale=lm_head.logit_scale,

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from compact.errors import UserError
-from compact_kernels import CompatibilityOutput
+from compact_kernels import CompatibilityOutput, SampleNorms
 from compact_kernels.information import noise_scale
 from compact_kernels.rule import question_spread, segment_sum
 
 METRICS = ("adaptability", "consensus", "difficulty")
 _SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS, "squared_norms")
-_PER_TEACHER = ("count", "alpha", *METRICS, "influence")
+_NORMS = ("influence", "own_norm")  # u_s, and n_s where it was measured apart; known after the backward pass
+_PER_TEACHER = ("count", "alpha", *METRICS, *_NORMS)
 
 
 def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: int) -> Tensor:
@@ -34,25 +35,25 @@ def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: i
     questions = result.alpha.new_tensor(float(ragged.num_questions))
     spreads = [question_spread(value, ragged)[1].sum() for value in values]
     one_hot = torch.nn.functional.one_hot(teachers, num_teachers).to(result.alpha.dtype)  # (S, teachers)
-    unknown = torch.zeros_like(result.alpha)  # influence: known after the backward pass
-    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values, unknown])  # (6, S)
+    later = [torch.zeros_like(result.alpha)] * len(_NORMS)
+    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values, *later])  # (7, S)
     none = torch.zeros_like(result.sft)
     scalars = [result.loss.detach(), result.sft, result.divergence, none, questions, entropy, *spreads, none]
     return torch.cat([torch.stack(scalars), (columns @ one_hot).flatten()]).double()
 
 
-def norm_metrics(squared: Tensor, teachers: Tensor, num_teachers: int) -> Tensor:
-    """The same vector with nothing in it but the rationales' gradient norms.
-
-    Args:
-        squared: ‖g_s‖² of a micro-batch. (S,)
-    """
+def norm_metrics(norms: SampleNorms, teachers: Tensor, num_teachers: int) -> Tensor:
+    """The same vector with nothing in it but the rationales' gradient norms, of a micro-batch."""
     one_hot = torch.nn.functional.one_hot(teachers, num_teachers).double()
-    influence = squared.double().clamp_min(0).sqrt() @ one_hot
-    scalars = squared.new_zeros(len(_SCALARS), dtype=torch.float64)
-    scalars[_SCALARS.index("squared_norms")] = squared.sum()
-    rest = influence.new_zeros((len(_PER_TEACHER) - 1) * num_teachers)
-    return torch.cat([scalars, rest, influence])
+    flowed = own = norms.norms.double()
+    if norms.weights is None:
+        own = torch.zeros_like(flowed)
+    else:
+        flowed = own * norms.weights
+    scalars = flowed.new_zeros(len(_SCALARS))
+    scalars[_SCALARS.index("squared_norms")] = flowed.square().sum()
+    rest = flowed.new_zeros((len(_PER_TEACHER) - len(_NORMS)) * num_teachers)
+    return torch.cat([scalars, rest, flowed @ one_hot, own @ one_hot])
 
 
 class MetricsTable:
@@ -162,8 +163,9 @@ class MetricsTable:
             if entry["count"]:
                 teachers[name] = {k: v if k == "count" else v / entry["count"] for k, v in entry.items()}
                 teachers[name]["influence"] /= replicas
-                if not scalar["squared_norms"]:
-                    del teachers[name]["influence"]
+                for key in _NORMS:
+                    if not scalar["squared_norms"] or not teachers[name][key] and key == "own_norm":
+                        del teachers[name][key]
         rationales = int(sum(sums[0] for sums in table))
         noise: dict[str, float] = {}
         if scalar["squared_norms"] and rationales > 1:
@@ -218,7 +220,7 @@ class MetricsTable:
             logs[f"spread/{name}"] = mean([row["spread"][name] for row in rows])
         for teacher in sorted({name for row in rows for name in row["teachers"]}):
             present = [row["teachers"][teacher] for row in rows if teacher in row["teachers"]]
-            measured = [name for name in ("alpha", *METRICS, "influence") if name in present[0]]
+            measured = [name for name in ("alpha", *METRICS, *_NORMS) if name in present[0]]
             for name in measured:
                 logs[f"{name}/{teacher}"] = mean([entry[name] for entry in present])
         return logs

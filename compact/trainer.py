@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ from compact.adapters.trainer import DistillationMixin, refuse_arguments
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
 from compact.errors import UserError
+from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
-from compact_kernels import SampleGradNorms
+from compact.norm_cap import LastNormCap
+from compact.strategies.base import Context
+from compact_kernels import CompatibilityOutput, SampleGradNorms
 
 logger = logging.getLogger(__name__)
 
 STRATEGY_STATE = "strategy.pt"
+CAP_STATE = "norms.pt"  # what gradients.cap_by last remembers
 
 
 class CompactTrainer(DistillationMixin, Trainer):
@@ -107,6 +111,18 @@ class CompactTrainer(DistillationMixin, Trainer):
         self.table = MetricsTable(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"), self.teacher_names)
         self._grad_norm: Tensor | float = 0.0
         self._recorder: SampleGradNorms | None = None
+        self._carried: Tensor | None = None  # (S,) c_s of the micro-batch under way
+        self._measured_at = -1  # the optimizer step of the last look at the information
+        self.information: InformationLog | None = None
+        if self.config.information.every:
+            path = self.table.path.with_name("information.jsonl")
+            self.information = InformationLog(path, self.teacher_names, self.config)
+        if self.config.gradients.cap is not None and self.config.gradients.cap_by == "last":
+            if args.world_size > 1:
+                raise UserError("gradients.cap_by: last knows the norms of its own process only; use one, or hidden")
+            assert isinstance(self.train_dataset, Dataset)
+            sizes = len(self.train_dataset), len(self.teacher_names)
+            self._last_norm_cap = LastNormCap(self.config.gradients.cap, *sizes, args.device)
         self._aside: str | None = None  # where a checkpoint is being written
         self.add_callback(_StepCallback(self))
         if any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
@@ -136,8 +152,22 @@ class CompactTrainer(DistillationMixin, Trainer):
         with self._recorder.record(inputs["ragged"]) as norms:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if inputs["ragged"].num_rows:
-            self.table.add_norms(norm_metrics(norms.squared, inputs["teachers"], len(self.teacher_names)))
+            self.table.add_norms(norm_metrics(norms, inputs["teachers"], len(self.teacher_names)))
+            if self._last_norm_cap is not None:
+                assert self._carried is not None
+                own = norms.norms if norms.weights is not None else norms.per_weight(self._carried)
+                self._last_norm_cap.remember(inputs, own)
         return loss
+
+    def _after_loss(
+        self, batch: Mapping[str, Any], result: CompatibilityOutput, context: Context, normalizer: Tensor | float
+    ) -> None:
+        self._carried = result.alpha * normalizer
+        step = self.state.global_step
+        if self.information is not None and step % self.config.information.every == 0 and step != self._measured_at:
+            assert context.output is not None
+            self._measured_at = step  # once a step, not for every micro-batch
+            self.information.measure(step + 1, context.output, result, batch)
 
     def _new_recorder(self, model: nn.Module) -> SampleGradNorms:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
@@ -148,7 +178,10 @@ class CompactTrainer(DistillationMixin, Trainer):
         gradients = self.config.gradients
         try:
             return SampleGradNorms(
-                model, method="exact" if gradients.norms == "exact" else "hutchinson", probes=gradients.probes
+                model,
+                method="hutchinson" if gradients.norms == "hutchinson" else "exact",
+                probes=gradients.probes,
+                norms="unweighted" if gradients.norms == "unweighted" else "weighted",
             )
         except ValueError as error:
             raise UserError(f"gradients.norms: {error}") from error
@@ -184,6 +217,8 @@ class CompactTrainer(DistillationMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs.update(self.table.flush(self.accelerator))
+        if self.information is not None:
+            logs.update(self.information.flush(self.accelerator))
         super().log(logs, start_time)
 
     # ---- checkpoints ----
@@ -203,6 +238,8 @@ class CompactTrainer(DistillationMixin, Trainer):
             state = self.strategy.state_dict()
             if state and self.args.should_save:
                 torch.save(state, written / STRATEGY_STATE)
+            if self._last_norm_cap is not None and self.args.should_save:
+                torch.save(self._last_norm_cap.state_dict(), written / CAP_STATE)
             if self.state.best_global_step and self.args.should_save:
                 best = final.parent / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best) if best == final or best.exists() else None
@@ -255,6 +292,9 @@ class CompactTrainer(DistillationMixin, Trainer):
         if checkpoint is not None and (Path(checkpoint) / STRATEGY_STATE).exists():
             state = torch.load(Path(checkpoint) / STRATEGY_STATE, weights_only=True, map_location=self.args.device)
             self.strategy.load_state_dict(state)
+        if checkpoint is not None and self._last_norm_cap is not None and (Path(checkpoint) / CAP_STATE).exists():
+            state = torch.load(Path(checkpoint) / CAP_STATE, weights_only=True, map_location=self.args.device)
+            self._last_norm_cap.load_state_dict(state)
 
 
 class _StepCallback(TrainerCallback):
@@ -270,6 +310,8 @@ class _StepCallback(TrainerCallback):
         if state.global_step == 0:
             self.trainer.warm_up()
         self.trainer.table.start(state.global_step, write=state.is_world_process_zero)
+        if self.trainer.information is not None:
+            self.trainer.information.start(state.global_step, write=state.is_world_process_zero)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._recorder is not None:

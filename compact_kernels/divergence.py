@@ -14,10 +14,12 @@ from compact_kernels.head import native_rows
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import product_dtype
+from compact_kernels.head.planner import Chunk as HeadChunk
 from compact_kernels.head.rows import RowStatistics, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.torch_rows import capped_slope
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import question_of_sequence
+from compact_kernels.weighting import Decision, Settled
 
 Kind = Literal["kl", "jsd"]
 
@@ -96,6 +98,46 @@ def exponentials(x: Tensor, head: LinearHead) -> Exponentials:
     triton_rows.statistics(x, head, none, None, -1, table, 0, buffer)
     rows = RowStatistics(*table)
     return Exponentials(buffer, rows.total, None, none, rows.target_mass)
+
+
+def add_to_rows(
+    chunk: HeadChunk,
+    x: Tensor,
+    head: LinearHead,
+    stored: Tensor,
+    rows: RowStatistics,
+    ragged: Ragged,
+    weighting: Settled,
+    decision: Decision,
+    divergence: Tensor,
+) -> None:
+    """Write D_q of the chunk's questions, and add λ ∂D_q to the stored gradient rows (n, V) of their answers.
+
+    What Triton's rows do by themselves but for a softcap; asked for where the head's gradient rows have to be whole.
+    A stored row is multiplied with α·normalizer/T·inverse_sum later: what is added is without them.
+    """
+    questions, spans = ragged.sizes.cu_questions, ragged.sizes.cu_span
+    first, last = spans[questions[chunk.first_question]], spans[questions[chunk.last_question]]
+    divergence[chunk.first_question : chunk.last_question] = 0
+    if first == last:
+        return
+    own = ragged.span_rows[first:last] - chunk.first
+    e = exponentials(x[own], head)
+    place = (ragged, decision.alpha, chunk.first_question, chunk.last_question, first, weighting.divergence)
+    scores = torch.empty(ragged.span_rows.numel(), dtype=e.sums.dtype, device=x.device)
+    divergence_torch.span_divergence(e.buffer, e.sums, *place, (divergence, scores))
+    slope = None if e.shift is None else capped_slope(e.buffer.log() + e.shift[:, None], head)
+    counted = decision.targets_per_rationale if weighting.divide_by_targets else torch.ones_like(decision.alpha)
+    ratio = weighting.divergence_weight * weighting.divergence_normalizer / weighting.normalizer
+    divergence_torch.replace_by_gradient_(e.buffer, e.sums, *place, scores, counted * ratio)
+    if slope is not None:
+        e.buffer.mul_(slope)
+    inverse = rows.inverse_sum[chunk.rows][own]
+    ignored = inverse == 0  # no target: the divergence is the row's only gradient
+    inverse = inverse.where(~ignored, 1.0)
+    rows.inverse_sum[chunk.rows][own] = inverse
+    before = torch.where(ignored[:, None], 0.0, stored[own].to(e.buffer.dtype))
+    stored[own] = (before + e.buffer / inverse[:, None]).to(stored.dtype)
 
 
 class Chunk(NamedTuple):

@@ -39,6 +39,7 @@ def proxy_controls(
     ragged: Ragged,
     options: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
     generator: torch.Generator | None = None,
+    evidence: Tensor | None = None,
     **head: object,
 ) -> ProxyControls:
     """The logit-lens proxy of eq. 2–3 and its two controls. A gap to both is what may be called information.
@@ -47,12 +48,13 @@ def proxy_controls(
         hidden, head_weight, targets, ragged, head: as :func:`compact_kernels.linear_token_stats` takes them.
         options: `length_norm="mean"` takes the sum's growth with length away.
         generator: draws the shuffles, on the batch's device.
+        evidence: of the scored rows where it is known; one pass of the head less. (N,)
     """
 
     def measured(shape: Ragged) -> Tensor:
         return linear_token_stats(hidden, head_weight, targets, shape, **head).evidence  # type: ignore[arg-type]
 
-    evidence = measured(ragged)
+    evidence = measured(ragged) if evidence is None else evidence
     shuffled = _with_shuffled_mask(ragged, generator)
     if ragged.num_questions > 1:
         wrong = sequence_adaptability(measured(_with_next_answers(ragged)), ragged, options)

@@ -81,6 +81,26 @@ def test_memory_of_a_step_is_counted_over_the_leanest_peer():
     assert over.measured == pytest.approx(1.0) and over.hit is False and "cce" in over.against
 
 
+def test_norms_are_held_against_the_same_step_without_them_in_each_mode_and_against_ghost_clipping():
+    work = "step_0.5b_lora_norms"
+    times = {"compact": (108.0, 99.0), "compact_compiled": (62.0, 60.0), "compact_captured": (51.0, 50.0)}
+    found = [record(work, "opacus_ghost", 200.0, mib=9000.0)]
+    for name, (with_norms, without) in times.items():
+        bare = name.replace("compact", "compact_without_norms", 1)
+        found += [record(work, name, with_norms, mib=4400.0), record(work, bare, without, mib=4000.0)]
+    said = {v.promise: (v.measured, v.hit) for v in verdicts(found)}
+    assert said == {
+        "norms, 0.5B lora": (pytest.approx(108 / 99), True),
+        "norms, 0.5B lora: memory": (pytest.approx(1.1), False),
+        "norms, 0.5B lora, compiled": (pytest.approx(62 / 60), False),
+        "norms, 0.5B lora, compiled: memory": (pytest.approx(1.1), False),
+        "norms, 0.5B lora, captured": (pytest.approx(1.02), True),
+        "norms, 0.5B lora, against ghost clipping": (pytest.approx(0.54), True),
+    }
+    missing = [v for v in verdicts([record("step_0.5b_linear_norms", "compact", 9.0)])]
+    assert [(v.hit, v.against) for v in missing] == [(None, "opacus_ghost: not measured")]
+
+
 def test_what_failed_or_is_missing_is_not_measured_and_says_why():
     found = [failed("loss", "compact", "RuntimeError: boom"), record("loss", "cce", 10.0)]
     assert verdict(found, "loss").hit is None and "boom" in verdict(found, "loss").against

@@ -8,12 +8,13 @@ from transformers import TrainerCallback
 
 from compact.config import LoraConfig
 from compact.errors import UserError
+from compact.information import BINS
 from compact.metrics import read_metrics
 from compact.student import add_lora
 from compact_kernels.sample_norms.cap import capped
 from tests.test_sample_norms import batch
 from tests.test_trainer import launch
-from tests.toy_run import toy_model, toy_trainer
+from tests.toy_run import toy_config, toy_model, toy_trainer
 
 NORMS = {"gradients": {"norms": "exact"}}
 
@@ -97,3 +98,91 @@ def test_a_capped_run_trains_with_lora_and_a_trained_head_is_refused(tmp_path):
     assert all(0 < small[name] < 0.5 * large[name] for name in small)
     with pytest.raises(UserError, match="gradients.cap: the output head trains"):
         toy_trainer(tmp_path / "c", questions=8, method=method).train()
+
+
+def test_a_cap_by_last_norms_bounds_a_trained_heads_gradient_too(tmp_path):
+    """A student that hardly moves: the second epoch's norms are at the cap where they were above it."""
+    common = {"questions": 8, "batch": 8, "epochs": 2, "learning_rate": 1e-7, "optim": "sgd", "max_grad_norm": 0.0}
+    uniform = {"strategy": "uniform", "divergence": {"weight": 0.0}}
+    toy_trainer(tmp_path / "free", method={**uniform, **NORMS}, **common).train()
+    free = read_metrics(tmp_path / "free" / "metrics.jsonl")
+    cap = 0.5 * min(entry["influence"] for entry in free[0]["teachers"].values())
+    gradients = {"norms": "exact", "cap": cap, "cap_by": "last"}
+    trainer = toy_trainer(tmp_path / "held", method={**uniform, "gradients": gradients}, **common)
+    trainer.train()
+    first, second = read_metrics(tmp_path / "held" / "metrics.jsonl")
+    for name, entry in first["teachers"].items():
+        assert entry["influence"] == pytest.approx(free[0]["teachers"][name]["influence"], rel=1e-3)
+    for entry in second["teachers"].values():
+        assert entry["influence"] == pytest.approx(cap, rel=1e-3)
+        assert entry["alpha"] < 0.5 * 0.5
+    state = trainer._last_norm_cap.state_dict()
+    assert len(state["questions"]) == 8 and (state["norms"] > 0).sum() == 21  # every third question has two teachers
+
+
+def test_a_cap_by_last_norms_survives_a_resume(tmp_path):
+    gradients = {"norms": "exact", "cap": 1e-2, "cap_by": "last"}
+    common = {"questions": 8, "batch": 4, "epochs": 2, "method": {"gradients": gradients}, "save_strategy": "epoch"}
+    whole = toy_trainer(tmp_path / "a", **common)
+    whole.train()
+    again = toy_trainer(tmp_path / "a", **common)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(again.model.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+def test_unweighted_norms_are_logged_where_a_rationale_weighs_nothing_too(tmp_path):
+    method = {"strategy": "lowest_loss", "divergence": {"weight": 0.0}}
+    rows = {}
+    for norms in ("exact", "unweighted"):
+        model = add_lora(toy_model(), LoraConfig(rank=2, dropout=0.0))
+        settings = {**method, "gradients": {"norms": norms}}
+        toy_trainer(tmp_path / norms, questions=6, batch=1, method=settings, model=model).train()
+        rows[norms] = read_metrics(tmp_path / norms / "metrics.jsonl")
+    for plain, apart in zip(rows["exact"], rows["unweighted"], strict=True):
+        assert apart["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+        for name, entry in apart["teachers"].items():
+            assert entry["influence"] == pytest.approx(plain["teachers"][name]["influence"], rel=1e-3, abs=1e-9)
+            assert "own_norm" not in plain["teachers"][name] and entry["own_norm"] > 0
+        silent = [entry for entry in apart["teachers"].values() if entry["alpha"] == 0]
+        assert silent and all(entry["influence"] == 0 for entry in silent)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ({"cap": 1.0, "cap_by": "last"}, "gradients.cap_by: last caps by measured norms"),
+        ({"cap_by": "last"}, "gradients.cap_by: only gradients.cap reads it"),
+        ({"norms": "unweighted"}, "gradients.norms: unweighted needs divergence.weight 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(gradients, message):
+    with pytest.raises(UserError, match=message):
+        toy_config({"gradients": gradients})
+
+
+def test_information_is_measured_every_so_many_steps_and_changes_nothing(tmp_path):
+    common = {"questions": 12, "batch": 6, "epochs": 2, "optim": "sgd"}
+    plain = toy_trainer(tmp_path / "plain", **common)
+    plain.train()
+    method = {"information": {"every": 2, "queue": 8}}
+    looked = toy_trainer(tmp_path / "looked", method=method, **common)
+    logs = _Logs()
+    looked.add_callback(logs)
+    looked.train()
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(looked.model.get_parameter(name), parameter, rtol=0, atol=0)
+    rows = read_metrics(tmp_path / "looked" / "information.jsonl")
+    metrics = read_metrics(tmp_path / "looked" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 3]
+    assert {"information/hsic", "information/adaptability/terse", "information/wrong_answer/wordy"} <= logs.names
+    for row in rows:
+        beside = metrics[row["step"] - 1]["teachers"]
+        assert row["hsic"] is not None and row["seconds"] > 0 and set(row["teachers"]) == set(beside)
+        for name, entry in row["teachers"].items():
+            assert entry["adaptability"] == pytest.approx(beside[name]["adaptability"], rel=1e-5)
+            assert len(entry["proxy"]) == len(entry["phsic"]) == BINS
+            assert all(value is None or value <= 0 for value in entry["proxy"])
+    split = toy_trainer(tmp_path / "split", method=method, **{**common, "batch": 2, "accumulate": 3})
+    split.train()
+    assert [row["step"] for row in read_metrics(tmp_path / "split" / "information.jsonl")] == [1, 3]

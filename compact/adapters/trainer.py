@@ -17,10 +17,12 @@ from compact.config import CompactConfig
 from compact.controls import controlled
 from compact.embed import with_embeddings
 from compact.errors import UserError
-from compact.loss import Denominators, distillation_loss
+from compact.loss import Denominators, distillation_loss, normalizers
+from compact.norm_cap import LastNormCap
 from compact.strategies import build_strategy
-from compact.strategies.base import Strategy
+from compact.strategies.base import Context, Strategy
 from compact.tokenization import TOKENS
+from compact_kernels import CompatibilityOutput
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -50,6 +52,7 @@ class DistillationMixin(_Host):
 
     loss_is_scaled_for_ga = True  # transformers ≥ 5.19: the loss is divided by the whole window's denominators
     _steps_strategy = False
+    _last_norm_cap: LastNormCap | None = None  # CompactTrainer's
 
     def __init__(
         self,
@@ -95,6 +98,8 @@ class DistillationMixin(_Host):
             processing_class=processing_class,
             **kwargs,
         )
+        if config.gradients.cap_by == "last" and not self._steps_strategy:
+            raise UserError("gradients.cap_by: last is CompactTrainer's, which measures the norms")
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this instead of loss_is_scaled_for_ga
         for extent in ("cp", "sp"):
             if getattr(self, f"get_{extent}_size")() > 1:
@@ -124,10 +129,18 @@ class DistillationMixin(_Host):
             weights=weights,
             denominators=window,
             replicas=replicas,
+            cap=self._last_norm_cap,
         )
-        if model.training and weights is None:
-            self.strategy.observe(result.statistics, context, result.alpha)
+        if model.training:
+            self._after_loss(inputs, result, context, normalizers(self.config, inputs["ragged"], window, replicas)[0])
+            if weights is None:
+                self.strategy.observe(result.statistics, context, result.alpha)
         return (result.loss, result) if return_outputs else result.loss
+
+    def _after_loss(
+        self, batch: Mapping[str, Any], result: CompatibilityOutput, context: Context, normalizer: Tensor | float
+    ) -> None:
+        """A training batch's forward pass is over; c_s = α_s·normalizer."""
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compact.config import CompactConfig
 from compact.errors import UserError
+from compact.student import StudentOutput
 from compact_kernels import Ragged, Statistics
 
 
@@ -21,6 +22,7 @@ class Context(NamedTuple):
     ragged: Ragged
     question_ids: Sequence[str]  # Q of them
     embeddings: Tensor | None = None  # (S, E) sentence embeddings, where the configuration asks for them
+    output: StudentOutput | None = None  # the whole forward pass, its graph included
 
 
 class Strategy:

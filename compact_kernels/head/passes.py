@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
 from compact_kernels.sample_norms.recorder import active
-from compact_kernels.weighting import Decision, Settled, Weighting, decide, settled
+from compact_kernels.weighting import Decision, Settled, Weighting, decide, given_row_weight, settled
 
 
 def product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
@@ -58,10 +61,27 @@ def weighted_loss(
 
     The divergence is None where the pass could not take it along: the caller adds it.
     """
-    dtype = product_dtype(hidden, head.weight)
+    dtype, recorder = product_dtype(hidden, head.weight), active()
+    unweighted = recorder is not None and recorder.unweighted and torch.is_grad_enabled()
+    if unweighted and weighting.divergence_weight:
+        raise ValueError(
+            "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
+            'set divergence_weight to 0, or take norms="weighted"'
+        )
+    trains = torch.is_grad_enabled() and (
+        head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    )
+    if recorder is not None and torch.compiler.is_compiling() and (trains or unweighted):
+        # Norms are collected beside the pass, which a graph cannot hold: it is left here.
+        return _eager_loss(hidden, head, targets, ragged, weighting, workspace_mib)
     if weighting.by_question and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
-    if weighting.by_question:
+    if recorder is not None and trains and weighting.divergence_weight and not weighting.by_question:
+        with torch.no_grad():  # α first: the head's gradient rows then hold the divergence too
+            tokens = token_logprobs(hidden[ragged.rows], head, targets, ragged, weighting.ignore_index, workspace_mib)
+            final = settled(weighting, targets, ragged, tokens.logprob.dtype)
+            weighting = replace(weighting, weights=decide(tokens, targets, ragged, final)[0].alpha)
+    if weighting.by_question and not unweighted:
         norms, inputs = recorded(head, ragged)
         call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled(), norms)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call, *inputs)
@@ -75,7 +95,19 @@ def weighted_loss(
     final = settled(weighting, targets, ragged, detached.logprob.dtype)
     decision, _ = decide(detached, targets, ragged, final)
     loss = -(decision.row_weight * tokens.logprob).sum()
+    if unweighted:  # the layers weigh their gradients by c_s themselves
+        assert recorder is not None and recorder.scales is not None
+        recorder.scales.copy_(decision.alpha * final.normalizer)
+        alone = replace(final, normalizer=torch.ones_like(final.normalizer))
+        weight = given_row_weight(torch.ones_like(decision.alpha), decision.targets_per_rationale, ragged, alone)
+        flows = -(weight * tokens.logprob).sum()
+        loss = flows + (loss - flows).detach()
     return loss, loss.detach(), None, decision, detached, final
+
+
+@torch.compiler.disable
+def _eager_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Decision, TokenStatistics, Settled]:
+    return weighted_loss(*inputs)
 
 
 def recorded(head: LinearHead, ragged: Ragged | None) -> tuple[HeadNorms | None, list[Tensor | None]]:

@@ -50,7 +50,9 @@ class WeightedPass:
         given = self.weighting.weights is not None
         if not any(wanted):
             return self._whole_batch(backend, hidden, weight, bias, wanted)
-        folded = bool(self.weighting.divergence_weight) and backend.folds_divergence(self.head)
+        # The head's norms are of its whole gradient: the divergence's share has to be in the same rows.
+        here = self.norms is not None or backend.folds_divergence(self.head)
+        folded = bool(self.weighting.divergence_weight) and here
         workspace = logits_mib(backend, self.workspace_mib, self.dtype)
         pays = paying_mib(backend, self.workspace_mib, self.dtype)
         if self.norms is not None:
@@ -65,6 +67,11 @@ class WeightedPass:
             pays_mib=pays,
         )
         if chunks is None:
+            if self.norms is not None and self.weighting.divergence_weight:
+                raise ValueError(
+                    "norms of a head that trains with a divergence need a whole question's logits at once: raise "
+                    "workspace_mib, or leave float16"
+                )
             return self._whole_batch(backend, hidden, weight, bias, wanted)
         return self._by_chunk(backend, hidden, weight, bias, wanted, chunks, folded)
 
@@ -78,6 +85,8 @@ class WeightedPass:
         chunks: tuple[Chunk, ...],
         folded: bool,
     ) -> Result:
+        from compact_kernels.divergence import add_to_rows
+
         ragged, every_row = self.ragged, self.ragged.num_rows == hidden.shape[0]
         head = self.head.in_dtype(weight, bias, self.dtype)
         answers = Answers.of_batch(ragged)
@@ -106,7 +115,9 @@ class WeightedPass:
             rows_c = buffer[: chunk.last - chunk.first]
             if chunk.last_question:
                 backend.decide(chunk, rows.tokens, self.targets, ragged, weighting, decision)
-            if folded:
+            if folded and not backend.folds_divergence(self.head):
+                add_to_rows(chunk, x_c, head, rows_c, rows, ragged, weighting, decision, divergence)
+            elif folded:
                 backend.add_divergence(chunk, rows_c, rows, self.targets, ragged, weighting, decision, divergence)
             weight_c, inverse = decision.row_weight[chunk.rows], rows.inverse_sum[chunk.rows]
             if gradients.hidden is not None:

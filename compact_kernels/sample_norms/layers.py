@@ -12,7 +12,8 @@ weight's gradient from the same pass as the norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,20 @@ def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
     return Tap.apply(y, member.family.carrier(member.index, x, y))
 
 
+@contextmanager
+def detached(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """A layer's parameters without their gradients, which whoever asks for this makes."""
+    parameters = dict(module._parameters)
+    if wanted:
+        for key, parameter in parameters.items():
+            module._parameters[key] = None if parameter is None else parameter.detach()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if wanted:
+            module._parameters.update(parameters)
+
+
 def _original(module: nn.Module, before: Callable | None) -> Callable:
     return before if before is not None else type(module).forward.__get__(module)
 
@@ -240,7 +255,10 @@ class ScaleMember:
 
 
 class ScaleTap(Function):
-    """(y, x, slots) → y; the slots' gradients are those of weight and bias, rationale by rationale."""
+    """(y, x, slots) → y; the slots' gradients are those of weight and bias, rationale by rationale.
+
+    With `scales` it also takes weight and bias, and their gradients are the rationales' times these.
+    """
 
     @staticmethod
     def forward(
@@ -252,9 +270,13 @@ class ScaleTap(Function):
         cu: Tensor,
         kind: str,
         eps: float,
+        scales: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         ctx.save_for_backward(x, cu)
-        ctx.kind, ctx.eps = kind, eps
+        ctx.kind, ctx.eps, ctx.scales = kind, eps, scales
+        ctx.dtypes = tuple(y.dtype if p is None else p.dtype for p in (weight, bias))
         ctx.slices = (slot if slot is not None else bias_slot).shape[1]  # type: ignore[union-attr]
         return y.view_as(y)
 
@@ -267,7 +289,11 @@ class ScaleTap(Function):
             weight = ops.scale_gradients(x, g, cu, ctx.slices, ctx.kind, ctx.eps)
         if ctx.needs_input_grad[3]:
             bias = ops.scale_gradients(g, g, cu, ctx.slices, "ones", 0.0)
-        return gradient, None, weight, bias, None, None, None
+        own: list[Tensor | None] = [None, None]
+        if ctx.scales is not None:
+            for i, (parts, dtype) in enumerate(zip((weight, bias), ctx.dtypes)):
+                own[i] = None if parts is None else (ctx.scales @ parts.sum(1).to(ctx.scales.dtype)).to(dtype)
+        return gradient, None, weight, bias, None, None, None, None, *own
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -282,15 +308,17 @@ def by_token(x: Tensor) -> Tensor:
 def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     member: ScaleMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
-    y = _original(self, member.before)(x, *args, **kwargs)
     if recorder.segments is None or not torch.is_grad_enabled():
-        return y
+        return _original(self, member.before)(x, *args, **kwargs)
+    with detached(self, recorder.unweighted):
+        y = _original(self, member.before)(x, *args, **kwargs)
     heads_first = x.dim() == 4 and x.shape[1] != recorder.segments.tokens
     if heads_first:  # (1, h, T, D): some architectures transpose before they normalise
         x, y = x.transpose(1, 2), y.transpose(1, 2)
     recorder.check_rows(self, x)
     recorder.note(member)
-    y = ScaleTap.apply(y, x, member.slot, member.bias_slot, recorder.segments.cu, member.kind, member.eps)
+    own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
+    y = ScaleTap.apply(y, x, member.slot, member.bias_slot, recorder.segments.cu, member.kind, member.eps, *own)
     return y.transpose(1, 2) if heads_first else y
 
 
@@ -311,15 +339,28 @@ class TokenMember:
 
 
 class TokenTap(Function):
-    """(y, slot) → (y, carrier); the slot's gradient are the embedding's norms, with the cross term of a tied head."""
+    """(y, slot) → (y, carrier); the slot's gradient are the embedding's norms, with the cross term of a tied head.
+
+    With `scales` it also takes the weight, whose gradient are the rationales' times these.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, slot: Tensor, ids: Tensor, cu: Tensor, tiles: Tensor, scale: float, padding: int
+        ctx: Any,
+        y: Tensor,
+        slot: Tensor,
+        ids: Tensor,
+        cu: Tensor,
+        tiles: Tensor,
+        scale: float,
+        padding: int,
+        scales: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids, cu, tiles)
-        ctx.scale, ctx.padding = scale, padding
+        ctx.scale, ctx.padding, ctx.scales = scale, padding, scales
+        ctx.own = None if weight is None else (weight.shape[0], weight.dtype)
         dtype = torch.promote_types(y.dtype, torch.float32)
         return y.view_as(y), y.new_empty((), dtype=dtype).expand(ids.numel(), y.shape[-1])
 
@@ -327,7 +368,7 @@ class TokenTap(Function):
     def backward(ctx: Any, gradient: Tensor | None, rows: Tensor | None) -> tuple[Tensor | None, ...]:
         ids, cu, tiles = ctx.saved_tensors
         if gradient is None:
-            return (None,) * 7
+            return (None,) * 9
         g, ids = _flat(gradient), ids.reshape(-1)
         norms = ops.token_norms(ids, g, cu, tiles, ctx.padding) * ctx.scale**2
         if rows is not None:
@@ -335,19 +376,27 @@ class TokenTap(Function):
             cross = row_products(g, kept, cu) * (2 * ctx.scale)
             first = (tiles[:, 1] == 0) & (tiles[:, 2] == 0)  # one tile of each rationale
             norms = norms + torch.where(first, cross[tiles[:, 0].long()], 0.0).to(norms.dtype)
-        return gradient, norms, None, None, None, None, None
+        own = None
+        if ctx.scales is not None:
+            by_token = ctx.scales.repeat_interleave(cu.diff(), output_size=g.shape[0]) * ctx.scale
+            rows = g.to(by_token.dtype) * by_token[:, None]
+            size, dtype = ctx.own
+            own = torch.ops.aten.embedding_dense_backward(rows, ids, size, ctx.padding, False).to(dtype)
+        return gradient, norms, None, None, None, None, None, None, own
 
 
 def embedding_forward(self: nn.Module, ids: Tensor) -> Tensor:
     member: TokenMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
-    y = _original(self, member.before)(ids)
     if recorder.segments is None or not torch.is_grad_enabled():
-        return y
+        return _original(self, member.before)(ids)
+    with detached(self, recorder.unweighted):
+        y = _original(self, member.before)(ids)
     recorder.check_rows(self, y)
     recorder.note(member)
     segments = recorder.segments
-    y, carrier = TokenTap.apply(y, member.slot, ids, segments.cu, segments.tiles, member.scale, member.padding)
+    own = (recorder.scales, self.weight) if recorder.unweighted else ()
+    y, carrier = TokenTap.apply(y, member.slot, ids, segments.cu, segments.tiles, member.scale, member.padding, *own)
     if member.tied:
         member.carrier, recorder.ids = carrier, ids
     return y

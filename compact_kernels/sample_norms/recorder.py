@@ -61,6 +61,7 @@ class SampleNorms:
     slots: list[tuple[str, str, Tensor]]  # (group, kind, leaf)
     names: dict[int, list[str]]  # parameters behind each leaf, by its id
     before: dict[str, tuple[int, int]]  # each parameter's gradient when the batch began: its id and version
+    weights: Tensor | None  # (S,) c_s, where norms are unweighted
 
     @property
     def squared(self) -> Tensor:
@@ -69,7 +70,7 @@ class SampleNorms:
 
     @property
     def norms(self) -> Tensor:
-        """u_s, (S,): the norm of what flowed through each rationale (method §6)."""
+        """(S,) u_s, the norm of what flowed through each rationale; n_s where norms are unweighted (method §6)."""
         return self.squared.clamp_min(0).sqrt()
 
     def per_weight(self, weights: Tensor) -> Tensor:
@@ -117,6 +118,10 @@ class SampleNorms:
         return grads.sum((0, 1))  # (n, P, S)
 
     def _check(self) -> None:
+        if self.weights is not None and self.weights.isnan().all():
+            raise RuntimeError(
+                "unweighted norms: the loss has to be compact_kernels.compatibility_loss, which knows c_s"
+            )
         missing = []
         for _, _, slot in self.slots:
             if slot.grad is None:
@@ -153,6 +158,9 @@ class SampleGradNorms:
             of the lengths in the cost, with a standard error (:attr:`SampleNorms.standard_error`).
         products: how linear layers give exact norms: by Gram matrices, by making the weight's gradient from the same
             pass, or whichever is less work for a batch.
+        norms: "weighted", u_s, or "unweighted": the loss of each rationale flows back unweighted and every layer
+            weighs its weight's gradient by c_s, so that n_s is known where α is 0 too. The gradients are the same.
+            The head has to be frozen and λ 0; layers make their own products, and are not compiled.
 
     Raises:
         ValueError: a trainable parameter that is not covered, by name and with the reason.
@@ -167,6 +175,7 @@ class SampleGradNorms:
         method: Literal["exact", "hutchinson"] = "exact",
         probes: int = 16,
         products: Literal["auto", "gram", "own"] = "auto",
+        norms: Literal["weighted", "unweighted"] = "weighted",
     ) -> None:
         if uncovered not in ("error", "skip"):
             raise ValueError(f"uncovered is {uncovered!r}; it is error or skip")
@@ -174,6 +183,11 @@ class SampleGradNorms:
             raise ValueError(f"method is {method!r}; it is exact or hutchinson")
         if method == "hutchinson" and not 2 <= probes <= NARROW:
             raise ValueError(f"probes is {probes}; a standard error needs 2 at least, and {NARROW} is the most")
+        if norms not in ("weighted", "unweighted"):
+            raise ValueError(f"norms is {norms!r}; it is weighted or unweighted")
+        self.unweighted = norms == "unweighted"
+        if self.unweighted and (method != "exact" or products == "gram"):
+            raise ValueError("unweighted norms are exact and come with the layers' own products")
         self.groups, self.products = groups, products
         self.probes = probes if method == "hutchinson" else 0
         self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -193,6 +207,8 @@ class SampleGradNorms:
         self._members: list[tuple[Any, nn.Module, list[str]]] = []
         self._families: list[Family] = []
         self._plan(model, uncovered)
+        if self.unweighted:
+            self._check_unweighted()
 
     # ---- use ----
 
@@ -210,6 +226,9 @@ class SampleGradNorms:
             rows = Segments.of(ragged.cu_rows, offsets.cu_rows) if self.head_weight is not None else None
             self._cut = ragged, Segments.of(ragged.cu_seqlens, offsets.cu_seqlens), rows
         self.ragged, segments, self.row_segments = self._cut
+        if self.unweighted:  # what c_s will be, known after the forward pass
+            dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
+            self.scales = torch.full((segments.count,), float("nan"), dtype=dtype, device=ragged.device)
         result = self._new(segments, ragged.device)
         self._counts.clear()
         self.segments = segments
@@ -218,7 +237,7 @@ class SampleGradNorms:
             yield result
         finally:
             _active.remove(self)
-            self.segments = self.row_segments = self.ids = self.ragged = None
+            self.segments = self.row_segments = self.ids = self.ragged = self.scales = None
             for family in self._families:
                 family.opened, family.carriers = None, ()
 
@@ -356,6 +375,20 @@ class SampleGradNorms:
         for members in families.values():
             self._found_family(members)
 
+    def _check_unweighted(self) -> None:
+        """Every gradient that is weighted by c_s is made by a layer of ours."""
+        way_out = 'freeze it, or take norms="weighted" and SampleNorms.per_weight'
+        refused = self.head_name
+        for member, _, names in self._members:
+            if isinstance(member, LinearMember) and not member.family.trains[member.index][0]:
+                refused = names[0]
+        if refused or self.skipped:
+            self.remove()
+            raise ValueError(
+                f"unweighted norms: {refused or self.skipped[0]} trains, and its gradient cannot be weighted apart "
+                f"from the norm: {way_out}"
+            )
+
     def _family_of(self, path: str, module: nn.Module, names: list[str]) -> object:
         """Siblings that may read one tensor: q, k and v; gate and up; their LoRA A's."""
         parts = path.split(".")
@@ -398,7 +431,7 @@ class SampleGradNorms:
         _, slots, names = self._room
         for _, _, slot in slots:
             slot.grad = None
-        return SampleNorms(self, segments, slots, names, before)
+        return SampleNorms(self, segments, slots, names, before, self.scales)
 
     def _slots(
         self, parts: int, count: int, slices: int, device: torch.device
@@ -456,6 +489,8 @@ class SampleGradNorms:
 
     def _own_products(self, family: Family, segments: Segments) -> bool:
         """Whether the family's layers make their weights' gradients themselves."""
+        if self.unweighted:
+            return True
         if self.probes or not all(weight for weight, _ in family.trains):
             return False
         if self.products != "auto":

@@ -1,0 +1,141 @@
+"""Mutual information along the rationales while a student trains: a file of curves beside the run's table."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compact.config import CompactConfig
+from compact.loss import targets_of
+from compact.metrics import read_metrics
+from compact.student import StudentOutput
+from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
+from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls
+from compact_kernels.rule import sequence_of_row
+
+BINS = 20  # parts of a rationale's body, whatever its length, that a curve has points for
+CURVES = ("proxy", "phsic")
+SCALARS = ("adaptability", "shuffled_mask", "wrong_answer", "phsic_mean")
+
+
+class InformationLog:
+    """Measures every so many steps, on the device, and writes a row a measurement.
+
+    A row: ``step``, ``hsic`` (unbiased, over batch and queue; null below four questions), ``seconds`` that the
+    measurement took, and per teacher ``count``, the curves ``proxy`` (eq. 2, nats) and ``phsic`` over the body, first
+    to last token in :data:`BINS` parts (null where no rationale reached one), S_MI and its two controls, and the mean
+    of PHSIC over the scored rows. The queue is not part of a checkpoint: a run that goes on fills it anew.
+
+    Args:
+        path: information.jsonl. teachers: names, in the order of their indices.
+    """
+
+    def __init__(self, path: Path, teachers: Sequence[str], config: CompactConfig) -> None:
+        self.path, self.teachers, self.config = path, list(teachers), config
+        self.queue = InformationQueue(config.information.queue)
+        self._ids: dict[str, int] = {}
+        self._pending: list[tuple[int, float, Tensor]] = []
+        self._write = False
+
+    def start(self, step: int, *, write: bool) -> None:
+        """Begin after optimizer step `step`: rows beyond it are cut off."""
+        self._write = write
+        if write and self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    @torch.no_grad()
+    def measure(self, step: int, output: StudentOutput, result: CompatibilityOutput, batch: Mapping[str, Any]) -> None:
+        """Of one batch, after its forward pass."""
+        device = output.hidden.device
+        started = _now(device)
+        ragged: Ragged = batch["ragged"]
+        head, options = output.head, self.config.adaptability
+        evidence = result.statistics.tokens.evidence
+        controls = proxy_controls(
+            output.hidden,
+            head.weight,
+            targets_of(batch),
+            ragged,
+            AdaptabilityOptions(options.epsilon, options.span, options.length_norm),
+            evidence=evidence,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            workspace_mib=self.config.workspace_mib,
+        )
+        ids = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]
+        found = self.queue.measure(
+            output.hidden, answer_embeddings(head.weight, ragged), torch.tensor(ids, device=device), ragged
+        )
+        curves = torch.stack([evidence.double(), found.curve[ragged.rows].double()])  # (2, N)
+        scalars = torch.stack([*controls, found.scalar]).double()  # (4, S)
+        sums = self._sums(curves, scalars, ragged, batch["teachers"])
+        hsic = found.hsic.double()
+        total = torch.cat([sums, torch.stack([hsic.nan_to_num(), hsic.isfinite().double()])])
+        self._pending.append((step, _now(device) - started, total))
+
+    def _sums(self, curves: Tensor, scalars: Tensor, ragged: Ragged, teachers: Tensor) -> Tensor:
+        """What adds up over ranks: by teacher and part of the body, and by teacher."""
+        owner, count = sequence_of_row(ragged), len(self.teachers)
+        step = torch.arange(ragged.num_rows, device=owner.device) - ragged.cu_rows[:-1].long()[owner]
+        steps = ragged.body_lengths.long()[owner] + 1  # r_0 … r_B
+        inside = step < steps
+        part = (step * BINS // steps).clamp_max(BINS - 1)
+        place = teachers[owner] * BINS + part
+        values = torch.cat([curves, torch.ones_like(curves[:1])]) * inside  # (3, N)
+        by_part = values.new_zeros(3, count * BINS).index_add_(1, place, values)
+        known = scalars.isfinite()
+        both = torch.cat([scalars.nan_to_num(), known.double()])  # (8, S)
+        by_teacher = both.new_zeros(2 * len(SCALARS), count).index_add_(1, teachers, both)
+        return torch.cat([by_part.flatten(), by_teacher.flatten()])
+
+    def flush(self, accelerator: Any) -> dict[str, float]:
+        """Write what is waiting, and give the last measurement's scalars for the log. Every rank calls it."""
+        if not self._pending:
+            return {}
+        pending, self._pending = self._pending, []
+        matrix = accelerator.reduce(torch.stack([sums for _, _, sums in pending]), "sum").cpu()
+        rows = [self._row(step, seconds, sums) for (step, seconds, _), sums in zip(pending, matrix)]
+        if self._write:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        logs = {} if rows[-1]["hsic"] is None else {"information/hsic": rows[-1]["hsic"]}
+        for name, entry in rows[-1]["teachers"].items():
+            logs |= {f"information/{key}/{name}": entry[key] for key in SCALARS if entry[key] is not None}
+        return logs
+
+    def _row(self, step: int, seconds: float, sums: Tensor) -> dict[str, Any]:
+        count = len(self.teachers)
+        parts = sums[: 3 * count * BINS].view(3, count, BINS)
+        scalars = sums[3 * count * BINS : -2].view(2, len(SCALARS), count)
+        teachers = {}
+        for i, name in enumerate(self.teachers):
+            if not scalars[1, 0, i]:
+                continue
+            teachers[name] = {
+                "count": int(scalars[1, 0, i]),
+                **{curve: _means(parts[j, i], parts[2, i]) for j, curve in enumerate(CURVES)},
+                **dict(zip(SCALARS, _means(scalars[0, :, i], scalars[1, :, i]))),
+            }
+        hsic = _means(sums[-2:-1], sums[-1:])[0]
+        return {"step": step, "hsic": hsic, "seconds": seconds, "teachers": teachers}
+
+
+def _means(sums: Tensor, counts: Tensor) -> list[float | None]:
+    means = (sums / counts).tolist()
+    return [value if math.isfinite(value) else None for value in means]
+
+
+def _now(device: torch.device) -> float:
+    """A clock that the device's work is counted in; waits for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
