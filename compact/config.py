@@ -102,7 +102,9 @@ class ConsensusConfig:
         "attention", "attention: the student's own (paper); cosine: of its final states; sentence: of embeddings"
     )
     centrality: Literal["in_degree", "pagerank", "eigenvector"] = option("in_degree", "in_degree is the paper's")
-    encoder: str | None = option(None, "sentence encoder for affinity sentence, or mind.features sentence: a folder or hub id")
+    encoder: str | None = option(
+        None, "sentence encoder for affinity sentence, or mind.features sentence: a folder or hub id"
+    )
 
 
 @dataclass
@@ -149,7 +151,8 @@ class MindConfig:
     """MIND's Teaching Assistant (method §4)."""
 
     features: Literal["student", "sentence"] = option(
-        "student", "of a path: the student's mean hidden state, or its embedding with the question by consensus.encoder (paper)"
+        "student",
+        "of a path: the student's mean hidden state, or its embedding with the question by consensus.encoder (paper)",
     )
     width: int = option(256, "of the MLP and of attention; heads must divide it", ge=1)
     heads: int = option(4, "of attention across the paths of a question", ge=1)
@@ -227,8 +230,8 @@ class CompactConfig:
             )
         if self.mind_reads_embeddings and self.consensus.affinity == "sentence":
             raise UserError(
-                "mind.features: sentence embeds a question with its rationale, and consensus.affinity sentence wants the "
-                "rationale alone: set consensus.affinity to attention or cosine"
+                "mind.features: sentence embeds a question with its rationale, and consensus.affinity sentence wants "
+                "the rationale alone: set consensus.affinity to attention or cosine"
             )
         if self.mind.width % self.mind.heads:
             raise UserError(f"mind.heads: {self.mind.heads} does not divide mind.width, which is {self.mind.width}")
