@@ -15,7 +15,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def write_skills(
     if part not in ("test", "validation"):
         raise UserError(f"skills.part is {part!r}; it is test or validation")
     names = team(misleading)
-    kinds = {  # random state, how many, of which part, skills, wordings
+    # Random state, how many, of which part, skills, wordings.
+    kinds: dict[str, tuple[str, int, str, dict[str, Callable], tuple[int, ...]]] = {
         "train": (f"train {seed}", questions, "train", TAUGHT, TRAINED_WORDINGS),
         "held_out": (part, held_out, part, TAUGHT, TRAINED_WORDINGS),
         "wordings": (f"{part} wordings", held_out, part, TAUGHT, (HELD_OUT_WORDING,)),

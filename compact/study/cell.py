@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_merged(recipe, given.merge)
         else:
             run(recipe)
-        if given.analyze:
+        seconds = time.time() - psutil.Process().create_time()
+        if given.analyze:  # which other seeds do without: it is no part of a cell's price
             compact.analyze.main([str(folder)])
     except UserError as error:
         print(f"compact.study: {error}", file=sys.stderr)
@@ -133,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in ["checkpoints", "cache", *(["student"] if given.drop_student else [])]:
         shutil.rmtree(folder / part, ignore_errors=True)
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-    seconds = time.time() - psutil.Process().create_time()
     write_atomically(folder / "cell.json", json.dumps({"seconds": seconds, "peak_reserved": peak}))
     return 0
 
