@@ -102,7 +102,9 @@ class ConsensusConfig:
         "attention", "attention: the student's own (paper); cosine: of its final states; sentence: of embeddings"
     )
     centrality: Literal["in_degree", "pagerank", "eigenvector"] = option("in_degree", "in_degree is the paper's")
-    encoder: str | None = option(None, "sentence encoder for affinity sentence: a folder or hub id")
+    encoder: str | None = option(
+        None, "sentence encoder for affinity sentence, or mind.features sentence: a folder or hub id"
+    )
 
 
 @dataclass
@@ -162,7 +164,8 @@ class MindConfig:
     """MIND's Teaching Assistant (method §4)."""
 
     features: Literal["student", "sentence"] = option(
-        "student", "of a path: the student's mean hidden state, or the embedding by consensus.encoder (paper)"
+        "student",
+        "of a path: the student's mean hidden state, or its embedding with the question by consensus.encoder (paper)",
     )
     width: int = option(256, "of the MLP and of attention; heads must divide it", ge=1)
     heads: int = option(4, "of attention across the paths of a question", ge=1)
@@ -249,14 +252,23 @@ class CompactConfig:
                 "gradients.norms: unweighted needs divergence.weight 0, for the divergence mixes rationales; set that "
                 "or take exact"
             )
+        if self.mind_reads_embeddings and self.consensus.affinity == "sentence":
+            raise UserError(
+                "mind.features: sentence embeds a question with its rationale, and consensus.affinity sentence wants "
+                "the rationale alone: set consensus.affinity to attention or cosine"
+            )
         if self.mind.width % self.mind.heads:
             raise UserError(f"mind.heads: {self.mind.heads} does not divide mind.width, which is {self.mind.width}")
 
     @property
     def reads_embeddings(self) -> bool:
         """Whether the method reads sentence embeddings of the rationales."""
-        by_mind = self.strategy == "mind" and self.mind.features == "sentence"
-        return by_mind or self.consensus.affinity == "sentence"
+        return self.mind_reads_embeddings or self.consensus.affinity == "sentence"
+
+    @property
+    def mind_reads_embeddings(self) -> bool:
+        """Whether they are MIND's features: of the question and the rationale together."""
+        return self.strategy == "mind" and self.mind.features == "sentence"
 
 
 @dataclass

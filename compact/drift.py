@@ -31,7 +31,7 @@ def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
     if not path.is_file():
         raise UserError(f"evaluation.held_text: there is no file {path}")
     texts: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         if line.strip() and len(texts) < limit:
             row = json.loads(line) if path.suffix == ".jsonl" else {"text": line}
             texts.append("\n".join(str(row[name]) for name in FIELDS if isinstance(row.get(name), str)))
@@ -43,22 +43,23 @@ def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
 @torch.no_grad()
 def token_divergences(base: nn.Module, student: nn.Module, ids: list[list[int]]) -> list[float]:
     """Mean over the positions of each text of KL(base ‖ student), in nats; both models on one device."""
-    out: list[float] = []
+    out = [0.0] * len(ids)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # so that a batch holds next to no padding
+    device = next(student.parameters()).device
+    heads = [head(unwrap(model)) for model in (base, student)]
+    chunk = max(1, LOGIT_CHUNK // heads[0].weight.shape[0])
     for start in range(0, len(ids), BATCH):
-        batch = ids[start : start + BATCH]
-        device = next(student.parameters()).device
+        chosen = order[start : start + BATCH]
+        batch = [ids[index] for index in chosen]
         tokens, mask = padded(batch, 0, device, left=False)
         states = [_states(model, tokens, mask) for model in (base, student)]
         rows = mask.bool()
         parts = []
-        left, right = (hidden[rows] for hidden in states)
-        heads = [head(unwrap(model)) for model in (base, student)]
-        chunk = max(1, LOGIT_CHUNK // heads[0].weight.shape[0])
-        for first in range(0, left.shape[0], chunk):
-            p = heads[0](left[first : first + chunk]).float().log_softmax(-1)
-            q = heads[1](right[first : first + chunk]).float().log_softmax(-1)
+        for hidden in zip(*(state[rows].split(chunk) for state in states)):
+            p, q = (layer(state).float().log_softmax(-1) for layer, state in zip(heads, hidden))
             parts.append((p.exp() * (p - q)).sum(-1))
-        out += [float(part.mean()) for part in torch.cat(parts).split([len(row) for row in batch])]
+        for index, part in zip(chosen, torch.cat(parts).split([len(row) for row in batch])):
+            out[index] = float(part.mean())
     return out
 
 

@@ -1,4 +1,4 @@
-"""Sentence embeddings of rationales, whose cosine may be the affinity of the consensus graph (eq. 4)."""
+"""Sentence embeddings of rationales: for the affinity of the consensus graph (eq. 4), or as MIND's features."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def with_embeddings(
             f"{key} is sentence, and the dataset's rationales have no `embedding`: set consensus.encoder "
             "to a sentence encoder (a folder or hub id) and pass processing_class, the student's tokenizer"
         )
-    return embed_rationales(dataset, tokenizer, encoder, cache_dir=cache_dir, device=device)
+    return embed_rationales(
+        dataset, tokenizer, encoder, questions=config.mind_reads_embeddings, cache_dir=cache_dir, device=device
+    )
 
 
 def embed_rationales(
@@ -62,6 +64,7 @@ def embed_rationales(
     tokenizer: Any,
     encoder: str,
     *,
+    questions: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 64,
@@ -69,13 +72,14 @@ def embed_rationales(
     """Add an `embedding` (E floats, fp32, of length 1) to every rationale of a tokenized dataset.
 
     It is the mean of the encoder's last hidden states over the tokens of the rationale's body, as text: what a
-    question's rationales have in common, its prompt and suffix, is left out. Of a body longer than the encoder's
+    question's rationales have in common, its prompt and suffix, is left out. Of a text longer than the encoder's
     context the beginning is read, and a warning says how many there are.
 
     Args:
         dataset: what :func:`compact.data.tokenize_questions` gives.
         tokenizer: the student's, which made those tokens.
         encoder: a folder or hub id of a sentence encoder with weights in safetensors.
+        questions: embed the prompt before the body too, as MIND does (method §4).
         cache_dir: where the Arrow file goes, named by everything it depends on; default: a folder that is removed
             when the process ends.
         device: where the encoder runs.
@@ -87,12 +91,12 @@ def embed_rationales(
     folder = cache_folder(cache_dir)
     model, reader = load_encoder(encoder)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    parts = [_FORMAT, dataset_digest(dataset), vocabulary, _digest(model, reader)]
+    parts = [_FORMAT, dataset_digest(dataset), vocabulary, _digest(model, reader), questions]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     target = folder / f"embeddings-{key}.arrow"
     if not target.exists():
         embed = _Embedding(model.to(device), reader, batch_size)  # type: ignore[arg-type]
-        write_arrow(target, EMBEDDINGS, embed.batches(dataset, tokenizer))
+        write_arrow(target, EMBEDDINGS, embed.batches(dataset, tokenizer, questions))
         if embed.cut:
             logger.warning(
                 "%s reads %d tokens at once: of %d of %d rationales only the beginning is embedded",
@@ -155,13 +159,19 @@ class _Embedding:
         self.context = min(reader.model_max_length, positions or 1 << 20)
         self.cut = self.seen = 0
 
-    def batches(self, dataset: datasets.Dataset, tokenizer: Any, size: int = 128) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, dataset: datasets.Dataset, tokenizer: Any, questions: bool, size: int = 128
+    ) -> Iterator[pa.RecordBatch]:
         with tqdm(total=len(dataset), desc="Embedding rationales", unit=" questions", disable=None) as progress:
             for start in range(0, len(dataset), size):
                 items = dataset.select(range(start, min(start + size, len(dataset)))).to_list()
                 rationales = [rationale for item in items for rationale in item["rationales"]]
                 bodies = [rationale["completion_ids"][: rationale["body_length"]] for rationale in rationales]
                 texts = [text.strip() for text in tokenizer.batch_decode(bodies, skip_special_tokens=True)]
+                if questions:
+                    prompts = tokenizer.batch_decode([item["prompt_ids"] for item in items], skip_special_tokens=True)
+                    owners = [prompt.strip() for item, prompt in zip(items, prompts) for _ in item["rationales"]]
+                    texts = [f"{prompt}\n{text}" for prompt, text in zip(owners, texts)]
                 for rationale, embedding in zip(rationales, self(texts)):
                     rationale["embedding"] = embedding
                 progress.update(len(items))

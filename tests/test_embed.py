@@ -71,6 +71,21 @@ def test_an_embedding_is_the_mean_state_of_the_body_and_nothing_else(encoder):
         assert torch.tensor(item["rationales"][0]["embedding"]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_mind_s_feature_is_that_of_question_and_rationale_together(encoder, tmp_path):
+    method = {"strategy": "mind", "mind": {"features": "sentence"}, "consensus": {"encoder": encoder}}
+    trainer = toy_trainer(tmp_path, questions=6, method=method)
+    model, reader = BertModel.from_pretrained(encoder).eval(), PreTrainedTokenizerFast.from_pretrained(encoder)
+    for item in trainer.train_dataset:
+        for rationale in item["rationales"]:
+            ids = item["prompt_ids"], rationale["completion_ids"][: rationale["body_length"]]
+            text = "\n".join(toy_tokenizer().decode(part, skip_special_tokens=True).strip() for part in ids)
+            with torch.no_grad():
+                state = model(**reader(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+            assert rationale["embedding"] == pytest.approx((state / state.norm()).tolist(), abs=1e-5)
+    trainer.train()
+    assert trainer.strategy.net.encode[0].normalized_shape == (24,)  # the encoder's width, not the student's
+
+
 def test_everything_else_of_the_items_stays(encoder):
     plain = tokenized(toy_rows(5))
     embedded = embed_rationales(plain, toy_tokenizer(), encoder)

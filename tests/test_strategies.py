@@ -184,6 +184,10 @@ def test_ca_mkd_weighs_the_hard_less():
         ({"mind": {"width": 10, "heads": 4}}, "mind.heads.*does not divide"),
         ({"mind": {"threshold": 1.5}}, "mind.threshold.*at most 1"),
         ({"strategy": "mind", "mind": {"features": "sentence"}}, "consensus.encoder: mind.features"),
+        (
+            {"strategy": "mind", "mind": {"features": "sentence"}, "consensus": {"affinity": "sentence"}},
+            "mind.features: sentence embeds a question with its rationale",
+        ),
         ({"mind": {"hedas": 2}}, "did you mean mind.heads"),
     ],
 )

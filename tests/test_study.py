@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +20,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+import compact.analyze
 from compact.errors import UserError
-from compact.results import load_results
+from compact.results import TaskResult, load_results, store_results
+from compact.study import cell, runner, summary
 from compact.study.__main__ import main
-from compact.study.grid import embedded_grids, load_grid
+from compact.study.data import recipe_of
+from compact.study.grid import Cell, embedded_grids, load_grid
 from compact.study.runner import locked
 from compact.study.statistics import crossed, t_quantile
 from tests.test_train import ROOT, save_student, write_rows
@@ -61,16 +68,35 @@ def grid_file(folder: Path, toy: Path, **changes) -> Path:
     return path
 
 
+class InProcess:
+    """A cell in this process and without pictures: imports and pictures are what a tiny one spends its time on."""
+
+    def __init__(self, command, stdout, **_):
+        log = io.TextIOWrapper(os.fdopen(os.dup(stdout.fileno()), "wb"))
+        with pytest.MonkeyPatch.context() as patch, log, redirect_stdout(log), redirect_stderr(log):
+            patch.setattr(compact.analyze, "_draw", lambda run, content: {})
+            self.returncode = cell.main(command[command.index("compact.study.cell") + 1 :])
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def study(*words) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.subprocess, "Popen", InProcess)
+        return main([str(word) for word in words])
+
+
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory) -> tuple[Path, Path, int]:
     folder = tmp_path_factory.mktemp("finished")
-    path = grid_file(folder, toy)
-    return path, folder / "study", main([str(path), "--parallel", "2"])
+    path = grid_file(folder, toy, keep_students=False, parallel=2)
+    return path, folder / "study", study(path)
 
 
 def test_a_study_ends_in_records_and_a_table_although_a_cell_failed(finished):
-    _, study, code = finished
-    content = json.loads((study / "study.json").read_text())
+    _, folder, code = finished
+    content = json.loads((folder / "study.json").read_text())
     assert code == 1 and list(content["failed"]) == ["few/single-nobody/seed-0"]
     assert "nobody" in content["failed"]["few/single-nobody/seed-0"]
     records = content["records"]
@@ -84,29 +110,85 @@ def test_a_study_ends_in_records_and_a_table_although_a_cell_failed(finished):
     assert ours["diff_vs_uniform"] == pytest.approx(ours["mean"] - theirs["mean"], abs=1e-9)
     assert ours["diff_ci95"][0] < ours["diff_vs_uniform"] < ours["diff_ci95"][1]
     assert by_key["compact", "held_text", "kl"]["mean"] > 0
-    text = (study / "study.md").read_text()
+    text = (folder / "study.md").read_text()
     assert "1 cells failed" in text and "nobody" in text and "| compact |" in text
 
 
 def test_cells_are_runs_whose_evaluation_before_training_was_made_once(finished):
-    _, study, _ = finished
-    cells = study / "cells" / "few"
-    base = (study / "base" / "few" / "evaluation" / "before" / "tasks.jsonl").read_bytes()
+    _, folder, _ = finished
+    cells = folder / "cells" / "few"
+    base = (folder / "base" / "few" / "evaluation" / "before" / "tasks.jsonl").read_bytes()
     for method in ("compact", "uniform"):
         run = cells / method / "seed-0"
-        assert (run / "report.md").exists() and (run / "student" / "config.json").exists()
+        assert (run / "report.md").exists() and not (run / "student").exists()
+        assert "cka" in json.loads((run / "analysis" / "states.json").read_text())  # looked into before it went
         assert (run / "evaluation" / "before" / "tasks.jsonl").read_bytes() == base
         assert not (run / "checkpoints").exists()
 
 
 def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(finished):
-    path, study, _ = finished
-    before = {file: file.stat().st_mtime_ns for file in (study / "cells").rglob("metrics.jsonl")}
-    failure = study / "cells" / "few" / "single-nobody" / "seed-0" / "failed.txt"
+    path, folder, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("metrics.jsonl")}
+    failure = folder / "cells" / "few" / "single-nobody" / "seed-0" / "failed.txt"
     old = failure.stat().st_mtime_ns
-    assert len(before) == 2 and main([str(path)]) == 1
-    assert before == {file: file.stat().st_mtime_ns for file in (study / "cells").rglob("metrics.jsonl")}
+    assert len(before) == 2 and study(path) == 1
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("metrics.jsonl")}
     assert failure.stat().st_mtime_ns > old
+
+
+def test_a_price_is_that_of_the_first_cell_times_what_is_missing(finished):
+    path, folder, _ = finished
+    failure = folder / "cells" / "few" / "single-nobody" / "seed-0" / "failed.txt"
+    old = failure.stat().st_mtime_ns
+    seconds = json.loads((folder / "study.json").read_text())["seconds"]
+    assert seconds["missing"] == 1 and seconds["to_come"] == seconds["median"] > 0
+    assert study(path, "--price", "--seeds", "[0, 1]") == 1
+    assert failure.stat().st_mtime_ns == old  # the first cell alone
+    seconds = json.loads((folder / "study.json").read_text())["seconds"]
+    assert seconds["missing"] == 4 and seconds["to_come"] == 4 * seconds["median"]
+    assert "4 are missing: at that price" in (folder / "study.md").read_text()
+
+
+def test_a_study_does_not_go_on_with_other_questions(finished, capsys):
+    path, folder, _ = finished
+    other = yaml.safe_load(path.read_text())
+    other["settings"]["few"]["skills"]["questions"] = 24
+    changed = path.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump(other))
+    grid, cells, _ = load_grid([str(changed), "--seeds", "[7]"])
+    assert runner._jobs(grid, cells, folder) == []
+    said = (folder / "cells" / cells[0].name / "failed.txt").read_text()
+    assert "skills: " in said and '"questions": 16' in said and '"questions": 24' in said and "--study" in said
+
+
+def test_what_every_fold_was_asked_counts_once_and_a_failed_fold_takes_its_seed_along(tmp_path):
+    made = [Cell("s", "m", seed, fold, None, None, 2, 0) for seed in (0, 1) for fold in (0, 1)]
+    for at in made:
+        folder = tmp_path / "cells" / at.name
+        answer = {"id": "x", "correct": at.fold == 0, "strict_correct": True, "answer_logprob": None, "options": 1}
+        answer |= {"solution_logprob": None, "finished": True, "tokens": 1}
+        results = {split: TaskResult(split, split, "number", [answer]) for split in ("id", "forgetting")}
+        store_results(results, {}, folder, "after")
+        (folder / "report.json").write_text("{}")
+    (tmp_path / "cells" / made[3].name / "failed.txt").write_text("it ended with signal 9")
+    found = summary._by_seed(tmp_path, made, "after")
+    held_out, forgotten = ("id", "id", "accuracy"), ("forgetting", "forgetting", "accuracy")
+    assert found == {0: {held_out: {"0/x": 100.0, "1/x": 0.0}, forgotten: {"x": 50.0}}}
+
+
+@pytest.mark.parametrize(
+    "code, log, expected",
+    [
+        (2, "compact.study: no such teacher\n", "no such teacher"),
+        (1, "Traceback\nMemoryError: all of it\n", "it ended with status 1 .*after: MemoryError: all of it"),
+        (-9, "", "it ended with signal 9 .*after: nothing"),
+    ],
+)
+def test_a_failed_cell_says_why(tmp_path, code, log, expected):
+    job = runner.Job("cell", tmp_path, [])
+    (tmp_path / "log.txt").write_text(log)
+    assert not runner._finish(job, code)
+    assert re.match(expected, job.error.read_text())
 
 
 def test_two_studies_do_not_write_to_one_folder(tmp_path):
@@ -138,14 +220,12 @@ def test_a_mistaken_grid_is_named_with_its_line(toy, tmp_path, changes, message)
 
 
 def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
-    from compact.study.runner import _jobs
-
     methods = {"uniform": None, "broken": {"weights.temperature": -1}}
     grid, cells, _ = load_grid([str(grid_file(tmp_path, toy, methods=methods))])
-    jobs = _jobs(grid, cells, Path(grid.study))
+    jobs = runner._jobs(grid, cells, Path(grid.study))
     assert [job.name for job in jobs] == ["base of few", "few/uniform/seed-0"]
     other, _, _ = load_grid([str(grid_file(tmp_path, toy, methods=["no_consensus", "uniform"])), "--seeds", "[5]"])
-    again = _jobs(other, load_grid([str(tmp_path / "grid.yaml"), "--seeds", "[5]"])[1], Path(grid.study))
+    again = runner._jobs(other, load_grid([str(tmp_path / "grid.yaml"), "--seeds", "[5]"])[1], Path(grid.study))
     assert [job.name for job in again] == ["base of few", "few/no_consensus/seed-5", "few/uniform/seed-5"]
     assert all(job.needs is again[0] for job in again[1:])  # whatever methods and seeds come later
     said = (Path(grid.study) / "cells" / "few" / "broken" / "seed-0" / "failed.txt").read_text()
@@ -155,8 +235,6 @@ def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
 def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):
     path = grid_file(tmp_path, toy, methods={"uniform": None, "hot": {"weights": {"temperature": 3}}})
     grid, cells, _ = load_grid([str(path), "--seeds", "[3, 4]", "--set.training.learning_rate", "0.5"])
-    from compact.study.data import recipe_of
-
     assert [cell.name for cell in cells] == [f"few/{m}/seed-{s}" for s in (3, 4) for m in ("uniform", "hot")]
     recipe = recipe_of(cells[1], tmp_path / "study")
     assert recipe.weights.temperature == 3 and recipe.training["learning_rate"] == 0.5 and recipe.seed == 3
@@ -166,8 +244,6 @@ def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):
 
 
 def test_folds_hold_every_question_out_once(toy, tmp_path):
-    from compact.study.data import recipe_of
-
     write_rows(tmp_path / "questions.jsonl", toy_rows(11))
     path = grid_file(
         tmp_path,
@@ -178,8 +254,8 @@ def test_folds_hold_every_question_out_once(toy, tmp_path):
     )
     _, cells, _ = load_grid([str(path)])
     held = []
-    for cell in cells:
-        recipe = recipe_of(cell, tmp_path / "study")
+    for one in cells:
+        recipe = recipe_of(one, tmp_path / "study")
         parts = [
             [json.loads(line)["prompt"] for line in Path(file).read_text().splitlines()]
             for file in (recipe.data.train, recipe.data.held_out)
@@ -223,10 +299,6 @@ def test_one_seed_or_one_question_leaves_an_ordinary_mean():
 
 
 def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeypatch):
-    import compact.analyze
-    from compact.study import cell as cells_module
-    from compact.study.data import recipe_of
-
     monkeypatch.setattr(compact.analyze, "_draw", lambda run, content: {})
     path = grid_file(
         tmp_path, toy, methods={"uniform": None, "merge_of_thought": None}, set={"training.disable_tqdm": True}
@@ -241,9 +313,9 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
         branches.append(([AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders], model.state_dict()))
         return model
 
-    averaged = cells_module.averaged
-    monkeypatch.setattr(cells_module, "averaged", remembered)
-    cells_module.run_merged(recipe, 1)
+    averaged = cell.averaged
+    monkeypatch.setattr(cell, "averaged", remembered)
+    cell.run_merged(recipe, 1)
     (states, mean), run = branches[0], Path(recipe.run)
     assert len(states) == 4
     for name, value in mean.items():
@@ -259,17 +331,17 @@ def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(to
     path = grid_file(
         tmp_path, toy, methods=["uniform"], settings={"few": {"skills": {"questions": 16, "held_out": 2}}}
     )
-    study = tmp_path / "study"
+    folder = tmp_path / "study"
     command = [sys.executable, "-m", "compact.study", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 240
-    while not (study / "base" / "few" / "log.txt").exists():
+    while not (folder / "base" / "few" / "log.txt").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on" in said
-    with locked(study):  # no cell is left to hold it
-        assert not (study / "study.json").exists()
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
-    assert json.loads((study / "study.json").read_text())["failed"] == {}
+    with locked(folder):  # no cell is left to hold it
+        assert json.loads((folder / "study.json").read_text())["records"] == []
+    assert study(path) == 0
+    assert json.loads((folder / "study.json").read_text())["failed"] == {}

@@ -15,7 +15,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,20 @@ def write_skills(
     if part not in ("test", "validation"):
         raise UserError(f"skills.part is {part!r}; it is test or validation")
     names = team(misleading)
-    drawn = {
-        "train": draw_questions(
-            random.Random(f"train {seed}"), questions, part="train", skills=TAUGHT, wordings=TRAINED_WORDINGS
-        ),
-        "held_out": draw_questions(random.Random(part), held_out, part=part, skills=TAUGHT, wordings=TRAINED_WORDINGS),
-        "wordings": draw_questions(
-            random.Random(f"{part} wordings"), held_out, part=part, skills=TAUGHT, wordings=(HELD_OUT_WORDING,)
-        ),
-        "tasks": draw_questions(
-            random.Random(f"{part} tasks"), held_out, part=part, skills=UNTAUGHT, wordings=TRAINED_WORDINGS[:1]
-        ),
+    # Random state, how many, of which part, skills, wordings.
+    kinds: dict[str, tuple[str, int, str, dict[str, Callable], tuple[int, ...]]] = {
+        "train": (f"train {seed}", questions, "train", TAUGHT, TRAINED_WORDINGS),
+        "held_out": (part, held_out, part, TAUGHT, TRAINED_WORDINGS),
+        "wordings": (f"{part} wordings", held_out, part, TAUGHT, (HELD_OUT_WORDING,)),
+        "tasks": (f"{part} tasks", held_out, part, UNTAUGHT, TRAINED_WORDINGS[:1]),
     }
     files = {}
-    for name, asked in drawn.items():
-        rng = random.Random(f"{name} {seed if name == 'train' else part} teachers")
+    for name, (state, count, of, skills, wordings) in kinds.items():
         files[name] = folder / f"{train if name == 'train' else name}.jsonl"
-        _write(files[name], (_row(f"{name}-{i}", question, names, rng) for i, question in enumerate(asked, 1)))
+        if not files[name].exists():
+            asked = draw_questions(random.Random(state), count, part=of, skills=skills, wordings=wordings)
+            rng = random.Random(f"{name} {seed if name == 'train' else part} teachers")
+            _write(files[name], (_row(f"{name}-{i}", question, names, rng) for i, question in enumerate(asked, 1)))
     if gym:
         files["gym"] = folder / "gym.jsonl"
         if not files["gym"].exists():
@@ -119,8 +116,7 @@ def gym_rows(count: int, part: str) -> Iterator[dict[str, Any]]:
 
 
 def _write(file: Path, rows: Iterator[dict[str, Any]]) -> None:
-    if not file.exists():
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
-"""python -m compact.study GRID.yaml [--key value …]: run a study, or go on with it, and say what came out.
+"""python -m compact.study GRID.yaml [--price] [--key value …]: run a study, or go on with it, and say what came out.
 
-The same command goes on with an interrupted study, cell by cell. STUDY/study.md and study.json hold the result.
+The same command goes on with an interrupted study, cell by cell. STUDY/study.md and study.json hold the result, or
+what there is of it. --price runs the first cell alone and says what the others would take.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ def main(argv: list[str] | None = None) -> int:
         print(grid_help())
         return 0
     try:
-        grid, cells, tree = load_grid(words)
+        grid, cells, tree = load_grid([word for word in words if word != "--price"])
         study = Path(grid.study)
-        if study.exists() and any(study.iterdir()) and not (study / "grid.yaml").exists():
+        there = {path.name for path in study.iterdir()} - {".lock"} if study.is_dir() else set()
+        if there and "grid.yaml" not in there:
             raise UserError(f"{study} is not empty and holds no study: choose another folder with --study")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends this process ends its cells
         with locked(study) as lock:
             write_file(plain(tree), study / "grid.yaml")
-            run_cells(grid, cells, lock)
-            failed = write_summary(grid, cells)
+            try:
+                run_cells(grid, cells[:1] if "--price" in words else cells, lock)
+            finally:  # of a study that is stopped, what there is
+                failed = write_summary(grid, cells)
     except UserError as error:
         print(f"compact.study: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """python -m compact.study.cell FOLDER: one cell of a study, in a process of its own; FOLDER/recipe.yaml is its recipe.
 
 With --base the student is only evaluated as it is; with --merge N a branch a teacher is trained and merged, N times.
+With --analyze compact.analyze looks into the student afterwards, before --drop_student deletes it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compact.analyze import write_report
+import compact.analyze
 from compact.config import Recipe, from_dict, read_recipe
 from compact.data import load_questions
 from compact.drift import measure_drift
@@ -91,7 +93,7 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     save_student(model, tokenizer, folder)
     for leftover in (folder / "branches", *folder.glob("round-*")):
         shutil.rmtree(leftover)
-    write_report(folder)
+    compact.analyze.write_report(folder)
 
 
 def averaged(folders: Sequence[Path]) -> PreTrainedModel:
@@ -108,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", action="store_true")
     parser.add_argument("--merge", type=int, default=0)
+    parser.add_argument("--analyze", action="store_true")
     parser.add_argument("--drop_student", action="store_true")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    started, folder = time.time(), given.folder
+    folder = given.folder
     try:
         recipe = from_dict(plain(read_recipe(str(folder / "recipe.yaml"))))
         if given.base:
@@ -121,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_merged(recipe, given.merge)
         else:
             run(recipe)
+        seconds = time.time() - psutil.Process().create_time()
+        if given.analyze:  # which other seeds do without: it is no part of a cell's price
+            compact.analyze.main([str(folder)])
     except UserError as error:
         print(f"compact.study: {error}", file=sys.stderr)
         return 2
@@ -128,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in ["checkpoints", "cache", *(["student"] if given.drop_student else [])]:
         shutil.rmtree(folder / part, ignore_errors=True)
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-    write_atomically(folder / "cell.json", json.dumps({"seconds": time.time() - started, "peak_reserved": peak}))
+    write_atomically(folder / "cell.json", json.dumps({"seconds": seconds, "peak_reserved": peak}))
     return 0
 
 

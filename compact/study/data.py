@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +45,17 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
     wanted = cell.skills
     assert wanted is not None
     seed = cell.seed if wanted.fresh else 0
-    files = write_skills(
-        study / "data" / cell.setting,
-        questions=wanted.questions,
-        held_out=wanted.held_out,
-        seed=seed,
-        part=wanted.part,
-        misleading=wanted.misleading,
-        gym=wanted.gym,
-        train=f"train-{seed}",
-    )
+    with _made_once(study / "data" / cell.setting, "skills", asdict(wanted)) as (folder, _):
+        files = write_skills(
+            folder,
+            questions=wanted.questions,
+            held_out=wanted.held_out,
+            seed=seed,
+            part=wanted.part,
+            misleading=wanted.misleading,
+            gym=wanted.gym,
+            train=f"train-{seed}",
+        )
     data |= {"train": str(files["train"]), "held_out": str(files["held_out"])}
     evaluation["limit"] = max(wanted.held_out, wanted.gym)
     tasks = {name: str(files[name]) for name in ("wordings", "tasks", "gym") if name in files}
@@ -61,22 +67,52 @@ def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[st
     source = Path(str(data.get("train")))
     if source.suffix != ".jsonl" or not source.is_file():
         raise UserError(f"folds: data.train must be a .jsonl file of questions, and is {data.get('train')!r}")
-    folder = study / "data" / cell.setting / f"fold-{cell.fold}"
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    content = source.read_bytes()
+    facts = {"folds": cell.folds, "questions": hashlib.sha256(content).hexdigest()}
+    with _made_once(study / "data" / cell.setting, "folds", facts) as (folder, made):
+        if not made:
+            _write_folds(source, content.decode(), cell.folds, folder)
+    files = {name: folder / f"fold-{cell.fold}" / f"{name}.jsonl" for name in ("train", "held_out")}
+    data |= {name: str(file) for name, file in files.items()}
+    held_out = files["held_out"].read_text(encoding="utf-8").count("\n")
+    evaluation["limit"] = max(held_out, evaluation.get("limit", 0))
+
+
+@contextmanager
+def _made_once(folder: Path, key: str, facts: dict[str, Any]) -> Iterator[tuple[Path, bool]]:
+    """A setting's folder of data, and whether it has been made; after the block it has.
+
+    Raises:
+        UserError: it has been made of something else: cells that were trained on that may be finished.
+    """
+    file, wanted = folder / "made.json", json.dumps(facts)
+    made = file.exists()
+    if made and file.read_text() != wanted:
+        raise UserError(
+            f"{key}: {folder} was made of {file.read_text()}, and this study is of {wanted}: choose another folder "
+            "with --study"
+        )
+    if not made:
+        shutil.rmtree(folder, ignore_errors=True)
+    yield folder, made
+    if not made:
+        write_atomically(file, wanted)
+
+
+def _write_folds(source: Path, content: str, folds: int, folder: Path) -> None:
+    rows = [json.loads(line) for line in content.split("\n") if line.strip()]
     if any("rationales" not in row for row in rows):
         raise UserError(f"folds: {source} must have one question a row, with its rationales")
     texts = sorted({_text(row) for row in rows})
-    if len(texts) < cell.folds:
-        raise UserError(f"folds: {cell.folds} of them need as many questions, and {source} has {len(texts)}")
+    if len(texts) < folds:
+        raise UserError(f"folds: {folds} of them need as many questions, and {source} has {len(texts)}")
     random.Random(0).shuffle(texts)
-    fold_of = {text: index % cell.folds for index, text in enumerate(texts)}
-    held = [row for row in rows if fold_of[_text(row)] == cell.fold]
-    for name, part in (("held_out", held), ("train", [row for row in rows if fold_of[_text(row)] != cell.fold])):
-        file = folder / f"{name}.jsonl"
-        data[name] = str(file)
-        if not file.exists():
-            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
-    evaluation["limit"] = max(len(held), evaluation.get("limit", 0))
+    fold_of = {text: index % folds for index, text in enumerate(texts)}
+    lines = [(fold_of[_text(row)], json.dumps(row, ensure_ascii=False) + "\n") for row in rows]
+    for fold in range(folds):
+        held_out, train = ("".join(line for of, line in lines if (of == fold) is held) for held in (True, False))
+        write_atomically(folder / f"fold-{fold}" / "held_out.jsonl", held_out)
+        write_atomically(folder / f"fold-{fold}" / "train.jsonl", train)
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -90,8 +126,6 @@ def plain_student(recipe: Recipe, study: Path) -> str:
         return recipe.student.model
     folder = study / "student"
     if not folder.exists():
-        from dataclasses import replace
-
         model, tokenizer = load_student(replace(recipe.student, lora=None, compile=False), seed=0, projections=False)
         aside = folder.with_name(".student.writing")
         model.save_pretrained(aside)  # type: ignore[operator]

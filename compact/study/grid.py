@@ -31,7 +31,9 @@ class Grid:
     seeds: list[int] = option(lambda: [0], "of the runs", ge=0)
     baseline: str = option("uniform", "the method that the others are compared with")
     parallel: int | None = option(None, "cells at once on a GPU; null: as many as fit", ge=1)
-    keep_students: bool = option(True, "false: a finished cell's student is deleted")
+    keep_students: bool = option(
+        True, "false: a finished cell's student is deleted, the first seed's after compact.analyze has seen it"
+    )
 
 
 @dataclass
@@ -89,7 +91,7 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         near = options.nearest(argv[0], embedded_grids())
         raise UserError(f"{argv[0]}: no such file, nor an embedded grid ({', '.join(embedded_grids())}){near}")
     tree = read_file(path)
-    _set_flags(tree, argv[1:])
+    set_flags(Grid, tree, argv[1:])  # --set.KEY value gives a recipe key to every cell
     grid = options.build(Grid, tree)
     methods = _methods(tree.value.get("methods", Given([])))
     if grid.baseline not in methods:
@@ -101,11 +103,6 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         if "/" in name or name.startswith("."):
             refuse(tree, name, "is a folder's name too: letters, digits, : . _ -")
     return grid, _cells(grid, tree, methods), tree
-
-
-def _set_flags(tree: Given, words: list[str]) -> None:
-    """Flags of the grid's own keys; `--set.KEY value` gives a recipe key to every cell."""
-    set_flags(Grid, tree, words)
 
 
 def _methods(given: Given) -> dict[str, Given]:
@@ -202,8 +199,9 @@ def _whole(given: Given | None, key: str, least: int) -> int:
 
 def grid_help() -> str:
     lines = [
-        "python -m compact.study GRID [--key value …]",
+        "python -m compact.study GRID [--price] [--key value …]",
         "",
+        "--price: run the first cell alone, and say what the others would take.",
         f"GRID: a YAML file, or {', '.join(embedded_grids())}.",
     ]
     lines += [f"  {spec.name}: {spec.metadata['help']}" for spec in fields(Grid)]

@@ -118,13 +118,15 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int) -> None:
 
 def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
     """A job for each student as it is, and one a cell, which waits for it and takes its evaluation over."""
-    bases: dict[str, Job] = {}
+    bases: dict[str, tuple[Job, Any]] = {}
     jobs = []
     for cell in cells:
         folder = study / "cells" / cell.name
         job = Job(cell.name, folder, [f"--merge={cell.merge}"] if cell.merge else [])
         if not grid.keep_students:
             job.arguments.append("--drop_student")
+            if cell.seed == grid.seeds[0] and not cell.fold:
+                job.arguments.append("--analyze")
         try:
             recipe = recipe_of(cell, study)
             recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
@@ -133,9 +135,9 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
             if recipe.data.held_out is not None:  # else each seed holds out questions of its own
                 if key not in bases:
                     bases[key] = _base(recipe, study / "base" / key)
-                    jobs.append(bases[key])
-                if _asked(from_dict(plain(read_recipe(str(bases[key].folder / "recipe.yaml"))))) == _asked(recipe):
-                    job.needs = bases[key]
+                    jobs.append(bases[key][0])
+                base, asked = bases[key]
+                job.needs = base if asked == _asked(recipe) else None
             job.error.unlink(missing_ok=True)
         except UserError as error:
             write_atomically(job.error, str(error))
@@ -144,15 +146,19 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
     return jobs
 
 
-def _base(recipe: Recipe, folder: Path) -> Job:
-    """What the untrained student does: once for all methods and seeds, which are asked the same."""
-    if not (folder / "recipe.yaml").exists():
+def _base(recipe: Recipe, folder: Path) -> tuple[Job, Any]:
+    """What the untrained student does: once for all methods and seeds, which are asked the same; and what it is asked.
+
+    What there is of it stays as it was asked then.
+    """
+    if not (folder / "evaluation").exists():
         plain_recipe = Recipe(run=str(folder), strategy="uniform", training=recipe.training)
         claim(
             folder,
             replace(plain_recipe, student=recipe.student, data=recipe.data, evaluation=recipe.evaluation),
         )
-    return Job(f"base of {folder.name}", folder, ["--base"])
+    stored = from_dict(plain(read_recipe(str(folder / "recipe.yaml"))))
+    return Job(f"base of {folder.name}", folder, ["--base"]), _asked(stored)
 
 
 def _asked(recipe: Recipe) -> tuple[Any, ...]:
@@ -175,7 +181,7 @@ def _start(job: Job, device: int | None, lock: int) -> subprocess.Popen:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
         environment.setdefault("OMP_NUM_THREADS", "2")
-    with (job.folder / "log.txt").open("ab") as log:
+    with (job.folder / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "compact.study.cell", str(job.folder), *job.arguments]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
 
@@ -183,9 +189,13 @@ def _start(job: Job, device: int | None, lock: int) -> subprocess.Popen:
 def _finish(job: Job, code: int) -> bool:
     if code == 0 and job.done:
         return True
-    lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("compact.")] or lines or [f"it ended with status {code}"]
-    write_atomically(job.error, said[-1].partition("compact.study: ")[2] or said[-1])
+    log = job.folder / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line.removeprefix("compact.study: ") for line in lines if line.startswith("compact.study: ")]
+    if not said:
+        ending = f"status {code}" if code >= 0 else f"signal {-code}"
+        said = [f"it ended with {ending} ({log}), after: {lines[-1] if lines else 'nothing'}"]
+    write_atomically(job.error, said[-1])
     return False
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from compact.results import TaskResult, load_results, write_atomically
 from compact.study.grid import Cell, Grid
 from compact.study.statistics import Estimate, crossed
 
-# (task, split, measure) → question → value, of one seed
-Values = dict[tuple[str, str, str], dict[str, float]]
+Key = tuple[str, str, str]  # task, split, measure
+Values = dict[Key, dict[str, float]]  # question → value, of one seed
 NAMES = dict(zip(MEASURES, ("accuracy", "answer_logprob", "solution_logprob")))
 UNITS = {"accuracy": "%", "answer_logprob": "nats a token", "solution_logprob": "nats a token", "kl": "nats a token"}
 BEFORE = "before training"
@@ -70,29 +71,33 @@ def _setting(study: Path, setting: str, cells: Sequence[Cell], baseline: str) ->
 
 
 def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]:
-    """What each seed reached; a seed one of whose folds is missing is left out."""
+    """What each seed reached; a seed one of whose folds is missing or has failed is left out.
+
+    A question that every fold was asked counts once, with its mean: folds are no questions of their own.
+    """
     found: dict[int, Values] = {}
     for seed in dict.fromkeys(cell.seed for cell in cells):
-        values: Values = {}
-        folds = [cell for cell in cells if cell.seed == seed]
-        for cell in folds:
+        asked: defaultdict[Key, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for cell in (cell for cell in cells if cell.seed == seed):
             folder = study / "cells" / cell.name
             results, _ = load_results(folder, when)
-            if not results or (when == "after" and not (folder / "report.json").exists()):
+            finished = (folder / "report.json").exists() and not (folder / "failed.txt").exists()
+            if not results or (when == "after" and not finished):
                 break
-            _add(values, results, "" if cell.fold is None else f"{cell.fold}/")
+            for key, item, value in _measured(results, cell.fold):
+                asked[key][item].append(value)
             drift = folder / "evaluation" / when / "drift.json"
-            if drift.exists():
-                texts = json.loads(drift.read_text())["values"]
-                kl = values.setdefault(("held_text", "forgetting", "kl"), {})
-                kl |= {f"{cell.fold}/{index}": value for index, value in enumerate(texts)}
+            for index, value in enumerate(json.loads(drift.read_text())["values"] if drift.exists() else ()):
+                asked["held_text", "forgetting", "kl"][str(index)].append(value)
         else:
-            found[seed] = values
+            found[seed] = {
+                key: {item: float(np.mean(values)) for item, values in items.items()} for key, items in asked.items()
+            }
     return found
 
 
-def _add(values: Values, results: Mapping[str, TaskResult], prefix: str) -> None:
-    """Put a cell's predictions to those of its seed; of several tasks out of distribution also the pool."""
+def _measured(results: Mapping[str, TaskResult], fold: int | None) -> Iterator[tuple[Key, str, float]]:
+    """What a cell's predictions are worth; those of several tasks out of distribution also count in their pool."""
     pooled = [name for name, result in results.items() if result.split == "ood"]
     for name, result in results.items():
         for title, measure in MEASURES.items():
@@ -100,9 +105,10 @@ def _add(values: Values, results: Mapping[str, TaskResult], prefix: str) -> None
                 value = measure(row)
                 if value is None:
                     continue
-                values.setdefault((name, result.split, NAMES[title]), {})[f"{prefix}{row['id']}"] = value
+                item = f"{fold}/{row['id']}" if result.split == "id" else row["id"]
+                yield (name, result.split, NAMES[title]), item, value
                 if name in pooled and len(pooled) > 1:
-                    values.setdefault(("all", "ood", NAMES[title]), {})[f"{prefix}{name}/{row['id']}"] = value
+                    yield ("all", "ood", NAMES[title]), f"{name}/{row['id']}", value
 
 
 def _estimate(by_seed: Mapping[int, Mapping[str, float]]) -> Estimate:
@@ -113,9 +119,7 @@ def _estimate(by_seed: Mapping[int, Mapping[str, float]]) -> Estimate:
     return crossed(np.array([[float(np.mean(list(values.values())))] for values in by_seed.values()]))
 
 
-def _difference(
-    ours: Mapping[int, Values], theirs: Mapping[int, Values], key: tuple[str, str, str]
-) -> Estimate | None:
+def _difference(ours: Mapping[int, Values], theirs: Mapping[int, Values], key: Key) -> Estimate | None:
     """Paired: the same questions under the same seeds."""
     paired = {}
     for seed in ours.keys() & theirs.keys():
@@ -137,17 +141,21 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         known = [report for report in found if report["alpha_entropy"] is not None]
         if known:
             teachers = [name for name, value in known[0]["alpha_mean"].items() if value is not None]
-            alpha = {name: float(np.mean([r["alpha_mean"][name] for r in known])) for name in teachers}
+            by_seed = {name: [r["alpha_mean"][name] for r in known] for name in teachers}
+            alpha = {name: float(np.mean([a for a in of if a is not None])) for name, of in by_seed.items()}
             entropy = float(np.mean([report["alpha_entropy"] for report in known]))
             out.append({"setting": setting, "method": method, "alpha": alpha, "entropy": entropy})
     return out
 
 
 def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, float] | None:
-    """What a finished cell took, on the clock."""
+    """What finished cells took on the clock, and what the others would take one after another."""
     files = [study / "cells" / cell.name / "cell.json" for cell in cells]
     seconds = [json.loads(file.read_text())["seconds"] for file in files if file.exists()]
-    return {"median": float(np.median(seconds)), "sum": float(np.sum(seconds))} if seconds else None
+    if not seconds:
+        return None
+    median, missing = float(np.median(seconds)), len(cells) - len(seconds)
+    return {"median": median, "sum": float(np.sum(seconds)), "missing": missing, "to_come": median * missing}
 
 
 def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -> str:
@@ -175,10 +183,12 @@ def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -
             ]
             parts += ["**Mean α in the last quarter of training**", table(["method", *names, "entropy"], cells)]
     parts += [f"![{Path(path).stem}]({path})" for path in pictures]
-    if content["seconds"]:
-        parts.append(
-            f"A cell took {content['seconds']['median']:.0f} s (median), all {content['seconds']['sum']:.0f} s."
-        )
+    if seconds := content["seconds"]:
+        text = f"A cell took {seconds['median']:.0f} s (median), the finished ones {seconds['sum'] / 60:.0f} min."
+        if seconds["missing"]:
+            minutes = seconds["to_come"] / 60
+            text += f" {seconds['missing']} are missing: at that price {minutes:.0f} min, one after another."
+        parts.append(text)
     return "\n\n".join(parts) + "\n"
 
 
