@@ -275,8 +275,7 @@ def test_the_divergence_and_its_gradient_are_those_of_float64(kind, dtype):
 
 
 @NEEDS_LIBRARY
-@pytest.mark.parametrize("kind", ["kl", "jsd"])
-def test_the_divergence_is_exact_where_one_rationale_has_nearly_all_of_alpha(kind):
+def test_the_divergence_is_exact_where_one_rationale_has_nearly_all_of_alpha():
     ragged = Ragged.build(
         sequence_lengths=[5] * 3, prompt_lengths=[1] * 3, rationales_per_question=[3], answer_spans=[(1, 2)] * 3
     )
@@ -287,7 +286,7 @@ def test_the_divergence_is_exact_where_one_rationale_has_nearly_all_of_alpha(kin
     results = []
     for dtype in (torch.float64, torch.float32):
         leaf = hidden.to(dtype).requires_grad_()
-        value = answer_divergence(leaf, weight.to(dtype), ragged, alpha, kind=kind)
+        value = answer_divergence(leaf, weight.to(dtype), ragged, alpha, kind="kl")
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         results.append([value.detach().double(), *gradient.double().split(5)])
     for truth, actual in zip(*results):
