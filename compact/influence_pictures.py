@@ -77,7 +77,7 @@ def information(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> F
         ax.set(title=f"{title} along the body", xlabel="part of the body read", xlim=(0, 1))
     axes[0, 1].axhline(0, color=GREY, linewidth=1)
     steps = np.array([row["step"] for row in rows])
-    panels = {"shuffled_mask": "S_MI over its shuffled mask", "wrong_answer": "S_MI over another question's answer"}
+    panels = {"shuffled_mask": "S_MI − S_MI, mask shuffled", "wrong_answer": "S_MI − S_MI, another's answer"}
     for ax, (control, title) in zip(axes[1], panels.items()):
         names[ax] = []
         for teacher, colour in colours(teachers).items():
