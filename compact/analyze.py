@@ -24,7 +24,7 @@ import yaml
 
 from compact.comparison import comparison
 from compact.errors import UserError
-from compact.metrics import METRICS, read_metrics
+from compact.metrics import INFORMATION, METRICS, NORMS, read_metrics
 from compact.report import markdown
 from compact.results import TaskResult, compare, load_results, write_atomically
 
@@ -111,6 +111,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
         "effective_teachers": {"first_tenth": _effective(rows[:tenth]), "last_tenth": _effective(rows[-tenth:])},
         "states": _json(run.folder / "analysis" / "states.json") or None,
+        "information": _information(run.folder),
+        "influence": _json(run.folder / "analysis" / "influence.json") or None,
         "loss": {"first_tenth": _loss(rows[:tenth]), "last_tenth": _loss(rows[-tenth:])},
         "questions": run.data.get("questions") or dict.fromkeys(("used", "refused")),
         "rationales": run.data.get("rationales") or dict.fromkeys(("used", "cut", "refused", "wrong")),
@@ -160,7 +162,7 @@ def _accuracy(run: Run, name: str) -> dict[str, Any]:
 def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
     """Draw what there is to draw: title → path below the run's folder; {"": why} where nothing can be drawn."""
     try:
-        from compact import pictures, question_pictures, state_pictures
+        from compact import influence_pictures, pictures, question_pictures, state_pictures
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -185,6 +187,14 @@ def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
         if states.exists():
             with np.load(states, allow_pickle=False) as arrays:
                 figures |= state_pictures.figures(dict(arrays), run.teachers)
+        if "influence" in _measured(run.metrics):
+            figures["influence"] = influence_pictures.influence(run.metrics, run.teachers)
+        if rows := read_metrics(run.folder / "information.jsonl"):
+            figures["information"] = influence_pictures.information(rows, run.teachers)
+        norms = run.folder / "analysis" / "influence.npz"
+        if norms.exists():
+            with np.load(norms, allow_pickle=False) as arrays:
+                figures["norms"] = influence_pictures.norms(dict(arrays), run.teachers)
         for name, figure in figures.items():
             png = io.BytesIO()
             figure.savefig(png, format="png")
@@ -199,8 +209,8 @@ def _tail(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 def _measured(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The metrics that the table has, with the gradient norms where they were measured."""
-    known = any("influence" in entry for row in _tail(rows) for entry in row["teachers"].values())
-    return [*METRICS, "influence"] if known else list(METRICS)
+    known = {key for row in _tail(rows) for entry in row["teachers"].values() for key in entry}
+    return [*METRICS, *(key for key in NORMS if key in known)]
 
 
 def _tail_mean(rows: Sequence[dict[str, Any]], teacher: str, key: str) -> float | None:
@@ -212,6 +222,25 @@ def _tail_mean(rows: Sequence[dict[str, Any]], teacher: str, key: str) -> float 
 
 def _loss(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {key: _mean([row[key] for row in rows]) for key in ("loss", "loss_sft", "loss_mcon")}
+
+
+def _information(folder: Path) -> dict[str, Any] | None:
+    """Means over the last quarter of the measurements, and what they cost."""
+    rows = read_metrics(folder / "information.jsonl")
+    if not rows:
+        return None
+    last = _tail(rows)
+    names = dict.fromkeys(name for row in last for name in row["teachers"])
+    present = {name: [row["teachers"][name] for row in last if name in row["teachers"]] for name in names}
+    return {
+        "measurements": len(rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "hsic": _mean([row["hsic"] for row in last if row["hsic"] is not None]),
+        "teachers": {
+            name: {key: _mean([entry[key] for entry in entries if entry[key] is not None]) for key in INFORMATION}
+            for name, entries in present.items()
+        },
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

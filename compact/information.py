@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compact.config import CompactConfig
 from compact.loss import targets_of
-from compact.metrics import read_metrics
+from compact.metrics import INFORMATION, read_metrics
 from compact.student import StudentOutput
 from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
 from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls
@@ -22,7 +22,6 @@ from compact_kernels.rule import sequence_of_row
 
 BINS = 20  # parts of a rationale's body, whatever its length, that a curve has points for
 CURVES = ("proxy", "phsic")
-SCALARS = ("adaptability", "shuffled_mask", "wrong_answer", "phsic_mean")
 
 
 class InformationLog:
@@ -94,7 +93,7 @@ class InformationLog:
         by_part = values.new_zeros(3, count * BINS).index_add_(1, place, values)
         known = scalars.isfinite()
         both = torch.cat([scalars.nan_to_num(), known.double()])  # (8, S)
-        by_teacher = both.new_zeros(2 * len(SCALARS), count).index_add_(1, teachers, both)
+        by_teacher = both.new_zeros(2 * len(INFORMATION), count).index_add_(1, teachers, both)
         return torch.cat([by_part.flatten(), by_teacher.flatten()])
 
     def flush(self, accelerator: Any) -> dict[str, float]:
@@ -109,13 +108,13 @@ class InformationLog:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         logs = {} if rows[-1]["hsic"] is None else {"information/hsic": rows[-1]["hsic"]}
         for name, entry in rows[-1]["teachers"].items():
-            logs |= {f"information/{key}/{name}": entry[key] for key in SCALARS if entry[key] is not None}
+            logs |= {f"information/{key}/{name}": entry[key] for key in INFORMATION if entry[key] is not None}
         return logs
 
     def _row(self, step: int, seconds: float, sums: Tensor) -> dict[str, Any]:
         count = len(self.teachers)
         parts = sums[: 3 * count * BINS].view(3, count, BINS)
-        scalars = sums[3 * count * BINS : -2].view(2, len(SCALARS), count)
+        scalars = sums[3 * count * BINS : -2].view(2, len(INFORMATION), count)
         teachers = {}
         for i, name in enumerate(self.teachers):
             if not scalars[1, 0, i]:
@@ -123,7 +122,7 @@ class InformationLog:
             teachers[name] = {
                 "count": int(scalars[1, 0, i]),
                 **{curve: _means(parts[j, i], parts[2, i]) for j, curve in enumerate(CURVES)},
-                **dict(zip(SCALARS, _means(scalars[0, :, i], scalars[1, :, i]))),
+                **dict(zip(INFORMATION, _means(scalars[0, :, i], scalars[1, :, i]))),
             }
         hsic = _means(sums[-2:-1], sums[-1:])[0]
         return {"step": step, "hsic": hsic, "seconds": seconds, "teachers": teachers}

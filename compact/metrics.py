@@ -19,8 +19,9 @@ from compact_kernels.rule import question_spread, segment_sum
 
 METRICS = ("adaptability", "consensus", "difficulty")
 _SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS, "squared_norms")
-_NORMS = ("influence", "own_norm")  # u_s, and n_s where it was measured apart; known after the backward pass
-_PER_TEACHER = ("count", "alpha", *METRICS, *_NORMS)
+INFORMATION = ("adaptability", "shuffled_mask", "wrong_answer", "phsic_mean")  # of compact.information, by rationale
+NORMS = ("influence", "own_norm")  # u_s, and n_s where it was measured apart; known after the backward pass
+_PER_TEACHER = ("count", "alpha", *METRICS, *NORMS)
 
 
 def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: int) -> Tensor:
@@ -35,7 +36,7 @@ def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: i
     questions = result.alpha.new_tensor(float(ragged.num_questions))
     spreads = [question_spread(value, ragged)[1].sum() for value in values]
     one_hot = torch.nn.functional.one_hot(teachers, num_teachers).to(result.alpha.dtype)  # (S, teachers)
-    later = [torch.zeros_like(result.alpha)] * len(_NORMS)
+    later = [torch.zeros_like(result.alpha)] * len(NORMS)
     columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values, *later])  # (7, S)
     none = torch.zeros_like(result.sft)
     scalars = [result.loss.detach(), result.sft, result.divergence, none, questions, entropy, *spreads, none]
@@ -52,7 +53,7 @@ def norm_metrics(norms: SampleNorms, teachers: Tensor, num_teachers: int) -> Ten
         flowed = own * norms.weights
     scalars = flowed.new_zeros(len(_SCALARS))
     scalars[_SCALARS.index("squared_norms")] = flowed.square().sum()
-    rest = flowed.new_zeros((len(_PER_TEACHER) - len(_NORMS)) * num_teachers)
+    rest = flowed.new_zeros((len(_PER_TEACHER) - len(NORMS)) * num_teachers)
     return torch.cat([scalars, rest, flowed @ one_hot, own @ one_hot])
 
 
@@ -163,7 +164,7 @@ class MetricsTable:
             if entry["count"]:
                 teachers[name] = {k: v if k == "count" else v / entry["count"] for k, v in entry.items()}
                 teachers[name]["influence"] /= replicas
-                for key in _NORMS:
+                for key in NORMS:
                     if not scalar["squared_norms"] or not teachers[name][key] and key == "own_norm":
                         del teachers[name][key]
         rationales = int(sum(sums[0] for sums in table))
@@ -220,7 +221,7 @@ class MetricsTable:
             logs[f"spread/{name}"] = mean([row["spread"][name] for row in rows])
         for teacher in sorted({name for row in rows for name in row["teachers"]}):
             present = [row["teachers"][teacher] for row in rows if teacher in row["teachers"]]
-            measured = [name for name in ("alpha", *METRICS, *_NORMS) if name in present[0]]
+            measured = [name for name in ("alpha", *METRICS, *NORMS) if name in present[0]]
             for name in measured:
                 logs[f"{name}/{teacher}"] = mean([entry[name] for entry in present])
         return logs

@@ -20,6 +20,8 @@ def markdown(content: Mapping[str, Any], recipe: str, pictures: Mapping[str, str
         "## Teachers",
         *_teachers(content),
         *(["## Inside the student", *_states(content["states"])] if content["states"] else []),
+        *(["## Gradient norms", *_influence(content["influence"])] if content["influence"] else []),
+        *(["## Information", *_information(content)] if content["information"] else []),
         "## Pictures",
         *_pictures(content, pictures),
         "## Data",
@@ -100,6 +102,7 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
         "consensus": "S_cons (consensus)",
         "difficulty": "S_PPL (difficulty)",
         "influence": "u (gradient norm)",
+        "own_norm": "n (before α)",
     }
     effective = [number(content["effective_teachers"][when], 2) for when in ("first_tenth", "last_tenth")]
     return [
@@ -148,6 +151,37 @@ def _states(content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _influence(content: Mapping[str, Any]) -> list[str]:
+    """What :func:`compact.influence.read_influence` found."""
+    rows, means = [], []
+    for when in ("before", "after"):
+        of = content[when]
+        rows.append([when, number(of["length"], 2)])
+        for pair in of["correlations"].values():
+            rows[-1] += [f"{number(pair['raw'], 2)} / {number(pair['without_length'], 2)}"]
+        rows[-1].append(number(of["alpha_and_influence"], 2))
+    for name, of in content["after"]["teachers"].items():
+        means.append([name, *(number(of[key], 3) for key in ("tokens", "n", "n_without_length", "alpha", "u"))])
+    return [
+        f"n: the norm of a rationale's own gradient, u: of what flows under α ({content['questions']} questions). "
+        "Rank correlations of n, each as it is / with length partialled out:",
+        table(["", "length", "loss", "S_MI", "wrong answer", "α and u"], rows),
+        table(["teacher", "tokens", "n", "n's rank without length (0: as expected)", "α", "u"], means),
+    ]
+
+
+def _information(content: Mapping[str, Any]) -> list[str]:
+    found = content["information"]
+    share = f"{100 * found['seconds'] / content['seconds']:.1f}% of the run" if content["seconds"] else "time"
+    rows = [[name, *(number(value, 4) for value in of.values())] for name, of in found["teachers"].items()]
+    hsic = MISSING if found["hsic"] is None else f"{found['hsic']:.3g}"
+    return [
+        f"{found['measurements']} measurements took {found['seconds']:.1f} s ({share}). Means over the last quarter; "
+        f"unbiased HSIC between the questions' mean states and answers: {hsic} (0 where nothing depends).",
+        table(["teacher", "S_MI", "mask shuffled", "another's answer", "PHSIC"], rows),
+    ]
+
+
 def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
     if "" in pictures:
         return [pictures[""]]
@@ -164,6 +198,12 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         "tsne": "The last states of the same rationales, before and after training, by t-SNE.",
         "metrics": "What each metric adds to a teacher's score (mean z-score, signed as in eq. 7), before and after.",
         "evidence": "Jumps of the evidence along each teacher's rationales, before and after: how many, how large.",
+        "influence": "Left what the rule gives each teacher, right what moves the student: the norm of the gradient "
+        "that flowed through its rationales. The two need not agree.",
+        "norms": "A dot is a rationale, after training. Left: the norm of its own loss's gradient against its length. "
+        "Right: what is left of norm and loss once length is taken out of both, as ranks.",
+        "information": "Above: how the answer becomes known along a rationale, by the logit-lens proxy and by PHSIC, "
+        "over the last quarter of training. Below: how far S_MI is above its controls; at 0 it says nothing.",
         "consensus": "The same question's consensus graph: the wider an arrow, the more the rationale at its tail "
         "attends to the one at its head; the larger a node, the more the others agree with it (the number in it).",
     }

@@ -52,7 +52,7 @@ def read_states(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
         from compact.demo import build
 
         recipe = build(recipe)
-    items, teachers = _items(recipe, tokenizer, run, questions)
+    items, teachers = run_items(recipe, tokenizer, run, questions)
     base = base_student(recipe, student)
     projections = recipe.consensus.affinity == "attention"
     collate = Collator(tokenizer, ifd=recipe.difficulty.kind == "ifd")
@@ -71,7 +71,8 @@ def read_states(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     return content
 
 
-def _items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[list[dict[str, Any]], list[str]]:
+def run_items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The first questions of a run with several rationales, in tokens, and the teachers' names."""
     cache = run / "cache"
     assert recipe.data.train is not None
     for source in filter(None, (recipe.data.held_out, recipe.data.train)):

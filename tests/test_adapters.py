@@ -21,7 +21,7 @@ from compact.adapters import Collator, DistillationMixin, WindowLoader, build_st
 from compact.collate import to_device
 from compact.config import CompactConfig
 from compact.errors import UserError
-from compact.loss import Denominators
+from compact.loss import Denominators, forward, targets_of
 from tests.architectures import tiny
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_model, toy_rows
@@ -78,7 +78,9 @@ def assert_same(found: dict[str, Tensor], truth: dict[str, Tensor], scale: float
         torch.testing.assert_close(found[name] * scale, value, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["trainer", "weights", "trl", "lightning", "loop", "logprob", "kernels"])
+@pytest.mark.parametrize(
+    "name", ["trainer", "weights", "trl", "lightning", "loop", "logprob", "kernels", "norms", "information"]
+)
 def test_a_snippet_has_at_most_15_lines(name):
     assert 0 < sum(bool(line.strip()) for line in EXAMPLES[name].splitlines()) <= 15
 
@@ -256,3 +258,31 @@ def test_what_a_host_trainer_would_get_wrong_is_refused(tmp_path, setup):
         config = CompactConfig(strategy="fixed")
         config.weights.fixed = {"nobody": 1.0}
         Distiller(toy_model(), TrainingArguments(str(tmp_path), **sgd()), config=config, **given)
+
+
+def test_norms_of_a_models_own_packed_step():
+    model, lengths = toy_model(), (5, 3, 4)
+    ids = torch.randint(0, 384, (1, 12), generator=torch.Generator().manual_seed(0))
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    labels = ids[0].clone()
+    labels[cu[:-1]] = -100
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    given = {"ids": ids, "labels": labels, "positions": positions, "cu_seqlens": cu}
+    names = execute("norms", {}, torch=torch, model=model, cu_questions=torch.tensor([0, 2, 3]), **given)
+    twin = toy_model()
+    for s, (a, b) in enumerate(zip(cu, cu[1:])):
+        logits = twin(input_ids=ids[:, a:b], use_cache=False).logits[0]
+        loss = F.cross_entropy(logits[:-1], ids[0, a + 1 : b], reduction="sum") / 9
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        expected = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        torch.testing.assert_close(names["norms"].norms[s], expected, rtol=1e-4, atol=0)
+
+
+def test_information_of_a_batch(setup):
+    model = prepare(toy_model())
+    batch = to_device(Collator()(list(setup["tokens"].select(range(6)))), "cpu")
+    output = forward(model, batch)
+    given = {"hidden": output.hidden.detach(), "head_weight": output.head.weight.detach(), "ragged": batch["ragged"]}
+    names = execute("information", {}, targets=targets_of(batch), question_ids=torch.arange(6), **given)
+    assert all(value.shape == batch["teachers"].shape for value in (*names["controls"], names["found"].scalar))
+    assert names["found"].curve.shape == (len(output.hidden),) and names["found"].hsic.isfinite()

@@ -377,6 +377,56 @@ def test_autocast_norms_are_those_of_the_gradients_it_makes():
         torch.testing.assert_close(found.double(), expected, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("products", ["gram", "own"])
+def test_bf16_norms_are_exact_on_its_own_activations_and_cancelling_rationales_are_told_apart(
+    products, record_property
+):
+    """Against float64 on the same bf16 inputs and gradients: 1e-4, but where a rationale's tokens cancel each other.
+
+    There a norm is a small difference of large sums: its error is bounded by what was summed, not by what is left.
+    """
+    model = student("llama", dtype=torch.bfloat16).requires_grad_(False)
+    linear = [m for layer in model.model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    for module in linear:
+        module.requires_grad_(True)
+    ids, targets, ragged = batch((40, 33, 70, 24))
+    # Rationales 1 and 3 say one thing twice and mean nearly the opposite the second time.
+    wanted = torch.randn(len(targets), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    cu, seen = ragged.cu_seqlens.tolist(), {}
+    recorder = SampleGradNorms(model, products=products)
+
+    def watch(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen[module] = [inputs[0].detach()]
+        output.register_hook(seen[module].append)
+
+    for module in linear:  # what a layer saw, and the gradient that came back
+        module.register_forward_hook(watch)
+    hidden = torch.randn(1, len(targets), model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    for s, rest in ((1, 0.004), (3, 0.02)):
+        a, half = cu[s], (cu[s + 1] - cu[s]) // 2
+        hidden[:, a + half : a + 2 * half] = hidden[:, a : a + half]
+        wanted[a + half : a + 2 * half] = -(1 - rest) * wanted[a : a + half]
+        wanted[a + 2 * half : cu[s + 1]] = 0
+    with recorder.record(ragged) as norms:
+        x = hidden.to(torch.bfloat16).requires_grad_()
+        mlp = model.model.layers[0].mlp
+        mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))[0].backward(wanted.to(torch.bfloat16))
+    truth, summed = torch.zeros(4).double(), torch.zeros(4).double()
+    for seen_x, gradient in (seen[m] for m in linear if m in seen):
+        for s, (a, b) in enumerate(zip(cu, cu[1:])):
+            x, g = seen_x[0, a:b].double(), gradient[0, a:b].double()
+            truth[s] += (g.T @ x).square().sum()
+            summed[s] += ((g @ g.T) * (x @ x.T)).abs().sum()
+    error = (norms.squared.double() - truth).abs()
+    lost = summed / truth  # by how much a sum is larger than its result
+    assert (lost[[0, 2]] < 100).all() and (lost[[1, 3]] > 1e3).all()
+    assert (error / truth)[[0, 2]].max() < 1e-4
+    assert (error / summed).max() < 1e-6
+    for s in (1, 3):
+        record_property(f"rationale_{s}", f"sums {lost[s]:.1e} times what is left, error {error[s] / truth[s]:.1e}")
+        print(f"{products}, cancelling: sums {lost[s]:.1e} times what is left, error {error[s] / truth[s]:.1e}")
+
+
 def test_groups_add_up_and_name_the_parts():
     model = student("gpt2")
     ids, targets, ragged = batch()

@@ -55,6 +55,25 @@ def test_gram_norms(lengths, widths, biased, dtype):
         )
 
 
+@pytest.mark.parametrize("rest", [0.3, 0.03, 0.004])
+def test_gram_norms_of_cancelling_tokens_err_by_what_was_summed(rest, record_property):
+    """A Gram matrix adds large terms to a small norm; the error is of the terms' size, float32's rounding of them."""
+    cut = segments((64, 40))
+    x, g = matrix(104, 48, torch.float32), matrix(104, 40, torch.float32, 1)
+    x[32:64], g[32:64] = x[:32], -(1 - rest) * g[:32]  # the first rationale takes back nearly all it says
+    x, g = x.bfloat16(), g.bfloat16()
+    found = by_rationale(launch.gram_norms(x, [g], 0, cut.cu, cut.tiles, None), cut).double()
+    truth = by_rationale(plain.gram_norms(x.double(), [g.double()], 0, cut.cu, cut.tiles), cut)
+    pairs = zip(x.double().split([64, 40]), g.double().split([64, 40]))
+    summed = torch.stack([((a @ a.T) * (b @ b.T)).abs().sum() for a, b in pairs])
+    error = (found - truth).abs()
+    assert error[1] < TOLERANCE[torch.bfloat16] * truth[1]
+    assert (error < 1e-6 * summed).all()
+    said = f"sums {summed[0] / truth[0]:.1e} times what is left, error {error[0] / truth[0]:.1e}"
+    record_property("cancelling", said)
+    print(f"gram kernel, cancelling: {said}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_biass_norm_alone_and_a_neighbours_nan(dtype):
     cut = segments(SHORT)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import compact.analyze
+from compact import influence
 from compact.controls import controlled
 from compact.drift import token_divergences
 from compact.states import auc, linear_cka, pca_shift
@@ -101,6 +102,30 @@ def test_analyze_looks_into_the_student_and_the_report_tells(run):
     pictures = {path.stem for path in (run / "pictures").iterdir()}
     assert {"latent", "metrics", "evidence", "weights"} <= pictures
     assert ("tsne" in pictures) == _has_sklearn()
+
+
+def test_norms_are_read_of_both_students_and_correlated_without_length(run):
+    assert influence.main([str(run), "--questions", "6"]) == 0
+    content = json.loads((run / "analysis" / "influence.json").read_text())
+    arrays = np.load(run / "analysis" / "influence.npz", allow_pickle=False)
+    assert content["questions"] == 6 and set(content["after"]["teachers"]) == {"terse", "wordy", "wrong"}
+    one = arrays["alpha_after"] > 0
+    assert (arrays["n_after"] > 0).all() and (arrays["u_after"][one] > 0).all()
+    assert content["after"]["correlations"]["wrong"]["without_length"] is not None
+    text = (run / "report.md").read_text()
+    assert "## Gradient norms" in text and "with length partialled out" in text
+    assert (run / "pictures" / "norms.png").stat().st_size > 10_000
+
+
+def test_a_correlation_that_length_makes_is_gone_without_it():
+    rng = np.random.default_rng(0)
+    length = rng.integers(5, 60, 400).astype(float)
+    one, other = length + rng.normal(size=400), length + rng.normal(size=400)
+    assert influence.spearman(one, other) > 0.98
+    assert abs(influence.partial_spearman(one, other, length)) < 0.15
+    assert influence.partial_spearman(one + other, other, length) > 0.3
+    assert influence.spearman(one, np.ones(400)) is None
+    assert influence.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
 
 
 def test_without_scikit_learn_the_message_says_how_to_get_it(monkeypatch):
