@@ -73,6 +73,16 @@ def test_alpha_is_a_softmax_over_the_paths_near_the_best(threshold):
     assert (alpha == 0).any() == (threshold > 0)
 
 
+def test_alpha_asks_no_other_rank_as_the_report_s_example_is_traced_on_one_alone(monkeypatch):
+    for name in ("broadcast", "reduce", "gather_object"):
+        monkeypatch.setattr(f"compact.strategies.mind.{name}", lambda *_: pytest.fail("it waits for all ranks"))
+    _, context = batch_of([3, 2])
+    torch.manual_seed(5)
+    first = mind().given(context)
+    torch.rand(7)  # the seed decides, not what was drawn since
+    assert torch.equal(first, mind().given(context))
+
+
 def test_the_assistant_comes_to_foresee_the_losses():
     strategy = mind()
     statistics, context = batch_of([4] * 12)

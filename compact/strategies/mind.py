@@ -73,6 +73,7 @@ class Mind(Strategy):
         self.steps = 0  # the student's in that window
         self.trend: dict[str, float] = {}  # "question\tteacher" → exponential average of L_real
         self.fresh: dict[str, float] = {}  # of this rank since the last step
+        self._alike = False  # whether all ranks have been given the first one's parameters
         self._waiting: dict[str, Any] | None = None
         self._scored: tuple[Context, Tensor] | None = None  # α's own scores, for the same batch's L_meta
 
@@ -107,6 +108,10 @@ class Mind(Strategy):
     def step(self, learning_rate: float | None = None) -> None:
         if self.batch is None or self.optimizer is None:
             return
+        if not self._alike:  # not earlier: a rank may build it alone, to show a question
+            for parameter in self._parameters():
+                parameter.data = broadcast(parameter.data)
+            self._alike = True
         added, self.batch = reduce(self.batch, "sum"), None
         self.window = added if self.window is None else self.window + added
         if self.options.inertia == "ema":
@@ -159,13 +164,11 @@ class Mind(Strategy):
 
     def _build(self, features: Tensor) -> None:
         with torch.random.fork_rng():
-            torch.manual_seed(torch.initial_seed() % 2**32)
+            torch.manual_seed(torch.initial_seed() % 2**32)  # the run's seed, whenever the first batch comes
             net = TeachingAssistant(
                 features.shape[1], self.options.width, self.options.heads if self.options.attention else 0
             )
         self.net = net.to(features.device)
-        for parameter in net.parameters():
-            parameter.data = broadcast(parameter.data)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.options.warmup_rate, weight_decay=0.0)
         if self._waiting is not None:
             self._restore(self._waiting)

@@ -164,7 +164,8 @@ def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -
         f"# {Path(grid.study).name}",
         f"{content['cells']} cells: {len(grid.settings)} settings, recipe `{grid.recipe}`, seeds {grid.seeds}. "
         f"Mean ± one standard error; in brackets the paired difference from `{baseline}` with its 95% interval, which "
-        "allows for other seeds and other questions (two-way random effects). Bold: the interval is clear of zero.",
+        "allows for other seeds and other questions (two-way random effects; of one seed for other questions alone). "
+        "Bold: the interval is clear of zero.",
     ]
     if content["failed"]:
         reasons = "\n".join(f"- `{name}`: {why}" for name, why in content["failed"].items())
