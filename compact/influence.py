@@ -119,7 +119,13 @@ def summary(found: Mapping[str, np.ndarray], teachers: Sequence[str]) -> dict[st
     return {
         "length": spearman(n, length),
         "correlations": {
-            key: {"raw": spearman(n, found[key]), "without_length": partial_spearman(n, found[key], length)}
+            key: {
+                "raw": spearman(n, found[key]),
+                "without_length": partial_spearman(n, found[key], length),
+                "without_length_and_loss": None
+                if key == "difficulty"
+                else partial_spearman(n, found[key], length, found["difficulty"]),
+            }
             for key in COLUMNS
         },
         "alpha_and_influence": spearman(found["alpha"], found["u"]),
@@ -134,10 +140,10 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[place]
 
 
-def residual(values: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """What a straight line over `given` leaves of the values."""
-    x, y = given - given.mean(), values - values.mean()
-    return y - x * (x @ y) / max(x @ x, 1e-300)
+def residual(values: np.ndarray, *given: np.ndarray) -> np.ndarray:
+    """What is left of the values when a linear function of `given` has explained what it can."""
+    known = np.stack([np.ones(len(values)), *given], axis=1)
+    return values - known @ np.linalg.lstsq(known, values, rcond=None)[0]
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float | None:
@@ -145,10 +151,10 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float | None:
     return _correlation(ranks(one), ranks(other))
 
 
-def partial_spearman(one: np.ndarray, other: np.ndarray, given: np.ndarray) -> float | None:
-    """Rank correlation with the ranks of `given` partialled out of both."""
-    fixed = ranks(given)
-    return _correlation(residual(ranks(one), fixed), residual(ranks(other), fixed))
+def partial_spearman(one: np.ndarray, other: np.ndarray, *given: np.ndarray) -> float | None:
+    """Rank correlation with the ranks of all `given` partialled out of both."""
+    fixed = [ranks(values) for values in given]
+    return _correlation(residual(ranks(one), *fixed), residual(ranks(other), *fixed))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:

@@ -158,13 +158,13 @@ def _influence(content: Mapping[str, Any]) -> list[str]:
         of = content[when]
         rows.append([when, number(of["length"], 2)])
         for pair in of["correlations"].values():
-            rows[-1] += [f"{number(pair['raw'], 2)} / {number(pair['without_length'], 2)}"]
+            rows[-1].append(" / ".join(number(value, 2) for value in pair.values() if value is not None))
         rows[-1].append(number(of["alpha_and_influence"], 2))
     for name, of in content["after"]["teachers"].items():
         means.append([name, *(number(of[key], 3) for key in ("tokens", "n", "n_without_length", "alpha", "u"))])
     return [
         f"n: the norm of a rationale's own gradient, u: of what flows under α ({content['questions']} questions). "
-        "Rank correlations of n, each as it is / with length partialled out:",
+        "Rank correlations of n, each as it is / with length partialled out / with length and loss:",
         table(["", "length", "loss", "S_MI", "wrong answer", "α and u"], rows),
         table(["teacher", "tokens", "n", "n's rank without length (0: as expected)", "α", "u"], means),
     ]

@@ -349,6 +349,18 @@ def test_terms_that_mix_rationales_count_where_they_flow(case, rule):
     torch.testing.assert_close(gradients(model), ordinary, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_trained_bf16_heads_norms_come_from_rows_of_either_dtype(name):
+    """CPUs without products in bfloat16 hold the head's gradient rows in float32, beside hidden states in bfloat16."""
+    ids, targets, ragged = mixed_batch(False)
+    options = {"weights": torch.tensor([0.3, 0.7, 0.6, 0.4]), "divergence_weight": 0.5}
+    found = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        model = student(name, dtype=dtype)
+        found[dtype] = recorded(model, lambda m=model: fused(m, ids, targets, ragged, **options), ragged).double()
+    torch.testing.assert_close(found[torch.bfloat16], found[torch.float64], rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize(("name", "divergence"), [("llama", 0.5), ("gpt2", 0.5), ("qwen2", 0.0)])
 def test_a_whole_compiled_step_with_a_trained_head_gives_the_same_norms(name, divergence):
     model = student(name)
