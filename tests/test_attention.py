@@ -163,8 +163,12 @@ def test_the_choice_follows_model_device_and_dtype(monkeypatch):
     assert choose(gemma, "cpu", attn_logit_softcapping=None) in ("compact_varlen", "eager")
     assert choose(transformers.GptOssForCausalLM, "cuda") == "flex_attention"  # attention sinks
     assert choose(transformers.StableLmForCausalLM, "cpu") == "sdpa"  # attention of its own
-    with pytest.raises(UserError, match="student.attention"):
-        choose(transformers.GPTJForCausalLM, "cuda")
+
+    class Neither(transformers.LlamaForCausalLM):  # of transformers' own fewer and fewer are left
+        _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
+
+    with pytest.raises(UserError, match="student.attention.*Neither"):
+        choose(Neither, "cuda")
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
     assert choose(llama, "cuda") == choose(gemma, "cuda") == "flash_attention_2"
     assert choose(llama, "cuda", torch.float32) == "compact_varlen"
