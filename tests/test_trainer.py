@@ -274,11 +274,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, m
 
 
 def test_shifted_targets_never_cross_sequences(tmp_path):
-    from compact.loss import _targets
+    from compact.loss import targets_of
 
     trainer = toy_trainer(tmp_path)
     batch = trainer.data_collator(list(trainer.train_dataset)[:3])
-    targets, ragged = _targets(batch), batch["ragged"]
+    targets, ragged = targets_of(batch), batch["ragged"]
     scored = F.one_hot(ragged.rows, targets.numel()).sum(0).bool()
     assert torch.equal(targets != -100, scored)
     assert torch.equal(targets[ragged.rows], batch["input_ids"][0, ragged.rows + 1])
