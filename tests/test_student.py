@@ -166,10 +166,13 @@ def test_without_projections_there_is_no_query():
 
 
 def test_unknown_projections_name_the_option_that_replaces_them():
-    config = transformers.GPTJConfig(
-        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1, eos_token_id=2
-    )
-    model = transformers.GPTJForCausalLM(config).eval()
+    model = tiny("llama")
+    for layer in model.model.layers:  # attention of its own, that asks no implementation
+
+        def own(hidden_states, attention=layer.self_attn, **_):
+            return attention.o_proj(attention.q_proj(hidden_states)), None
+
+        layer.self_attn.forward = own
     with pytest.raises(UserError, match="consensus.affinity=cosine"):
         run(prepare(model), *LENGTHS)
     assert run(prepare(model, projections=False), *LENGTHS).query is None
