@@ -18,9 +18,12 @@ from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics, product
+from compact_kernels.head.torch_rows import CHUNK_MIB, buffer_dtype
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
+
+__all__ = ["CHUNK_MIB", "buffer_dtype"]  # as in plain torch
 
 LN2 = math.log(2.0)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,14 +51,6 @@ def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return 4 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-CHUNK_MIB = 1 << 30  # the more logits at once, the better
-
-
-def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits and gradient rows are held in, where the head computes in `dtype`."""
-    return dtype
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:

@@ -96,8 +96,7 @@ class WeightedPass:
 
         def score(chunk: Chunk) -> Tensor:
             """The chunk's rows (n, D), whose statistics are then in the table and whose logits' gradient is stored."""
-            x = hidden[chunk.rows] if every_row else hidden.index_select(0, ragged.rows[chunk.rows])
-            x = in_rows(x, self.dtype)
+            x = in_rows(self._rows(hidden, chunk.rows), self.dtype)
             targets, stored = self.targets[chunk.rows], buffer[: chunk.last - chunk.first]
             ignored = self.weighting.ignore_index
             backend.statistics(x, head, targets, answers, ignored, table, chunk.first, stored)
@@ -183,8 +182,10 @@ class WeightedPass:
                 )
         return self._result(weighting, decision, rows, None, gradients)
 
-    def _rows(self, hidden: Tensor) -> Tensor:
-        return hidden if self.ragged.num_rows == hidden.shape[0] else hidden.index_select(0, self.ragged.rows)
+    def _rows(self, hidden: Tensor, part: slice = slice(None)) -> Tensor:  # noqa: B008  immutable
+        """The scored rows, or a part of them."""
+        every_row = self.ragged.num_rows == hidden.shape[0]
+        return hidden[part] if every_row else hidden.index_select(0, self.ragged.rows[part])
 
     def _result(
         self,
