@@ -222,9 +222,9 @@ def _stop_at_hidden(
     query, key = _query_key(model, states, rotary) if states is not None else (None, None)
     layer = head(model)
     # FSDP2 frees what it gathered when this forward returns, so the loss needs a copy; elsewhere a view is enough.
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    copied = bool(_sharded_units(model))
     weight, bias = (
-        None if tensor is None else tensor.clone() if sharded else tensor.view_as(tensor)
+        None if tensor is None else tensor.clone() if copied else tensor.view_as(tensor)
         for tensor in (layer.weight, layer.bias)
     )
     used = Head(cast(Tensor, weight), bias, layer.logit_scale, layer.softcap)
@@ -310,6 +310,13 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
     return query.float(), key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
+def _sharded_units(model: nn.Module) -> list[FSDPModule]:
+    """FSDP2's units, outer ones first. Modules are walked only where there are ranks: a walk takes milliseconds."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def _no_projections(model: PreTrainedModel, attention: nn.Module) -> UserError:
     return UserError(
         f"{type(model).__name__}: the query and key projections of its last attention layer "
@@ -326,7 +333,7 @@ def _gathered(model: PreTrainedModel, module: nn.Module) -> Iterator[None]:
         with deepspeed.zero.GatheredParameters(list(module.parameters())):
             yield
         return
-    owners = [m for m in model.modules() if isinstance(m, FSDPModule) and any(c is module for c in m.modules())]
+    owners = [unit for unit in _sharded_units(model) if any(child is module for child in unit.modules())]
     for owner in owners[-1:]:  # the innermost unit holds the parameters
         owner.unshard()
     yield

@@ -3,7 +3,8 @@
 gram_kernel: ‖GᵀX‖² = Σ_ij (XXᵀ)_ij (GGᵀ)_ij. A program holds one tile of both Gram matrices in registers, multiplies
 them entry by entry and writes one number: no T×T matrix reaches memory. Tiles on and below the diagonal suffice;
 layers with one input share XXᵀ, and their GGᵀ add up in one accumulator. A bias is a layer whose input is 1, an
-embedding one whose input is one-hot: their XXᵀ is 1, or whether two tokens are equal.
+embedding one whose input is one-hot: their XXᵀ is 1, or whether two tokens are equal. Where tiles are few, the wider
+matrix's columns are split over programs, each of which makes the narrower one's tile again.
 
 product_kernel: a_sᵀb_s rationale by rationale, its square's sum, and Σ_s w_s a_sᵀb_s, from one pass. A rationale's
 tokens are never split over programs, because the square is of their sum.
@@ -32,16 +33,21 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _add_gram(
-    acc, desc, row0, column0, diagonal, dim,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    acc, desc, row0, column0, diagonal, dim, part,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + A Aᵀ of the rows from row0 and the columns from column0 on; a diagonal tile reads its rows once."""
+    """acc + A Aᵀ of the rows from row0 and the columns from column0 on, over a part of A's own columns.
+
+    A diagonal tile reads its rows once.
+    """
+    blocks = tl.cdiv(dim, BLOCK_K)
+    first, last = blocks * part // PARTS, blocks * (part + 1) // PARTS
     if diagonal:
-        for k in tl.range(0, tl.cdiv(dim, BLOCK_K)):
+        for k in tl.range(first, last):
             a = desc.load([row0, k * BLOCK_K])
             acc = _dot(a, a.T, acc, PRECISION, UPCAST)
     else:
-        for k in tl.range(0, tl.cdiv(dim, BLOCK_K)):
+        for k in tl.range(first, last):
             a = desc.load([row0, k * BLOCK_K])
             b = desc.load([column0, k * BLOCK_K])
             acc = _dot(a, b.T, acc, PRECISION, UPCAST)
@@ -50,15 +56,15 @@ def _add_gram(
 
 @triton.jit(do_not_specialize=["ignored"])
 def gram_kernel(
-    x_desc,  # (T, D); unused unless INPUT is PRODUCT
+    x_desc,  # (T, D); None unless INPUT is PRODUCT
     ids_ptr,  # (T,) int64; where INPUT is TOKENS
     g0_desc,  # (T, D0)
-    g1_desc,
+    g1_desc,  # None from LAYERS on
     g2_desc,
     factor_ptr,  # (T,) float32
     cu_ptr,  # (S+1,) int32
     tiles_ptr,  # (M, 3) int32
-    out_ptr,  # (M,) float32
+    out_ptr,  # (PARTS, M) float32
     x_dim,
     g0_dim,
     g1_dim,
@@ -68,12 +74,19 @@ def gram_kernel(
     LAYERS: tl.constexpr,
     BIASED: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT_INPUT: tl.constexpr,  # X's columns are split over the parts, or the layers'
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    part = tl.program_id(1)
+    X_PARTS: tl.constexpr = PARTS if SPLIT_INPUT else 1
+    G_PARTS: tl.constexpr = 1 if SPLIT_INPUT else PARTS
+    x_part = part if SPLIT_INPUT else 0
+    g_part = 0 if SPLIT_INPUT else part
     sequence = tl.load(tiles_ptr + tile * 3)
     i = tl.load(tiles_ptr + tile * 3 + 1)
     j = tl.load(tiles_ptr + tile * 3 + 2)
@@ -86,15 +99,15 @@ def gram_kernel(
 
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     biases = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    acc = _add_gram(acc, g0_desc, row0, column0, diagonal, g0_dim, BLOCK_K, PRECISION, UPCAST)
+    acc = _add_gram(acc, g0_desc, row0, column0, diagonal, g0_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
     if BIASED == 1 and LAYERS > 1:
         biases = acc
     if LAYERS > 1:
-        acc = _add_gram(acc, g1_desc, row0, column0, diagonal, g1_dim, BLOCK_K, PRECISION, UPCAST)
+        acc = _add_gram(acc, g1_desc, row0, column0, diagonal, g1_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
     if BIASED == 2 and LAYERS > 2:
         biases = acc
     if LAYERS > 2:
-        acc = _add_gram(acc, g2_desc, row0, column0, diagonal, g2_dim, BLOCK_K, PRECISION, UPCAST)
+        acc = _add_gram(acc, g2_desc, row0, column0, diagonal, g2_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
     weight = inside.to(tl.float32)
     if HAS_FACTOR:
         weight *= tl.load(factor_ptr + rows, mask=rows < end, other=0.0)[:, None]
@@ -103,11 +116,11 @@ def gram_kernel(
     total = 0.0
     if INPUT == PRODUCT:
         if BIASED == LAYERS:
-            total += tl.sum(acc)
+            total += tl.where(x_part == 0, tl.sum(acc), 0.0)
         elif BIASED > 0:
-            total += tl.sum(tl.where(inside, biases * weight, 0.0))
+            total += tl.where(x_part == 0, tl.sum(tl.where(inside, biases * weight, 0.0)), 0.0)
         x_acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        x_acc = _add_gram(x_acc, x_desc, row0, column0, diagonal, x_dim, BLOCK_K, PRECISION, UPCAST)
+        x_acc = _add_gram(x_acc, x_desc, row0, column0, diagonal, x_dim, x_part, X_PARTS, BLOCK_K, PRECISION, UPCAST)
         total += tl.sum(tl.where(inside, acc * x_acc, 0.0))
     elif INPUT == TOKENS:
         row_ids = tl.load(ids_ptr + rows, mask=rows < end, other=-1)
@@ -116,7 +129,7 @@ def gram_kernel(
         total += tl.sum(tl.where(same, acc, 0.0))
     else:
         total += tl.sum(acc)
-    tl.store(out_ptr + tile, tl.where(diagonal, total, 2.0 * total))
+    tl.store(out_ptr + part * tl.num_programs(0) + tile, tl.where(diagonal, total, 2.0 * total))
 
 
 @triton.jit(do_not_specialize=["sequences"])

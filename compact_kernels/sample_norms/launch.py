@@ -20,7 +20,7 @@ class GramTile(NamedTuple):
     """How a Gram tile is computed: by measurement on an H100."""
 
     block_k: int = 64
-    warps: int = 8
+    warps: int = 4
     stages: int = 4
 
 
@@ -33,19 +33,22 @@ class ProductTile(NamedTuple):
 
 
 GRAM = GramTile()
-GRAM_FLOAT32 = GramTile(block_k=32, warps=8, stages=2)
-PROGRAMS = 264  # of a product, at least, where there are rationales enough: two a multiprocessor
+GRAM_FLOAT32 = GramTile(block_k=32, warps=4, stages=2)
+# Programs at least, where there is work enough for as many: what an H100's 132 multiprocessors hold at once.
+GRAM_PROGRAMS = 396
+PROGRAMS = 264  # of a product
+NARROW_PROGRAMS = 528  # of one that is bound by what it reads
 
 
 def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> ProductTile:
-    """A product's tile by its shape, the same for all dtypes but for its depth; LoRA's narrow side is one tile."""
+    """A product's tile by its shape and, in depth, its dtype; LoRA's narrow side is one tile."""
     if _INTERPRETED:
         return ProductTile(32, 16 if n <= 16 else 32, 16, 4, 1)
-    k, stages = (64, 3) if dtype.itemsize == 2 else (32, 2)
     if n <= 64:
-        return ProductTile(128, max(16, triton.next_power_of_2(n)), k, 4, stages)
+        return ProductTile(128, max(16, triton.next_power_of_2(n)), 64, 4, 3)
     if m <= 64:
-        return ProductTile(max(16, triton.next_power_of_2(m)), 128, k, 4, stages)
+        return ProductTile(max(16, triton.next_power_of_2(m)), 128, 64, 4, 3)
+    k, stages = (64, 3) if dtype.itemsize == 2 else (32, 2)
     return ProductTile(128, 128, k, 8, stages)
 
 
@@ -99,25 +102,35 @@ def _gram(
     factor: Tensor | None,
     ignored: int,
 ) -> Tensor:
-    out = torch.empty(tiles.shape[0], dtype=torch.float32, device=grads[0].device)
-    if tiles.shape[0] == 0:
-        return out
+    count = tiles.shape[0]
+    if count == 0:
+        return torch.empty(0, dtype=torch.float32, device=grads[0].device)
     dtype = grads[0].dtype
     shape = GRAM_FLOAT32 if dtype == torch.float32 else GRAM
     block_k = 32 if _INTERPRETED else shape.block_k
     mode = kernels.PRODUCT if x is not None else kernels.TOKENS if ids is not None else kernels.ONES
     descriptors = [_tiled(g if g.dtype == dtype else g.to(dtype), BLOCK, block_k) for g in grads]
-    padded = [*descriptors, *[descriptors[0]] * (3 - len(grads))]
-    dims = [descriptor.shape[1] for descriptor in padded]
-    given = descriptors[0] if x is None else _tiled(x.to(dtype), BLOCK, block_k)
+    padded = [*descriptors, *[None] * (3 - len(grads))]
+    dims = [0 if descriptor is None else descriptor.shape[1] for descriptor in padded]
+    given = None if x is None else _tiled(x.to(dtype), BLOCK, block_k)
+    widths = 0 if x is None else x.shape[1], sum(gradient.shape[1] for gradient in grads)
+    parts = gram_parts(count, *widths)
+    out = torch.empty(parts, count, dtype=torch.float32, device=grads[0].device)
     precision, upcast = _precision(dtype)
-    kernels.gram_kernel[(tiles.shape[0],)](
+    kernels.gram_kernel[(count, parts)](
         given, ids if ids is not None else cu, *padded, factor if factor is not None else out, cu, tiles, out,
-        given.shape[1], *dims, ignored,
-        INPUT=mode.value, LAYERS=len(grads), BIASED=biased, HAS_FACTOR=factor is not None, BLOCK=BLOCK,
-        BLOCK_K=block_k, PRECISION=precision, UPCAST=upcast, num_warps=shape.warps, num_stages=shape.stages,
+        widths[0], *dims, ignored,
+        INPUT=mode.value, LAYERS=len(grads), BIASED=biased, HAS_FACTOR=factor is not None,
+        PARTS=parts, SPLIT_INPUT=widths[0] > widths[1], BLOCK=BLOCK, BLOCK_K=block_k,
+        PRECISION=precision, UPCAST=upcast, num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    return out
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def gram_parts(tiles: int, x_width: int, g_width: int) -> int:
+    """Over how many programs a tile's wider matrix is split: the narrower one's tile is made by each of them."""
+    narrow, wide = sorted((x_width, g_width))
+    return max(1, min(GRAM_PROGRAMS // tiles, wide // max(narrow, 1), 16))
 
 
 def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -133,7 +146,8 @@ def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bo
 
 def product_splits(m: int, n: int) -> int:
     """Over how many programs the rationales are split; one without a rationale gives zeros."""
-    return max(1, min(16, PROGRAMS // product_parts(m, n)))
+    programs = NARROW_PROGRAMS if min(m, n) <= 64 else PROGRAMS
+    return max(1, min(32, programs // product_parts(m, n)))
 
 
 def column_norms(a: Tensor, b: Tensor, cu: Tensor) -> Tensor:

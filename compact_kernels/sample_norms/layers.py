@@ -207,7 +207,7 @@ def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
     member: LinearMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.family.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
-        return _original(self, member.before)(x)
+        return _original(self, member.before, x)
     recorder.check_rows(self, x)
     if member.family.own:
         recorder.note(member)
@@ -215,7 +215,7 @@ def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
             x, self.weight, self.bias, member.slot, member.bias_slot, recorder.segments.cu, recorder.scales,
             member.transposed,
         )  # fmt: skip
-    y = _original(self, member.before)(x)
+    y = _original(self, member.before, x)
     recorder.note(member)
     return Tap.apply(y, member.family.carrier(member.index, x, y))
 
@@ -234,8 +234,9 @@ def detached(module: nn.Module, wanted: bool) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
-def _original(module: nn.Module, before: Callable | None) -> Callable:
-    return before if before is not None else type(module).forward.__get__(module)
+def _original(module: nn.Module, before: Callable | None, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's own output."""
+    return before(*args, **kwargs) if before is not None else type(module).forward(module, *args, **kwargs)
 
 
 # -------------------------------------------------------------------------------------------------------- norm layers
@@ -309,9 +310,9 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     member: ScaleMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
-        return _original(self, member.before)(x, *args, **kwargs)
+        return _original(self, member.before, x, *args, **kwargs)
     with detached(self, recorder.unweighted):
-        y = _original(self, member.before)(x, *args, **kwargs)
+        y = _original(self, member.before, x, *args, **kwargs)
     heads_first = x.dim() == 4 and x.shape[1] != recorder.segments.tokens
     if heads_first:  # (1, h, T, D): some architectures transpose before they normalise
         x, y = x.transpose(1, 2), y.transpose(1, 2)
@@ -389,9 +390,9 @@ def embedding_forward(self: nn.Module, ids: Tensor) -> Tensor:
     member: TokenMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
-        return _original(self, member.before)(ids)
+        return _original(self, member.before, ids)
     with detached(self, recorder.unweighted):
-        y = _original(self, member.before)(ids)
+        y = _original(self, member.before, ids)
     recorder.check_rows(self, y)
     recorder.note(member)
     segments = recorder.segments
@@ -446,7 +447,7 @@ class HeadTap(Function):
 def head_forward(self: nn.Module, x: Tensor) -> Tensor:
     member: HeadMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
-    y = _original(self, member.before)(x)
+    y = _original(self, member.before, x)
     if recorder.segments is None or not torch.is_grad_enabled():
         return y
     recorder.check_rows(self, x)

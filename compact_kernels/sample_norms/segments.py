@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 128  # tokens on a side of a tile of a Gram matrix
-SLICE = 64  # tokens whose share of a vector's gradient one program sums
+BLOCK = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 64  # tokens on a side of a tile of a Gram matrix
+SLICE = 32  # tokens whose share of a vector's gradient one program sums
 
 
 @dataclass(frozen=True)
