@@ -310,7 +310,7 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
     return query.float(), key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
-def _sharded_units(model: nn.Module) -> list[FSDPModule]:
+def _sharded_units(model: nn.Module) -> list[nn.Module]:
     """FSDP2's units, outer ones first. Modules are walked only where there are ranks: a walk takes milliseconds."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
@@ -334,10 +334,11 @@ def _gathered(model: PreTrainedModel, module: nn.Module) -> Iterator[None]:
             yield
         return
     owners = [unit for unit in _sharded_units(model) if any(child is module for child in unit.modules())]
-    for owner in owners[-1:]:  # the innermost unit holds the parameters
+    owner = cast(FSDPModule, owners[-1]) if owners else None  # the innermost unit holds the parameters
+    if owner is not None:
         owner.unshard()
     yield
-    for owner in owners[-1:]:
+    if owner is not None:
         owner.reshard()
 
 

@@ -6,21 +6,21 @@ with one input share a node: it gives each of them a *carrier*, an expanded scal
 whose value nobody looks at and whose gradient is the output's. When all are there, the node is run, and sees every G
 at once.
 
-Nothing here changes what a layer computes, nor its ordinary gradients; but for :class:`OwnProduct`, which makes the
-weight's gradient from the same pass as the norms.
+Nothing here changes what a layer computes, nor its ordinary gradients; but for its neighbour's
+:class:`~compact_kernels.sample_norms.linear.OwnProduct`, which makes the weight's gradient from the same pass as the
+norms. Here: norm layers, embeddings, and the head tied to one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from compact_kernels.sample_norms import ops
 from compact_kernels.sample_norms.plain import row_products
@@ -29,195 +29,8 @@ if TYPE_CHECKING:
     from compact_kernels.sample_norms.recorder import SampleGradNorms
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-# ------------------------------------------------------------------------------------------------------------ linear
-
-
-@dataclass(eq=False)
-class Family:
-    """Linear layers of one parent that may have their input in common, in the order they are called in."""
-
-    recorder: SampleGradNorms
-    input_width: int
-    widths: list[int]
-    trains: list[tuple[bool, bool]]  # weight, bias
-    slots: list[Tensor] = field(default_factory=list)  # (M,), one a member: of the norms that it opens
-    own: bool = False  # whether members make their weight's gradient themselves
-    opened: Tensor | None = None  # the input of the node that is waiting for further members
-    carriers: tuple[Tensor, ...] = ()
-    first: int = 0  # member that opened it
-
-    def carrier(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """Member `index`'s carrier, of the node that is open or of a new one."""
-        last = index == len(self.widths) - 1
-        if self.opened is not x or index <= self.first:
-            segments = self.recorder.segments
-            assert segments is not None
-            self.carriers = SharedInput.apply(
-                x, self.slots[index], segments.cu, segments.tiles, y.dtype,
-                tuple(self.widths[index:]), tuple(self.trains[index:]), self.recorder.probes,
-            )  # fmt: skip
-            self.first, self.opened = index, None if last else x
-        found = self.carriers[index - self.first]
-        if last:
-            self.opened, self.carriers = None, ()
-        return found
-
-
-@dataclass(eq=False)
-class LinearMember:
-    family: Family
-    index: int
-    transposed: bool  # the weight is (D_in, D_out), as transformers' Conv1D has it
-    before: Callable | None  # a forward that the instance had
-    slot: Tensor | None = None  # (P, S), where the family makes its own products
-    bias_slot: Tensor | None = None  # (S, slices, D_out)
-
-
-class SharedInput(Function):
-    """(input, slot) → a carrier for each layer that reads the input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        slot: Tensor,
-        cu: Tensor,
-        tiles: Tensor,
-        dtype: torch.dtype,
-        widths: tuple[int, ...],
-        trains: tuple[tuple[bool, bool], ...],
-        probes: int,
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, cu, tiles)
-        ctx.trains, ctx.probes = trains, probes
-        return tuple(x.new_empty((), dtype=dtype).expand(*x.shape[:-1], width) for width in widths)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, cu, tiles = ctx.saved_tensors
-        both: list[Tensor] = []
-        weights: list[Tensor] = []
-        biases: list[Tensor] = []
-        for gradient, (weight, bias) in zip(grads, ctx.trains):
-            if gradient is not None:
-                kind = both if weight and bias else weights if weight else biases
-                kind.append(_flat(gradient))
-        norms: Tensor | None = None
-        if ctx.probes:
-            norms = estimate(_flat(x), both + weights, both + biases, cu, ctx.probes)
-            return None, norms, None, None, None, None, None, None
-        if both or weights:
-            first = (both + weights)[0]
-            norms = ops.gram_norms(_flat(x).to(first.dtype), both + weights, len(both), cu, tiles)
-        if biases:
-            alone = ops.gram_norms(None, biases, 0, cu, tiles)
-            norms = alone if norms is None else norms + alone
-        return None, norms, None, None, None, None, None, None
-
-
-def estimate(x: Tensor, weights: list[Tensor], biases: list[Tensor], cu: Tensor, probes: int) -> Tensor:
-    """Hutchinson's estimate of Σ ‖GᵀX‖² + ‖Gᵀ1‖², and the variance of that estimate: (2, S).
-
-    E‖Xᵀ(Gz)‖² = ‖GᵀX‖² for z of independent signs; one vector z over the outputs of all `weights`, whose products are
-    then one matrix, as they are in :func:`compact_kernels.sample_norms.plain.gram_norms` with their Gram matrices
-    added up. Biases are exact.
-    """
-    like = (weights or biases)[0]
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    total = torch.zeros(2, cu.shape[0] - 1, dtype=dtype, device=like.device)
-    projected = None
-    for gradient in weights:
-        signs = torch.randint(0, 2, (gradient.shape[1], probes), device=like.device).to(like.dtype) * 2 - 1
-        part = gradient @ signs  # (T, probes)
-        projected = part if projected is None else projected + part
-    if projected is not None:
-        samples = ops.column_norms(x.to(like.dtype), projected, cu).to(dtype)
-        total = total + torch.stack([samples.mean(1), samples.var(1) / probes])
-    for gradient in biases:
-        sums = torch.segment_reduce(gradient.to(dtype), "sum", offsets=cu.long(), axis=0, unsafe=True, initial=0.0)
-        total = total + torch.stack([sums.square().sum(1), torch.zeros_like(total[0])])
-    return total
-
-
-class Tap(Function):
-    """(y, carrier) → y; the carrier's gradient is y's."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, carrier: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient
-
-
-class OwnProduct(Function):
-    """A linear layer whose weight gradient and norms come from one pass over its input and its output's gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        slot: Tensor,
-        bias_slot: Tensor | None,
-        cu: Tensor,
-        scales: Tensor | None,
-        transposed: bool,
-    ) -> Tensor:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        x_d, weight_d = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x_d, weight_d, cu)
-        ctx.scales, ctx.transposed, ctx.dtypes = scales, transposed, (x.dtype, weight.dtype)
-        ctx.slices = None if bias_slot is None else bias_slot.shape[1]
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        matrix = weight_d.t() if transposed else weight_d
-        return F.linear(x_d, matrix, None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cu = ctx.saved_tensors
-        gradient = gradient.to(x.dtype)
-        g, wants = _flat(gradient), ctx.needs_input_grad
-        dx = dw = db = norms = bias_gradients = None
-        if wants[0]:
-            dx = (gradient @ (weight.t() if ctx.transposed else weight)).to(ctx.dtypes[0])
-        if wants[1]:
-            pair = (_flat(x), g) if ctx.transposed else (g, _flat(x))
-            parts, norms = ops.product(*pair, cu, ctx.scales, True)
-            dw = parts.sum(0).to(ctx.dtypes[1])
-        if wants[2]:
-            slices = ctx.slices
-            bias_gradients = ops.scale_gradients(g[:, None], g[:, None], cu, slices, "ones", 0.0)
-            sums = bias_gradients.sum(1)
-            db = (sums if ctx.scales is None else sums * ctx.scales[:, None]).sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, norms, bias_gradients, None, None, None
-
-
-def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
-    """Takes the place of a linear layer's forward."""
-    member: LinearMember = self._sample_norms  # type: ignore[assignment]
-    recorder = member.family.recorder
-    if recorder.segments is None or not torch.is_grad_enabled():
-        return _original(self, member.before, x)
-    recorder.check_rows(self, x)
-    if member.family.own:
-        recorder.note(member)
-        return OwnProduct.apply(
-            x, self.weight, self.bias, member.slot, member.bias_slot, recorder.segments.cu, recorder.scales,
-            member.transposed,
-        )  # fmt: skip
-    y = _original(self, member.before, x)
-    recorder.note(member)
-    return Tap.apply(y, member.family.carrier(member.index, x, y))
 
 
 @contextmanager
@@ -234,7 +47,7 @@ def detached(module: nn.Module, wanted: bool) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
-def _original(module: nn.Module, before: Callable | None, *args: Any, **kwargs: Any) -> Tensor:
+def original(module: nn.Module, before: Callable | None, *args: Any, **kwargs: Any) -> Tensor:
     """The layer's own output."""
     return before(*args, **kwargs) if before is not None else type(module).forward(module, *args, **kwargs)
 
@@ -310,9 +123,9 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     member: ScaleMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
-        return _original(self, member.before, x, *args, **kwargs)
+        return original(self, member.before, x, *args, **kwargs)
     with detached(self, recorder.unweighted):
-        y = _original(self, member.before, x, *args, **kwargs)
+        y = original(self, member.before, x, *args, **kwargs)
     heads_first = x.dim() == 4 and x.shape[1] != recorder.segments.tokens
     if heads_first:  # (1, h, T, D): some architectures transpose before they normalise
         x, y = x.transpose(1, 2), y.transpose(1, 2)
@@ -370,7 +183,7 @@ class TokenTap(Function):
         ids, cu, tiles = ctx.saved_tensors
         if gradient is None:
             return (None,) * 9
-        g, ids = _flat(gradient), ids.reshape(-1)
+        g, ids = flat(gradient), ids.reshape(-1)
         norms = ops.token_norms(ids, g, cu, tiles, ctx.padding) * ctx.scale**2
         if rows is not None:
             kept = rows * (ids != ctx.padding)[:, None]
@@ -390,9 +203,9 @@ def embedding_forward(self: nn.Module, ids: Tensor) -> Tensor:
     member: TokenMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
-        return _original(self, member.before, ids)
+        return original(self, member.before, ids)
     with detached(self, recorder.unweighted):
-        y = _original(self, member.before, ids)
+        y = original(self, member.before, ids)
     recorder.check_rows(self, y)
     recorder.note(member)
     segments = recorder.segments
@@ -437,8 +250,8 @@ class HeadTap(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, ids, cu, tiles = ctx.saved_tensors
-        g = _flat(gradient)
-        x = _flat(x).to(g.dtype)
+        g = flat(gradient)
+        x = flat(x).to(g.dtype)
         norms = ops.gram_norms(x, [g], int(ctx.biased), cu, tiles)
         rows = ops.token_rows(g, None, x, cu, ids.reshape(-1), cu, 0, ctx.longest)
         return gradient, None, norms, rows, None, None, None, None, None
@@ -447,7 +260,7 @@ class HeadTap(Function):
 def head_forward(self: nn.Module, x: Tensor) -> Tensor:
     member: HeadMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
-    y = _original(self, member.before, x)
+    y = original(self, member.before, x)
     if recorder.segments is None or not torch.is_grad_enabled():
         return y
     recorder.check_rows(self, x)

@@ -6,14 +6,12 @@ import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import segment_sum
 from compact_kernels.sample_norms import layers, ops
 from compact_kernels.sample_norms.coverage import (
     embedding_scale,
@@ -26,7 +24,9 @@ from compact_kernels.sample_norms.coverage import (
     weight_of,
     widths,
 )
-from compact_kernels.sample_norms.layers import Family, HeadMember, LinearMember, ScaleMember, TokenMember
+from compact_kernels.sample_norms.layers import HeadMember, ScaleMember, TokenMember
+from compact_kernels.sample_norms.linear import Family, LinearMember, linear_forward
+from compact_kernels.sample_norms.result import SampleNorms
 from compact_kernels.sample_norms.segments import Segments
 
 NARROW = 64  # of LoRA's inner width, at most: its products are read-bound and made together with the norms
@@ -50,92 +50,6 @@ def default_group(name: str) -> str:
     if numbers and numbers[-1] + 2 < len(parts):
         return parts[numbers[-1] + 1]
     return parts[-2] if len(parts) > 1 else parts[0]
-
-
-@dataclass(frozen=True)
-class SampleNorms:
-    """Norms of a batch of S rationales. Read them after the backward pass and before the optimizer's step."""
-
-    recorder: SampleGradNorms
-    segments: Segments
-    slots: list[tuple[str, str, Tensor]]  # (group, kind, leaf)
-    names: dict[int, list[str]]  # parameters behind each leaf, by its id
-    before: dict[str, tuple[int, int]]  # each parameter's gradient when the batch began: its id and version
-    weights: Tensor | None  # (S,) c_s, where norms are unweighted
-
-    @property
-    def squared(self) -> Tensor:
-        """(S,) ‖gradient of the loss through rationale s‖² over all trainable parameters. float32, or float64."""
-        return torch.stack(list(self.by_group.values())).sum(0)
-
-    @property
-    def norms(self) -> Tensor:
-        """(S,) u_s, the norm of what flowed through each rationale; n_s where norms are unweighted (method §6)."""
-        return self.squared.clamp_min(0).sqrt()
-
-    def per_weight(self, weights: Tensor) -> Tensor:
-        """n_s = u_s / c_s, (S,): the norm of the unweighted loss; NaN, not measured, where c_s is 0.
-
-        Args:
-            weights: c_s, what rationale s weighed in the loss: α_s R/Q (method §6). (S,)
-        """
-        return torch.where(weights > 0, self.norms / weights, float("nan"))
-
-    @property
-    def by_group(self) -> dict[str, Tensor]:
-        """The same (S,) for every group of parameters.
-
-        Raises:
-            RuntimeError: a parameter has a gradient of this batch and no norm: its layer was not called as a module.
-        """
-        self._check()
-        sums: dict[str, Tensor] = {}
-        bundles: dict[tuple[str, str, tuple], list[Tensor]] = {}
-        for group, kind, slot in self.slots:
-            if slot.grad is not None:
-                bundles.setdefault((group, kind, tuple(slot.shape)), []).append(slot.grad)
-        for (group, kind, _), grads in bundles.items():
-            part = self._reduced(kind, torch.stack(grads))
-            sums[group] = part if group not in sums else sums[group] + part
-        if not sums:
-            raise RuntimeError("no norms yet: run loss.backward() before reading them")
-        return sums
-
-    @property
-    def standard_error(self) -> Tensor:
-        """(S,) of `squared`, where it is an estimate; zeros where it is exact."""
-        variances = [slot.grad[1] for _, kind, slot in self.slots if kind == "estimate" and slot.grad is not None]
-        return torch.stack(variances).sum(0).sqrt() if variances else torch.zeros_like(self.squared)
-
-    def _reduced(self, kind: str, grads: Tensor) -> Tensor:
-        """Stacked parts of one kind → (S,)."""
-        if kind == "tiles":  # (n, M)
-            return segment_sum(grads.sum(0), self.segments.cu_tiles)
-        if kind == "vectors":  # (n, S, slices, D)
-            return grads.sum(2).square().sum((0, 2))
-        if kind == "estimate":  # (n, 2, S)
-            return grads[:, 0].sum(0)
-        return grads.sum((0, 1))  # (n, P, S)
-
-    def _check(self) -> None:
-        if self.weights is not None and self.weights.isnan().all():
-            raise RuntimeError(
-                "unweighted norms: the loss has to be compact_kernels.compatibility_loss, which knows c_s"
-            )
-        missing = []
-        for _, _, slot in self.slots:
-            if slot.grad is None:
-                missing += self.names[id(slot)]
-        measured = {name for _, _, slot in self.slots if slot.grad is not None for name in self.names[id(slot)]}
-        parameters = self.recorder.parameters
-        for name in dict.fromkeys(missing):
-            gradient = parameters[name].grad
-            if name in measured or gradient is None or self.before.get(name) == (id(gradient), gradient._version):
-                continue
-            raise RuntimeError(
-                f"{name} has a gradient but no norm: its layer was not called as a module, so nothing saw its input. "
-                "A head that a loss takes as a weight is covered by compact_kernels.compatibility_loss"
-            )
 
 
 class SampleGradNorms:
@@ -409,7 +323,7 @@ class SampleGradNorms:
         for index, (path, module) in enumerate(members):
             names = trained(path, module)
             member = LinearMember(family, index, not isinstance(module, nn.Linear), own_forward(module))
-            self._install(module, member, layers.linear_forward, names)
+            self._install(module, member, linear_forward, names)
 
     def _install(self, module: nn.Module, member: Any, forward: Callable, names: list[str]) -> None:
         if "_sample_norms" in module.__dict__:

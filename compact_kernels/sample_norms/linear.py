@@ -1,0 +1,202 @@
+"""Linear layers, LoRA's among them: by Gram matrices that layers with one input share, or by their own product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from compact_kernels.sample_norms import ops
+from compact_kernels.sample_norms.layers import flat, original
+
+if TYPE_CHECKING:
+    from compact_kernels.sample_norms.recorder import SampleGradNorms
+
+
+@dataclass(eq=False)
+class Family:
+    """Linear layers of one parent that may have their input in common, in the order they are called in."""
+
+    recorder: SampleGradNorms
+    input_width: int
+    widths: list[int]
+    trains: list[tuple[bool, bool]]  # weight, bias
+    slots: list[Tensor] = field(default_factory=list)  # (M,), one a member: of the norms that it opens
+    own: bool = False  # whether members make their weight's gradient themselves
+    opened: Tensor | None = None  # the input of the node that is waiting for further members
+    carriers: tuple[Tensor, ...] = ()
+    first: int = 0  # member that opened it
+
+    def carrier(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+        """Member `index`'s carrier, of the node that is open or of a new one."""
+        last = index == len(self.widths) - 1
+        if self.opened is not x or index <= self.first:
+            segments = self.recorder.segments
+            assert segments is not None
+            self.carriers = SharedInput.apply(
+                x, self.slots[index], segments.cu, segments.tiles, y.dtype,
+                tuple(self.widths[index:]), tuple(self.trains[index:]), self.recorder.probes,
+            )  # fmt: skip
+            self.first, self.opened = index, None if last else x
+        found = self.carriers[index - self.first]
+        if last:
+            self.opened, self.carriers = None, ()
+        return found
+
+
+@dataclass(eq=False)
+class LinearMember:
+    family: Family
+    index: int
+    transposed: bool  # the weight is (D_in, D_out), as transformers' Conv1D has it
+    before: Callable | None  # a forward that the instance had
+    slot: Tensor | None = None  # (P, S), where the family makes its own products
+    bias_slot: Tensor | None = None  # (S, slices, D_out)
+
+
+class SharedInput(Function):
+    """(input, slot) → a carrier for each layer that reads the input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slot: Tensor,
+        cu: Tensor,
+        tiles: Tensor,
+        dtype: torch.dtype,
+        widths: tuple[int, ...],
+        trains: tuple[tuple[bool, bool], ...],
+        probes: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, cu, tiles)
+        ctx.trains, ctx.probes = trains, probes
+        return tuple(x.new_empty((), dtype=dtype).expand(*x.shape[:-1], width) for width in widths)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, cu, tiles = ctx.saved_tensors
+        both: list[Tensor] = []
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for gradient, (weight, bias) in zip(grads, ctx.trains):
+            if gradient is not None:
+                kind = both if weight and bias else weights if weight else biases
+                kind.append(flat(gradient))
+        norms: Tensor | None = None
+        if ctx.probes:
+            norms = estimate(flat(x), both + weights, both + biases, cu, ctx.probes)
+            return None, norms, None, None, None, None, None, None
+        if both or weights:
+            first = (both + weights)[0]
+            norms = ops.gram_norms(flat(x).to(first.dtype), both + weights, len(both), cu, tiles)
+        if biases:
+            alone = ops.gram_norms(None, biases, 0, cu, tiles)
+            norms = alone if norms is None else norms + alone
+        return None, norms, None, None, None, None, None, None
+
+
+def estimate(x: Tensor, weights: list[Tensor], biases: list[Tensor], cu: Tensor, probes: int) -> Tensor:
+    """Hutchinson's estimate of Σ ‖GᵀX‖² + ‖Gᵀ1‖², and the variance of that estimate: (2, S).
+
+    E‖Xᵀ(Gz)‖² = ‖GᵀX‖² for z of independent signs; one vector z over the outputs of all `weights`, whose products are
+    then one matrix, as they are in :func:`compact_kernels.sample_norms.plain.gram_norms` with their Gram matrices
+    added up. Biases are exact.
+    """
+    like = (weights or biases)[0]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    total = torch.zeros(2, cu.shape[0] - 1, dtype=dtype, device=like.device)
+    projected = None
+    for gradient in weights:
+        signs = torch.randint(0, 2, (gradient.shape[1], probes), device=like.device).to(like.dtype) * 2 - 1
+        part = gradient @ signs  # (T, probes)
+        projected = part if projected is None else projected + part
+    if projected is not None:
+        samples = ops.column_norms(x.to(like.dtype), projected, cu).to(dtype)
+        total = total + torch.stack([samples.mean(1), samples.var(1) / probes])
+    for gradient in biases:
+        sums = torch.segment_reduce(gradient.to(dtype), "sum", offsets=cu.long(), axis=0, unsafe=True, initial=0.0)
+        total = total + torch.stack([sums.square().sum(1), torch.zeros_like(total[0])])
+    return total
+
+
+class Tap(Function):
+    """(y, carrier) → y; the carrier's gradient is y's."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, carrier: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient
+
+
+class OwnProduct(Function):
+    """A linear layer whose weight gradient and norms come from one pass over its input and its output's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        slot: Tensor,
+        bias_slot: Tensor | None,
+        cu: Tensor,
+        scales: Tensor | None,
+        transposed: bool,
+    ) -> Tensor:
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        x_d, weight_d = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x_d, weight_d, cu)
+        ctx.scales, ctx.transposed, ctx.dtypes = scales, transposed, (x.dtype, weight.dtype)
+        ctx.slices = None if bias_slot is None else bias_slot.shape[1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        matrix = weight_d.t() if transposed else weight_d
+        return F.linear(x_d, matrix, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cu = ctx.saved_tensors
+        gradient = gradient.to(x.dtype)
+        g, wants = flat(gradient), ctx.needs_input_grad
+        dx = dw = db = norms = bias_gradients = None
+        if wants[0]:
+            dx = (gradient @ (weight.t() if ctx.transposed else weight)).to(ctx.dtypes[0])
+        if wants[1]:
+            pair = (flat(x), g) if ctx.transposed else (g, flat(x))
+            parts, norms = ops.product(*pair, cu, ctx.scales, True)
+            dw = parts.sum(0).to(ctx.dtypes[1])
+        if wants[2]:
+            slices = ctx.slices
+            bias_gradients = ops.scale_gradients(g[:, None], g[:, None], cu, slices, "ones", 0.0)
+            sums = bias_gradients.sum(1)
+            db = (sums if ctx.scales is None else sums * ctx.scales[:, None]).sum(0).to(ctx.bias_dtype)
+        return dx, dw, db, norms, bias_gradients, None, None, None
+
+
+def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
+    """Takes the place of a linear layer's forward."""
+    member: LinearMember = self._sample_norms  # type: ignore[assignment]
+    recorder = member.family.recorder
+    if recorder.segments is None or not torch.is_grad_enabled():
+        return original(self, member.before, x)
+    recorder.check_rows(self, x)
+    if member.family.own:
+        recorder.note(member)
+        return OwnProduct.apply(
+            x, self.weight, self.bias, member.slot, member.bias_slot, recorder.segments.cu, recorder.scales,
+            member.transposed,
+        )  # fmt: skip
+    y = original(self, member.before, x)
+    recorder.note(member)
+    return Tap.apply(y, member.family.carrier(member.index, x, y))
