@@ -1,5 +1,7 @@
 """Whole training steps with and without per-rationale gradient norms, and beside them Opacus' ghost clipping.
 
+A step that measures mutual information is timed here too, against the same step without.
+
 Every arm has a student of its own with the same random weights, so that nothing of one arm's hooks or replaced
 forwards is in another's. `_compiled`: the decoder layers through torch.compile. `_captured`: the whole step, norms
 included, in one CUDA graph. Opacus knows no RMSNorm of transformers and no tied embedding: the works called `linear`
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from bench.steps import Step, prepare_step
 from bench.timing import Runner, free_memory, one_line
 from compact.backbone import decoder_layers, unwrap
 from compact.config import CompactConfig
+from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.strategies.compact import Compact
 from compact_kernels import SampleGradNorms, linear_logprob
@@ -33,9 +37,11 @@ LONG_TOKENS, LONG_QUESTIONS = 2048, 2
 WARMUP_SECONDS = 120  # compilation
 OURS = ("compact", "compact_without_norms")
 ENDINGS = ("", "_compiled", "_captured")
-ARMS = (*(name + ending for ending in ENDINGS for name in OURS), "opacus_ghost", "opacus_ghost_norms")
+INFORMATION = "compact_with_information"
+ARMS = (*(name + ending for ending in ENDINGS for name in OURS), INFORMATION, "opacus_ghost", "opacus_ghost_norms")
 
 NOTES = {
+    INFORMATION: "no norms; curves and controls of mutual information, measured at every step",
     "opacus_ghost": "two backward passes: norms, then clipped gradients",
     "opacus_ghost_norms": "its first backward pass alone: norms and gradients, nothing clipped",
 }
@@ -61,6 +67,7 @@ def arms(
         for name in ARMS
         if wanted(name)
         and (not name.startswith("opacus") or "_lora_" in work or "_linear_" in work)
+        and (name != INFORMATION or "_full_" in work)
         and (not name.endswith("_captured") or device.type == "cuda")
     ]
     runners, held, students = [], {}, []
@@ -102,15 +109,19 @@ def _ours(name: str, prepared: Step, scale: Scale) -> Callable[[], object]:
         prepared.compile(scale.compile_backend)
         prepared.ready(True)
     config = CompactConfig()
-    strategy = Compact(config, [f"teacher-{k}" for k in range(scale.rationales)])
+    teachers = [f"teacher-{k}" for k in range(scale.rationales)]
+    strategy = Compact(config, teachers)
+    information = InformationLog(Path("information.jsonl"), teachers, config) if name == INFORMATION else None
 
     def plain() -> Tensor:
-        loss = distillation_loss(prepared.model, prepared.batch, strategy, config)[0].loss
-        loss.backward()
-        return loss
+        result, context = distillation_loss(prepared.model, prepared.batch, strategy, config)
+        if information is not None:  # not started for writing: it keeps what it measures
+            information.measure(0, context.output, result, prepared.batch)
+        result.loss.backward()
+        return result.loss
 
     run: Callable[[], object] = plain
-    if "without" not in name:
+    if name.removesuffix("_compiled").removesuffix("_captured") == "compact":
         recorder = SampleGradNorms(prepared.model)
 
         def with_norms() -> Tensor:

@@ -99,7 +99,7 @@ def _promises(records: list[Record]) -> Iterator[Verdict]:
 
 
 def _norms(records: list[Record]) -> Iterator[Verdict]:
-    """Steps with per-rationale gradient norms: each mode against the same step without, eager against Opacus."""
+    """Steps with norms or information: each mode against the same step without, eager against Opacus."""
     works = [
         (f"step_{size}_{kind}_norms", f"{size.upper()} {kind}", kind) for size in ("0.5b", "1.5b") for kind in LIMITS
     ]
@@ -114,6 +114,9 @@ def _norms(records: list[Record]) -> Iterator[Verdict]:
                 yield at.memory_ratio(work, name, without, f"{promise}: memory", 1.05)
         if kind in ("lora", "linear"):
             yield at.other(work, "compact", "opacus_ghost", f"norms, {label}, against ghost clipping", 0.6)
+        if kind == "full":
+            promise = f"information at every step, {label}"
+            yield at.other(work, "compact_with_information", "compact_without_norms", promise, 1.02)
 
 
 @dataclass(frozen=True)

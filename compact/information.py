@@ -40,7 +40,7 @@ class InformationLog:
         self.path, self.teachers, self.config = path, list(teachers), config
         self.queue = InformationQueue(config.information.queue)
         self._ids: dict[str, int] = {}
-        self._pending: list[tuple[int, float, Tensor]] = []
+        self._pending: list[tuple[int, _Clock, Tensor]] = []
         self._write = False
 
     def start(self, step: int, *, write: bool) -> None:
@@ -54,7 +54,7 @@ class InformationLog:
     def measure(self, step: int, output: StudentOutput, result: CompatibilityOutput, batch: Mapping[str, Any]) -> None:
         """Of one batch, after its forward pass."""
         device = output.hidden.device
-        started = _now(device)
+        clock = _Clock(device)
         ragged: Ragged = batch["ragged"]
         head, options = output.head, self.config.adaptability
         evidence = result.statistics.tokens.evidence
@@ -79,7 +79,7 @@ class InformationLog:
         sums = self._sums(curves, scalars, ragged, batch["teachers"])
         hsic = found.hsic.double()
         total = torch.cat([sums, torch.stack([hsic.nan_to_num(), hsic.isfinite().double()])])
-        self._pending.append((step, _now(device) - started, total))
+        self._pending.append((step, clock.stop(), total))
 
     def _sums(self, curves: Tensor, scalars: Tensor, ragged: Ragged, teachers: Tensor) -> Tensor:
         """What adds up over ranks: by teacher and part of the body, and by teacher."""
@@ -102,7 +102,7 @@ class InformationLog:
             return {}
         pending, self._pending = self._pending, []
         matrix = accelerator.reduce(torch.stack([sums for _, _, sums in pending]), "sum").cpu()
-        rows = [self._row(step, seconds, sums) for (step, seconds, _), sums in zip(pending, matrix)]
+        rows = [self._row(step, clock.seconds, sums) for (step, clock, _), sums in zip(pending, matrix)]
         if self._write:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -133,8 +133,26 @@ def _means(sums: Tensor, counts: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in means]
 
 
-def _now(device: torch.device) -> float:
-    """A clock that the device's work is counted in; waits for it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class _Clock:
+    """What a measurement takes of its device's time, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = self._now()
+
+    def stop(self) -> _Clock:
+        self._stopped = self._now()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        if isinstance(self._started, float):
+            return self._stopped - self._started
+        return self._started.elapsed_time(self._stopped) / 1e3
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -8,16 +8,18 @@ answer. Nothing waits for the device; memory goes with the number of pairs, not 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compact_kernels.ops import linear_token_stats
+from compact_kernels.head.linear import LinearHead
+from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, linear_token_stats
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import AdaptabilityOptions, question_of_sequence, segment_sum, sequence_adaptability
 
 BLOCK = 128  # rows of the kernels' matrices that exist at once
+ROWS = 4096  # whose few logits exist at once
 
 
 # ------------------------------------------------------------------------------------------------ the proxy's controls
@@ -28,7 +30,7 @@ class ProxyControls(NamedTuple):
 
     adaptability: Tensor
     shuffled_mask: Tensor  # the same jumps, thinking tokens put elsewhere in the body
-    wrong_answer: Tensor  # jumps towards another question's answer; NaN in a batch of one question
+    wrong_answer: Tensor  # jumps towards another question's answer; NaN where there is none
 
 
 @torch.no_grad()
@@ -40,7 +42,9 @@ def proxy_controls(
     options: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
     generator: torch.Generator | None = None,
     evidence: Tensor | None = None,
-    **head: object,
+    *,
+    workspace_mib: int = DEFAULT_WORKSPACE_MIB,
+    **head: Any,
 ) -> ProxyControls:
     """The logit-lens proxy of eq. 2–3 and its two controls. A gap to both is what may be called information.
 
@@ -48,21 +52,45 @@ def proxy_controls(
         hidden, head_weight, targets, ragged, head: as :func:`compact_kernels.linear_token_stats` takes them.
         options: `length_norm="mean"` takes the sum's growth with length away.
         generator: draws the shuffles, on the batch's device.
-        evidence: of the scored rows where it is known; one pass of the head less. (N,)
+        evidence: of the scored rows where it is known: then nothing passes over the vocabulary. (N,)
     """
-
-    def measured(shape: Ragged) -> Tensor:
-        return linear_token_stats(hidden, head_weight, targets, shape, **head).evidence  # type: ignore[arg-type]
-
-    evidence = measured(ragged) if evidence is None else evidence
+    if evidence is None:
+        evidence = linear_token_stats(
+            hidden, head_weight, targets, ragged, workspace_mib=workspace_mib, **head
+        ).evidence
     shuffled = _with_shuffled_mask(ragged, generator)
     if ragged.num_questions > 1:
-        wrong = sequence_adaptability(measured(_with_next_answers(ragged)), ragged, options)
+        other = _next_answers_evidence(hidden, LinearHead(head_weight, **head), ragged, evidence)
+        wrong = sequence_adaptability(other, ragged, options)
     else:
         wrong = torch.full((ragged.num_sequences,), float("nan"), dtype=evidence.dtype, device=evidence.device)
     return ProxyControls(
         sequence_adaptability(evidence, ragged, options), sequence_adaptability(evidence, shuffled, options), wrong
     )
+
+
+def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evidence: Tensor) -> Tensor:
+    """Evidence (N,) for the answer of the question after the own one; NaN where either has no answer ids.
+
+    The log-sum-exp is that of the own evidence: what differs are the few logits asked for.
+    """
+    counts = ragged.cu_evidence.diff()
+    of_id = torch.repeat_interleave(counts, output_size=ragged.evidence_ids.numel())
+    shares = of_id == torch.arange(ragged.num_sequences, device=counts.device)[:, None]
+    shares = shares / counts[:, None]  # (S, E), NaN without ids
+    following = ragged.cu_questions[:-1].long().roll(-1)[question_of_sequence(ragged)]  # a rationale of the next one
+    change = (shares[following] - shares).to(evidence.dtype)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    asked = replace(
+        head,
+        weight=head.weight[ragged.evidence_ids].to(dtype),
+        bias=None if head.bias is None else head.bias[ragged.evidence_ids].to(dtype),
+    )
+    parts = [
+        (asked(hidden[rows].to(dtype)) * change[owner]).sum(1)
+        for rows, owner in zip(ragged.rows.split(ROWS), _owner_of_row(ragged).split(ROWS))
+    ]
+    return evidence + torch.cat(parts)
 
 
 def _with_shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Ragged:
@@ -79,18 +107,6 @@ def _with_shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Ra
     thinking = torch.empty_like(ragged.thinking)
     thinking[where] = ragged.thinking[order]
     return replace(ragged, thinking=thinking)
-
-
-def _with_next_answers(ragged: Ragged) -> Ragged:
-    """Every question asks for the answer of the one after it."""
-    host = ragged.host
-    first = host.cu_questions[:-1].long()
-    other = first.roll(-1)[question_of_sequence(host)]  # a rationale of the next question
-    starts, ends = host.cu_evidence[:-1].long()[other], host.cu_evidence[1:].long()[other]
-    ids = [host.evidence_ids[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
-    counts = torch.tensor([0, *(len(part) for part in ids)]).cumsum(0).int()
-    moved = replace(host, evidence_ids=torch.cat(ids), cu_evidence=counts, _host=None)
-    return moved if ragged.device == host.device else moved.to(ragged.device)
 
 
 # --------------------------------------------------------------------------------------------------------------- HSIC

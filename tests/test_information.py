@@ -157,7 +157,8 @@ def test_peaks_are_robust_and_apart():
     torch.testing.assert_close(found.z[:40], (part - median) / (1.4826 * mad))
 
 
-def test_the_proxys_controls_change_what_they_say_and_nothing_else():
+@pytest.mark.parametrize("head", [{}, {"bias": normal(17, seed=2), "softcap": 3.0, "logit_scale": 0.7}])
+def test_the_proxys_controls_change_what_they_say_and_nothing_else(head):
     ragged = Ragged.build(
         sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
         body_lengths=[8, 5, 9], evidence_ids=[[3, 4], [3, 4], [7]],
@@ -166,18 +167,18 @@ def test_the_proxys_controls_change_what_they_say_and_nothing_else():
     hidden, weight = normal(35, 6), normal(17, 6, seed=1)
     targets = torch.zeros(35, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
-    found = proxy_controls(hidden, weight, targets, ragged, generator=generator)
+    found = proxy_controls(hidden, weight, targets, ragged, generator=generator, **head)
     swapped = Ragged.build(
         sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
         body_lengths=[8, 5, 9], evidence_ids=[[7], [7], [3, 4]],
         thinking=[[i in (1, 2) for i in range(n)] for n in (10, 7, 11)],
     )  # fmt: skip
-    other = proxy_controls(hidden, weight, targets, swapped, generator=generator)
+    other = proxy_controls(hidden, weight, targets, swapped, generator=generator, **head)
     torch.testing.assert_close(found.wrong_answer, other.adaptability)
     torch.testing.assert_close(found.adaptability, other.wrong_answer)
     assert (found.shuffled_mask != found.adaptability).any()
     flat = AdaptabilityOptions(epsilon=1.0)  # a mask of ones: nothing to shuffle
-    same = proxy_controls(hidden, weight, targets, ragged, flat, generator)
+    same = proxy_controls(hidden, weight, targets, ragged, flat, generator, **head)
     torch.testing.assert_close(same.shuffled_mask, same.adaptability)
     # flags stay within each body, as many as they were
     moved = _with_shuffled_mask(ragged, generator)
