@@ -150,12 +150,17 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, float] | None:
     """What finished cells took on the clock, and what the others would take one after another."""
-    files = [study / "cells" / cell.name / "cell.json" for cell in cells]
-    seconds = [json.loads(file.read_text())["seconds"] for file in files if file.exists()]
+    folders = [study / "cells" / cell.name for cell in cells]
+    seconds = [seconds_of(folder) for folder in folders if (folder / "cell.json").exists()]
     if not seconds:
         return None
     median, missing = float(np.median(seconds)), len(cells) - len(seconds)
     return {"median": median, "sum": float(np.sum(seconds)), "missing": missing, "to_come": median * missing}
+
+
+def seconds_of(folder: Path) -> float:
+    """What a finished cell took on the clock."""
+    return json.loads((folder / "cell.json").read_text())["seconds"]
 
 
 def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -> str:
