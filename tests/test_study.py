@@ -285,6 +285,7 @@ def test_two_studies_do_not_write_to_one_folder(tmp_path):
         ({"seeds": [0, 0]}, "seeds: .*each once"),
         ({"recipe": "skils"}, "skils: no such file.*mean skills"),
         ({"settings": {"a": {"skills": {"questoins": 9}}}}, "skills.questoins: unknown key.*skills.questions"),
+        ({"settings": {"a.skills.questions": 9}}, r"settings.a.skills.questions: a setting is a mapping"),
         ({"settings": {"a": {"folds": 1}}}, "folds: 1 is not a whole number of at least 2"),
         ({"methods": []}, "methods: name at least one"),
     ],

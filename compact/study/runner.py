@@ -93,8 +93,10 @@ class Worker:
         return self.process.poll() is None
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.communicate()
+        """End the process: by itself, where it has nothing to do."""
+        if self.job is not None:
+            self.process.terminate()
+        self.process.communicate()  # ends its input
 
 
 @contextmanager
@@ -149,9 +151,9 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
                 if (code := worker.code()) is not None:
                     assert worker.job is not None
                     failed += not _finish(worker.job, code)
-                    worker.job = None
                     if code not in (0, 2):
                         worker.stop()
+                    worker.job = None
                     bar.update()
             workers = [worker for worker in workers if worker.job is not None or worker.alive]
             busy = [worker.job for worker in workers if worker.job is not None]

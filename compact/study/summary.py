@@ -99,6 +99,7 @@ def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]
 def _measured(results: Mapping[str, TaskResult], fold: int | None) -> Iterator[tuple[Key, str, float]]:
     """What a cell's predictions are worth; those of several tasks out of distribution also count in their pool."""
     pooled = [name for name, result in results.items() if result.split == "ood"]
+    pool: list[tuple[Key, str, float]] = []
     for name, result in results.items():
         for title, measure in MEASURES.items():
             for row in result.predictions:
@@ -107,8 +108,10 @@ def _measured(results: Mapping[str, TaskResult], fold: int | None) -> Iterator[t
                     continue
                 item = f"{fold}/{row['id']}" if result.split == "id" else row["id"]
                 yield (name, result.split, NAMES[title]), item, value
-                if name in pooled and len(pooled) > 1:
-                    yield ("all", "ood", NAMES[title]), f"{name}/{row['id']}", value
+                if name in pooled:
+                    pool.append((("all", "ood", NAMES[title]), f"{name}/{row['id']}", value))
+        if len(pooled) > 1 and name == pooled[-1]:
+            yield from pool
 
 
 def _estimate(by_seed: Mapping[int, Mapping[str, float]]) -> Estimate:
