@@ -140,9 +140,7 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
     for seed in grid.seeds:
         for setting, keys in settings.items():
             if not isinstance(keys.value, (dict, type(None))):
-                refuse(
-                    keys, f"settings.{setting}", "a setting is a mapping, such as '{skills: {questions: 9}}'"
-                )
+                refuse(keys, f"settings.{setting}", "a setting is a mapping, such as '{skills: {questions: 9}}'")
             own = dict(keys.value or {})
             skills = _skills(own.pop("skills", None))
             folds = _whole(own.pop("folds", None), "folds", least=2)
