@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,37 +70,7 @@ def evaluate(
     Raises:
         UserError: no questions, a prompt that leaves no room in the model's context, or a batch that does not fit.
     """
-    if not task.rows:
-        raise UserError(f"task {task.name}: no questions")
-    data = data or DataConfig()
-    started = time.perf_counter()
-    causal = unwrap(model)
-    prompts = [prompt_ids(tokenizer, row.prompt, data.prompt_template) for row in task.rows]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][rank::world]
-    done: dict[int, dict[str, Any]] = {}
-    hidden = not progress or rank > 0
-    with evaluating(causal), tqdm(total=sum(map(len, batches)), desc=task.name, unit="q", disable=hidden) as bar:
-        for batch in batches:
-            rows, ids = [task.rows[i] for i in batch], [prompts[i] for i in batch]
-            try:
-                answers = generate_answers(causal, tokenizer, rows, ids, max_new_tokens, data)
-                scores = score_answers(causal, tokenizer, rows, ids, data)
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"task {task.name}: {len(batch)} questions at once do not fit in the device's memory; "
-                    f"set evaluation.batch_size below {batch_size}"
-                ) from None
-            for i, row, answer, score in zip(batch, rows, answers, scores):
-                done[i] = _prediction(row, answer, score)
-            bar.update(len(batch))
-    if world > 1:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, done)
-        done = {i: row for part in parts for i, row in part.items()}
-    predictions = [done[i] for i in range(len(task.rows))]
-    return TaskResult(task.name, task.split, task.kind, predictions, time.perf_counter() - started)
+    return _results(model, tokenizer, [task], data or DataConfig(), batch_size, max_new_tokens, progress)[task.name]
 
 
 def evaluate_tasks(
@@ -116,13 +85,12 @@ def evaluate_tasks(
     max_new_tokens: int = 192,
     progress: bool = True,
 ) -> dict[str, TaskResult]:
-    """Evaluate every task and store predictions and summary under RUN/evaluation/{when}/ (rank 0 writes)."""
+    """Evaluate every task and store predictions and summary under RUN/evaluation/{when}/ (rank 0 writes).
+
+    Batches hold questions of all tasks: a token costs a batch about the same, however many questions it has.
+    """
     data = data or DataConfig()
-    results = {}
-    for task in tasks:
-        results[task.name] = evaluate(
-            model, tokenizer, task, data=data, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
-        )
+    results = _results(model, tokenizer, tasks, data, batch_size, max_new_tokens, progress)
     settings = {
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
@@ -131,6 +99,56 @@ def evaluate_tasks(
     }
     if not _distributed() or dist.get_rank() == 0:
         store_results(results, settings, run, when)
+    return results
+
+
+@torch.no_grad()
+def _results(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    data: DataConfig,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool,
+) -> dict[str, TaskResult]:
+    for task in tasks:
+        if not task.rows:
+            raise UserError(f"task {task.name}: no questions")
+    started = time.perf_counter()
+    causal = unwrap(model)
+    asked = [row for task in tasks for row in task.rows]
+    prompts = [prompt_ids(tokenizer, row.prompt, data.prompt_template) for row in asked]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][rank::world]
+    done: dict[int, dict[str, Any]] = {}
+    names, hidden = ", ".join(task.name for task in tasks), not progress or rank > 0
+    with evaluating(causal), tqdm(total=sum(map(len, batches)), desc=names, unit="q", disable=hidden) as bar:
+        for batch in batches:
+            rows, ids = [asked[i] for i in batch], [prompts[i] for i in batch]
+            try:
+                answers = generate_answers(causal, tokenizer, rows, ids, max_new_tokens, data)
+                scores = score_answers(causal, tokenizer, rows, ids, data)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"evaluation ({names}): {len(batch)} questions at once do not fit in the device's memory; "
+                    f"set evaluation.batch_size below {batch_size}"
+                ) from None
+            for i, row, answer, score in zip(batch, rows, answers, scores):
+                done[i] = _prediction(row, answer, score)
+            bar.update(len(batch))
+    if world > 1:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, done)
+        done = {i: row for part in parts for i, row in part.items()}
+    seconds, results, first = time.perf_counter() - started, {}, 0
+    for task in tasks:  # its seconds: its share of the questions
+        last = first + len(task.rows)
+        predictions = [done[i] for i in range(first, last)]
+        share = seconds * len(task.rows) / len(asked)
+        results[task.name] = TaskResult(task.name, task.split, task.kind, predictions, share)
+        first = last
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -69,21 +68,30 @@ def grid_file(folder: Path, toy: Path, **changes) -> Path:
 
 
 class InProcess:
-    """A cell in this process and without pictures: imports and pictures are what a tiny one spends its time on."""
+    """A worker in this process and without pictures: imports and pictures are what a tiny cell spends its time on."""
 
-    def __init__(self, command, stdout, **_):
-        log = io.TextIOWrapper(os.fdopen(os.dup(stdout.fileno()), "wb"))
-        with pytest.MonkeyPatch.context() as patch, log, redirect_stdout(log), redirect_stderr(log):
+    alive = True
+
+    def __init__(self, device, lock):
+        self.device, self.job = device, None
+
+    def start(self, job):
+        self.job = job
+        with pytest.MonkeyPatch.context() as patch, (job.folder / "log.txt").open("w") as log:
             patch.setattr(compact.analyze, "_draw", lambda run, content: {})
-            self.returncode = cell.main(command[command.index("compact.study.cell") + 1 :])
+            with redirect_stdout(log), redirect_stderr(log):
+                self.returncode = cell.main([str(job.folder), *job.arguments])
 
-    def poll(self) -> int:
+    def code(self) -> int:
         return self.returncode
+
+    def stop(self):
+        pass
 
 
 def study(*words) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.subprocess, "Popen", InProcess)
+        patch.setattr(runner, "Worker", InProcess)
         return main([str(word) for word in words])
 
 
@@ -176,6 +184,73 @@ def test_what_every_fold_was_asked_counts_once_and_a_failed_fold_takes_its_seed_
     assert found == {0: {held_out: {"0/x": 100.0, "1/x": 0.0}, forgotten: {"x": 50.0}}}
 
 
+def test_no_cell_is_started_that_would_not_be_finished_in_time(finished):
+    path, folder, _ = finished
+    assert study(path, "--seeds", "[0, 1]", "--minutes", "1e-4") == 1
+    content = json.loads((folder / "study.json").read_text())
+    assert content["seconds"]["missing"] == 4 and list(content["failed"]) == ["few/single-nobody/seed-0"]
+    assert not (folder / "cells" / "few" / "uniform" / "seed-1" / "log.txt").exists()
+
+
+def test_a_worker_runs_cell_after_cell_until_one_breaks_it(tmp_path, monkeypatch, capfd):
+    def main(arguments):
+        print("at work on", arguments[1])
+        if arguments[1] == "2":
+            raise MemoryError("all of it")
+        return 0
+
+    asked = [[str(tmp_path / number), number] for number in "123"]
+    for folder, _ in asked:
+        Path(folder).mkdir()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(cell, "main", main)
+            patch.setattr(sys, "stdin", [json.dumps(words) for words in asked])
+            for number, name in enumerate(("stdout", "stderr"), 1):
+                patch.setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            assert cell.serve() == 1
+    finally:
+        for number, old in enumerate(kept, 1):
+            os.dup2(old, number)
+            os.close(old)
+    assert capfd.readouterr().out == "0\n1\n"
+    assert (tmp_path / "1" / "log.txt").read_text() == "at work on 1\n"
+    assert "MemoryError: all of it" in (tmp_path / "2" / "log.txt").read_text()
+    assert not (tmp_path / "3" / "log.txt").exists()
+
+
+def test_a_worker_that_dies_costs_its_cell_and_no_other(toy, tmp_path, monkeypatch):
+    stub = tmp_path / "python"  # what the runner starts in place of Python: it dies of the second cell
+    stub.write_text(
+        f"""#!/bin/sh
+echo >> {tmp_path}/started
+while read -r line; do
+    folder=$(echo "$line" | sed 's/^."//; s/".*//')
+    case $folder in *seed-1) kill -9 $$;; esac
+    echo '{{"seconds": 1, "peak_reserved": 0}}' > "$folder/cell.json"
+    echo 0
+done
+"""
+    )
+    stub.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(stub))
+    path = grid_file(tmp_path, toy, methods=["uniform"], parallel=1)
+    grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2]"])
+    with locked(Path(grid.study)) as lock:
+        runner.run_cells(grid, cells, lock)
+    assert (tmp_path / "started").read_text().count("\n") == 2
+    reasons = [tmp_path / "study" / "cells" / one.name / "failed.txt" for one in cells]
+    assert [file.exists() for file in reasons] == [False, True, False]
+    assert "signal 9" in reasons[1].read_text()
+
+
+def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
+    path = grid_file(tmp_path, toy, methods=["uniform", "compact"], seeds=[1, 0], order="methods")
+    names = [one.name for one in load_grid([str(path)])[1]]
+    assert names == [f"few/{method}/seed-{seed}" for method in ("uniform", "compact") for seed in (1, 0)]
+
+
 @pytest.mark.parametrize(
     "code, log, expected",
     [
@@ -210,6 +285,7 @@ def test_two_studies_do_not_write_to_one_folder(tmp_path):
         ({"seeds": [0, 0]}, "seeds: .*each once"),
         ({"recipe": "skils"}, "skils: no such file.*mean skills"),
         ({"settings": {"a": {"skills": {"questoins": 9}}}}, "skills.questoins: unknown key.*skills.questions"),
+        ({"settings": {"a.skills.questions": 9}}, r"settings.a.skills.questions: a setting is a mapping"),
         ({"settings": {"a": {"folds": 1}}}, "folds: 1 is not a whole number of at least 2"),
         ({"methods": []}, "methods: name at least one"),
     ],
@@ -335,7 +411,7 @@ def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(to
     command = [sys.executable, "-m", "compact.study", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 240
-    while not (folder / "base" / "few" / "log.txt").exists():
+    while not (folder / "base" / "few" / "recipe.yaml").exists():  # the worker is on its way
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)

@@ -1,11 +1,13 @@
-"""python -m compact.study GRID.yaml [--price] [--key value …]: run a study, or go on with it, and say what came out.
+"""python -m compact.study GRID.yaml [--price] [--minutes N] [--key value …]: run a study, or go on with it.
 
 The same command goes on with an interrupted study, cell by cell. STUDY/study.md and study.json hold the result, or
-what there is of it. --price runs the first cell alone and says what the others would take.
+what there is of it. --price runs the first cell alone and says what the others would take; --minutes N starts no cell
+that would not be finished by then.
 """
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from pathlib import Path
@@ -23,8 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in words or "-h" in words:
         print(grid_help())
         return 0
+    parser = argparse.ArgumentParser(prog="compact.study", add_help=False, allow_abbrev=False)
+    parser.add_argument("--price", action="store_true")
+    parser.add_argument("--minutes", type=float)
+    given, words = parser.parse_known_args(words)
     try:
-        grid, cells, tree = load_grid([word for word in words if word != "--price"])
+        grid, cells, tree = load_grid(words)
         study = Path(grid.study)
         there = {path.name for path in study.iterdir()} - {".lock"} if study.is_dir() else set()
         if there and "grid.yaml" not in there:
@@ -33,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         with locked(study) as lock:
             write_file(plain(tree), study / "grid.yaml")
             try:
-                run_cells(grid, cells[:1] if "--price" in words else cells, lock)
+                run_cells(grid, cells[:1] if given.price else cells, lock, given.minutes)
             finally:  # of a study that is stopped, what there is
                 failed = write_summary(grid, cells)
     except UserError as error:

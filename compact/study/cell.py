@@ -1,22 +1,25 @@
-"""python -m compact.study.cell FOLDER: one cell of a study, in a process of its own; FOLDER/recipe.yaml is its recipe.
+"""python -m compact.study.cell FOLDER: one cell of a study; FOLDER/recipe.yaml is its recipe.
 
 With --base the student is only evaluated as it is; with --merge N a branch a teacher is trained and merged, N times.
-With --analyze compact.analyze looks into the student afterwards, before --drop_student deletes it.
+With --analyze compact.analyze looks into the student afterwards, before --drop_student deletes it. With --serve alone
+the arguments of one cell after another come as lines of JSON, and each one's exit status is the answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
+import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -113,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--analyze", action="store_true")
     parser.add_argument("--drop_student", action="store_true")
     given = parser.parse_args(argv)
+    started = time.time()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     folder = given.folder
     try:
@@ -124,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_merged(recipe, given.merge)
         else:
             run(recipe)
-        seconds = time.time() - psutil.Process().create_time()
+        seconds = time.time() - started
         if given.analyze:  # which other seeds do without: it is no part of a cell's price
             compact.analyze.main([str(folder)])
     except UserError as error:
@@ -138,5 +144,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def serve() -> int:
+    """Run cells as they are asked for; give up after one that broke, for it may have broken this process too."""
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        with (Path(arguments[0]) / "log.txt").open("wb") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        try:
+            code = main(arguments)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        print(code, file=answers, flush=True)
+        if code not in (0, 2):
+            return code
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["--serve"] else main())

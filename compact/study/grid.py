@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compact import options
 from compact.commandline import find, set_flags
@@ -29,6 +29,10 @@ class Grid:
     )
     methods: object = option(list, "names of known methods, or name: recipe keys; single:TEACHER and merge are known")
     seeds: list[int] = option(lambda: [0], "of the runs", ge=0)
+    order: Literal["seeds", "methods"] = option(
+        "seeds",
+        "seeds: all methods with the first seed, then the next; methods: the first method with all its seeds, …",
+    )
     baseline: str = option("uniform", "the method that the others are compared with")
     parallel: int | None = option(None, "cells at once on a GPU; null: as many as fit", ge=1)
     keep_students: bool = option(
@@ -133,9 +137,10 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
     common = tree.value.get("set", Given({}))
     settings = tree.value.get("settings", Given({"default": Given({})})).value
     cells = []
-    # Seeds last: a study that is stopped early has whole rows of seeds in every method alike.
     for seed in grid.seeds:
         for setting, keys in settings.items():
+            if not isinstance(keys.value, (dict, type(None))):
+                refuse(keys, f"settings.{setting}", "a setting is a mapping, such as '{skills: {questions: 9}}'")
             own = dict(keys.value or {})
             skills = _skills(own.pop("skills", None))
             folds = _whole(own.pop("folds", None), "folds", least=2)
@@ -147,6 +152,8 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
                     for overrides in (common.value, own, theirs, {"seed": Given(seed)}):
                         overlay(recipe, overrides)
                     cells.append(Cell(str(setting), method, seed, fold, recipe, skills, folds, merge))
+    if grid.order == "methods":  # stable: settings, seeds and folds stay in their order
+        cells.sort(key=lambda cell: [*methods].index(cell.method))
     return cells
 
 
@@ -199,9 +206,10 @@ def _whole(given: Given | None, key: str, least: int) -> int:
 
 def grid_help() -> str:
     lines = [
-        "python -m compact.study GRID [--price] [--key value …]",
+        "python -m compact.study GRID [--price] [--minutes N] [--key value …]",
         "",
         "--price: run the first cell alone, and say what the others would take.",
+        "--minutes N: start no cell that would not be finished by then; the same command goes on later.",
         f"GRID: a YAML file, or {', '.join(embedded_grids())}.",
     ]
     lines += [f"  {spec.name}: {spec.metadata['help']}" for spec in fields(Grid)]

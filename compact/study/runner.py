@@ -1,16 +1,22 @@
-"""Runs the cells of a study: as many at once as fit, each in a process of its own, each to be gone on with."""
+"""Runs the cells of a study: as many at once as fit, each to be gone on with.
+
+A worker process takes one cell after another, for imports, a CUDA context and compiled kernels may cost more than a
+cell does; one that a cell broke is replaced.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import select
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from compact.results import write_atomically
 from compact.run_folder import claim
 from compact.study.data import plain_student, recipe_of
 from compact.study.grid import Cell, Grid
+from compact.study.summary import seconds_of
 
 CONTEXT = 1 << 30  # what a process takes of a GPU beside what torch reserves, roughly
 MOST = 8  # processes of a GPU: they take turns
@@ -33,12 +40,13 @@ POLL = 0.2  # seconds
 
 @dataclass(eq=False)
 class Job:
-    """One process to run."""
+    """A cell, or the evaluation of a student as it is."""
 
     name: str
     folder: Path
     arguments: list[str]
     needs: Job | None = None  # must be over before
+    method: str = ""
 
     @property
     def error(self) -> Path:
@@ -47,6 +55,48 @@ class Job:
     @property
     def done(self) -> bool:
         return (self.folder / "cell.json").exists()
+
+
+class Worker:
+    """A process that runs one job after another: python -m compact.study.cell --serve."""
+
+    def __init__(self, device: int | None, lock: int) -> None:
+        self.device = device
+        self.job: Job | None = None
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if device is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+            environment.setdefault("OMP_NUM_THREADS", "2")
+        command = [sys.executable, "-m", "compact.study.cell", "--serve"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[lock]
+        )
+
+    def start(self, job: Job) -> None:
+        assert self.process.stdin is not None
+        self.job = job
+        with suppress(BrokenPipeError):  # its end is seen by code()
+            self.process.stdin.write(json.dumps([str(job.folder), *job.arguments]).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def code(self) -> int | None:
+        """The exit status of the job, once it is over; of the process, where it died."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], 0)[0]:
+            return None
+        answer = self.process.stdout.readline()
+        return int(answer) if answer else self.process.wait() or 1
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """End the process: by itself, where it has nothing to do."""
+        if self.job is not None:
+            self.process.terminate()
+        self.process.communicate()  # ends its input
 
 
 @contextmanager
@@ -79,41 +129,68 @@ def locked(study: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def run_cells(grid: Grid, cells: Sequence[Cell], lock: int) -> None:
+def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | None = None) -> None:
     """Run what is not finished. A cell that fails says why in its folder, and the others go on.
 
     Args:
-        lock: of :func:`locked`; cells hold it too, should this process be killed and they go on.
+        lock: of :func:`locked`; workers hold it too, should this process be killed and they go on.
+        minutes: no cell is started that would not be finished by then, at what cells of its method (of any method,
+            where there is none yet) took so far.
     """
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     study = Path(grid.study)
     jobs = _jobs(grid, cells, study)
     waiting = [job for job in jobs if not job.done]
     devices: list[int | None] = [*range(torch.cuda.device_count())] or [None]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="cells", dynamic_ncols=True)
-    running: list[tuple[Job, subprocess.Popen, int | None]] = []
+    workers: list[Worker] = []
     failed, state = 0, ""
     try:
-        while waiting or running:
-            for entry in [entry for entry in running if entry[1].poll() is not None]:
-                running.remove(entry)
-                failed += not _finish(entry[0], entry[1].returncode)
-                bar.update()
+        while True:
+            for worker in [worker for worker in workers if worker.job is not None]:
+                if (code := worker.code()) is not None:
+                    assert worker.job is not None
+                    failed += not _finish(worker.job, code)
+                    if code not in (0, 2):
+                        worker.stop()
+                    worker.job = None
+                    bar.update()
+            workers = [worker for worker in workers if worker.job is not None or worker.alive]
+            busy = [worker.job for worker in workers if worker.job is not None]
+            if minutes is not None:
+                left, known = deadline - time.monotonic(), _known(jobs)
+                waiting = [job for job in waiting if _expected(job, known) <= left]
+            if not waiting and not busy:
+                break
             most = grid.parallel or _fitting(jobs)
             for device in devices:
-                ready = [job for job in waiting if job.needs is None or job.needs not in [*waiting, *_of(running)]]
-                free = most - sum(entry[2] == device for entry in running)
-                for job in ready[: max(free, 0)]:
+                there = sum(worker.device == device for worker in workers)
+                # So that they are ready when what the cells wait for is over.
+                workers += [Worker(device, lock) for _ in range(there, min(most, len(waiting) + len(busy)))]
+            for worker in [worker for worker in workers if worker.job is None]:
+                ready = (job for job in waiting if job.needs is None or job.needs not in [*waiting, *busy])
+                if (job := next(ready, None)) is not None:
                     waiting.remove(job)
-                    running.append((job, _start(job, device, lock), device))
-            said, state = state, f"{len(running)} running, {failed} failed"
+                    busy.append(job)
+                    _prepare(job)
+                    worker.start(job)
+            said, state = state, f"{len(busy)} running, {failed} failed"
             bar.set_postfix_str(state, refresh=state != said)
             time.sleep(POLL)
     finally:
-        for _, process, _ in running:
-            process.terminate()
-        for _, process, _ in running:
-            process.wait()
+        for worker in workers:
+            worker.stop()
         bar.close()
+
+
+def _known(jobs: Sequence[Job]) -> list[tuple[str, float]]:
+    """Method and seconds of the finished cells."""
+    return [(job.method, seconds_of(job.folder)) for job in jobs if job.method and job.done]
+
+
+def _expected(job: Job, known: Sequence[tuple[str, float]]) -> float:
+    """Seconds that a job will take, as the slowest of its like; 0 where nothing is known."""
+    return max([s for method, s in known if method == job.method] or [s for _, s in known] or [0.0])
 
 
 def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
@@ -122,7 +199,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
     jobs = []
     for cell in cells:
         folder = study / "cells" / cell.name
-        job = Job(cell.name, folder, [f"--merge={cell.merge}"] if cell.merge else [])
+        job = Job(cell.name, folder, [f"--merge={cell.merge}"] if cell.merge else [], method=cell.method)
         if not grid.keep_students:
             job.arguments.append("--drop_student")
             if cell.seed == grid.seeds[0] and not cell.fold:
@@ -138,7 +215,6 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                     jobs.append(bases[key][0])
                 base, asked = bases[key]
                 job.needs = base if asked == _asked(recipe) else None
-            job.error.unlink(missing_ok=True)
         except UserError as error:
             write_atomically(job.error, str(error))
             continue
@@ -168,39 +244,41 @@ def _asked(recipe: Recipe) -> tuple[Any, ...]:
     return student.model, student.dtype, student.attention, prompts, replace(recipe.evaluation, held_text=None)
 
 
-def _start(job: Job, device: int | None, lock: int) -> subprocess.Popen:
-    if job.needs is not None:
-        theirs, ours = job.needs.folder / "evaluation" / "before", job.folder / "evaluation" / "before"
-        if theirs.exists() and not ours.exists():
-            aside = ours.with_name(".before.writing")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(theirs, aside)
-            aside.replace(ours)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if device is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
-        environment.setdefault("OMP_NUM_THREADS", "2")
-    with (job.folder / "log.txt").open("wb") as log:
-        command = [sys.executable, "-m", "compact.study.cell", str(job.folder), *job.arguments]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
+def _prepare(job: Job) -> None:
+    """Nothing is left of an older try, and the evaluation before training, made once, is the cell's too.
+
+    The same files, where the disk can do that.
+    """
+    for leftover in (job.error, job.folder / "log.txt"):
+        leftover.unlink(missing_ok=True)
+    if job.needs is None:
+        return
+    theirs, ours = job.needs.folder / "evaluation" / "before", job.folder / "evaluation" / "before"
+    if theirs.exists() and not ours.exists():
+        aside = ours.with_name(".before.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(theirs, aside, copy_function=_link)
+        aside.replace(ours)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _finish(job: Job, code: int) -> bool:
     if code == 0 and job.done:
         return True
     log = job.folder / "log.txt"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     said = [line.removeprefix("compact.study: ") for line in lines if line.startswith("compact.study: ")]
     if not said:
         ending = f"status {code}" if code >= 0 else f"signal {-code}"
         said = [f"it ended with {ending} ({log}), after: {lines[-1] if lines else 'nothing'}"]
     write_atomically(job.error, said[-1])
     return False
-
-
-def _of(running: Sequence[tuple[Job, subprocess.Popen, int | None]]) -> list[Job]:
-    return [entry[0] for entry in running]
 
 
 def _fitting(jobs: Sequence[Job]) -> int:

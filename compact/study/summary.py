@@ -99,6 +99,7 @@ def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]
 def _measured(results: Mapping[str, TaskResult], fold: int | None) -> Iterator[tuple[Key, str, float]]:
     """What a cell's predictions are worth; those of several tasks out of distribution also count in their pool."""
     pooled = [name for name, result in results.items() if result.split == "ood"]
+    pool: list[tuple[Key, str, float]] = []
     for name, result in results.items():
         for title, measure in MEASURES.items():
             for row in result.predictions:
@@ -107,8 +108,10 @@ def _measured(results: Mapping[str, TaskResult], fold: int | None) -> Iterator[t
                     continue
                 item = f"{fold}/{row['id']}" if result.split == "id" else row["id"]
                 yield (name, result.split, NAMES[title]), item, value
-                if name in pooled and len(pooled) > 1:
-                    yield ("all", "ood", NAMES[title]), f"{name}/{row['id']}", value
+                if name in pooled:
+                    pool.append((("all", "ood", NAMES[title]), f"{name}/{row['id']}", value))
+        if len(pooled) > 1 and name == pooled[-1]:
+            yield from pool
 
 
 def _estimate(by_seed: Mapping[int, Mapping[str, float]]) -> Estimate:
@@ -150,12 +153,17 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, float] | None:
     """What finished cells took on the clock, and what the others would take one after another."""
-    files = [study / "cells" / cell.name / "cell.json" for cell in cells]
-    seconds = [json.loads(file.read_text())["seconds"] for file in files if file.exists()]
+    folders = [study / "cells" / cell.name for cell in cells]
+    seconds = [seconds_of(folder) for folder in folders if (folder / "cell.json").exists()]
     if not seconds:
         return None
     median, missing = float(np.median(seconds)), len(cells) - len(seconds)
     return {"median": median, "sum": float(np.sum(seconds)), "missing": missing, "to_come": median * missing}
+
+
+def seconds_of(folder: Path) -> float:
+    """What a finished cell took on the clock."""
+    return json.loads((folder / "cell.json").read_text())["seconds"]
 
 
 def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -> str:
