@@ -182,7 +182,7 @@ def test_a_rows_statistics_are_those_of_its_softmax(dtype, outer):
     raw = (z.double() + bias.double()) * 0.7
     slope = 1 - raw.tanh().square() if outer else torch.ones_like(raw)
     logp = ((raw.tanh() * outer) if outer else raw).log_softmax(-1)
-    OPS.row_statistics(*arguments)
+    native.run(OPS.row_statistics, *arguments)
     p, rows, counted = logp.exp(), torch.arange(7), targets != -100
     gradient = p.index_put((rows, targets.clamp_min(0)), p[rows, targets.clamp_min(0)] - 1)
     asked = [ids[:2]] + [ids[:0]] * 2 + [ids[2:]] * 4  # rows 2 … 8 of rationales [0, 3), [3, 5), [5, 9)
@@ -214,11 +214,11 @@ import torch
 from compact_kernels import native
 from tests.test_native import statistics_arguments
 arguments = statistics_arguments(torch.float32, 3.0)
-torch.ops.compact_native.row_statistics(*arguments)
+native.run(torch.ops.compact_native.row_statistics, *arguments)
 torch.save((torch.ops.compact_native.cpu_capability(), arguments[9], arguments[0]), "{path}")
 """
     arguments = statistics_arguments(torch.float32, 3.0)
-    OPS.row_statistics(*arguments)
+    native.run(OPS.row_statistics, *arguments)
     with tempfile.NamedTemporaryFile() as file:
         result = python(code.replace("{path}", file.name), ATEN_CPU_CAPABILITY="default")
         assert result.returncode == 0, result.stderr
@@ -233,11 +233,11 @@ torch.save((torch.ops.compact_native.cpu_capability(), arguments[9], arguments[0
 def test_threads_change_nothing(threads):
     before = torch.get_num_threads()
     expected = statistics_arguments(torch.float32)
-    OPS.row_statistics(*expected)
+    native.run(OPS.row_statistics, *expected)
     try:
         torch.set_num_threads(threads)
         arguments = statistics_arguments(torch.float32)
-        OPS.row_statistics(*arguments)
+        native.run(OPS.row_statistics, *arguments)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(arguments[9][:, 2:], expected[9][:, 2:]) and torch.equal(arguments[0], expected[0])
@@ -311,8 +311,8 @@ def test_the_divergence_is_exact_where_one_rationale_has_nearly_all_of_alpha():
 def test_what_would_touch_foreign_memory_is_refused(position, value, words):
     arguments = statistics_arguments(torch.float32)
     arguments[position] = value
-    with pytest.raises(RuntimeError, match=words):
-        OPS.row_statistics(*arguments)
+    with pytest.raises(RuntimeError, match=f"row_statistics.*{words}"):
+        native.run(OPS.row_statistics, *arguments)
 
 
 @NEEDS_LIBRARY
@@ -332,8 +332,9 @@ def test_offsets_that_leave_the_rows_are_refused(cu_questions, cu_span, first_ro
     questions, span = (torch.tensor(offsets, dtype=torch.int32) for offsets in (cu_questions, cu_span))
     place = (torch.rand(len(cu_span) - 1), 0, len(cu_questions) - 1, first_row, False)
     with pytest.raises(RuntimeError, match="are not offsets|first_row is"):
-        OPS.answer_divergence(
-            torch.rand(4, 30), torch.ones(4), questions, span, *place, torch.zeros(2), torch.zeros(9), None
+        native.run(
+            OPS.answer_divergence,
+            *(torch.rand(4, 30), torch.ones(4), questions, span, *place, torch.zeros(2), torch.zeros(9), None),
         )
 
 
@@ -345,7 +346,7 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(value, outer):
     poisoned[2][7] = clean[2][7] = 0.0
     poisoned[0][4, 7] = value
     for arguments in (clean, poisoned):
-        OPS.row_statistics(*arguments)
+        native.run(OPS.row_statistics, *arguments)
     others = torch.tensor([row for row in range(7) if row != 4])
     assert torch.equal(poisoned[9][:, 2:][:, others], clean[9][:, 2:][:, others])
     assert torch.equal(poisoned[0][others], clean[0][others])
@@ -404,4 +405,4 @@ def test_the_cuda_ops_keep_what_torch_asks_of_ops_and_run_in_graphs():
     torch.cuda.synchronize()
     assert torch.equal(other, expected) and torch.equal(captured, expected)
     with pytest.raises(RuntimeError, match="on the device of the others"):
-        OPS.question_in_degree(query, key, ragged.cu_questions.cpu(), 0.1, 5, degree)
+        native.run(OPS.question_in_degree, query, key, ragged.cu_questions.cpu(), 0.1, 5, degree)
