@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compact_kernels import Ragged, answer_divergence, native
+from compact_kernels import Ragged, answer_divergence, native, reference
 from compact_kernels.dispatch import native_applies, native_cuda_applies
+from compact_kernels.head import native_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_LIBRARY = pytest.mark.skipif(not native.LIBRARY.loaded, reason=native.LIBRARY.reason or "loaded")
@@ -244,9 +245,13 @@ def test_threads_change_nothing(threads):
 
 
 @NEEDS_LIBRARY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["kl", "jsd"])
-def test_the_divergence_and_its_gradient_are_those_of_float64(kind, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "held"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_the_divergence_and_its_gradient_err_at_most_twice_as_much_as_torch_itself(dtype, held, kind, monkeypatch):
+    monkeypatch.setattr(native_rows, "buffer_dtype", lambda _: held)  # as on CPUs without and with such products
     spans = ((2, 2, 2), (3,), (2, 1, 2, 0), (0, 0), (1, 2, 2, 1))
     lengths = [length for question in spans for length in question]
     ragged = Ragged.build(
@@ -264,14 +269,17 @@ def test_the_divergence_and_its_gradient_are_those_of_float64(kind, dtype):
     alpha[1] = 0
     upstream = torch.rand(len(spans), generator=generator)
     results = []
-    for precision in (torch.float64, dtype):
+    for function, precision in (
+        (reference.answer_divergence, torch.float64), (reference.answer_divergence, dtype), (answer_divergence, dtype),
+    ):  # fmt: skip
         leaves = [tensor.to(precision).detach().requires_grad_() for tensor in (hidden, weight, bias)]
         assert native_applies(leaves[0]) == (precision == dtype)
-        value = answer_divergence(*leaves[:2], ragged, alpha, kind=kind, bias=leaves[2], softcap=None)
+        value = function(*leaves[:2], ragged, alpha, kind=kind, bias=leaves[2])
         gradients = torch.autograd.grad(value, leaves, upstream.to(value.dtype))
-        results.append([tensor.double() for tensor in (value, *gradients)])
-    for truth, actual in zip(*results):
-        torch.testing.assert_close(actual, truth, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=3e-5)
+        results.append([tensor.detach().double() for tensor in (value, *gradients)])
+    for name, truth, plain, ours in zip(("value", "hidden", "weight", "bias"), *results):
+        allowed = 2 * (plain - truth).norm() + 1e-6 * truth.norm()
+        assert (ours - truth).norm() <= allowed, f"{name}: {(ours - truth).norm():.3g}, allowed {allowed:.3g}"
 
 
 @NEEDS_LIBRARY
