@@ -16,9 +16,11 @@ using torch::stable::Tensor;
 
 // What an op asks of its arguments, and its answer: why it refuses them, as bytes on the CPU; none if it does not.
 //
-// An op answers because it cannot throw. Torch's wheels export parts of their own C++ standard library, an extension
-// is built with another one, and an exception (or the stream that words it) on its way from the one's frames to the
-// other's was seen to end the process. Nothing here needs one; compact_kernels.native.run raises what an op answers.
+// An op answers because it had better not throw. On one machine (torch 2.11 for CUDA) every exception out of the
+// library ended the process, on others none did. What differs is the C++ runtime: torch's wheels export parts of
+// theirs (the constructor and str() of the streams that word an error among them), a library built beside them binds
+// to those, and the rest of it comes from wherever it runs. Without throws and streams that does not matter;
+// compact_kernels.native.run raises what an op answers.
 class Check {
  public:
   // Whether this and all before it hold. What does not is worded from the parts, the first time.
