@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels.dispatch import native_applies
+from compact_kernels.native import run
 from compact_kernels.ragged import Ragged
 
 
@@ -84,9 +85,8 @@ def _in_native_code(
     """csrc/cpu/divergence.cpp: the value, or with a gain the gradient in place of the rows."""
     offsets = (ragged.cu_questions, ragged.cu_span, alpha.contiguous(), first_question, last_question, first_row)
     gain = None if gain is None else gain.contiguous()
-    torch.ops.compact_native.answer_divergence(
-        buffer, sums.contiguous(), *offsets, kind == "jsd", per_question, scores, gain
-    )
+    op = torch.ops.compact_native.answer_divergence
+    run(op, buffer, sums.contiguous(), *offsets, kind == "jsd", per_question, scores, gain)
 
 
 def _classes(ragged: Ragged, first_question: int, last_question: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -12,11 +12,13 @@ import os
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
@@ -112,27 +114,23 @@ def cuda_trouble(device: int) -> str:
     return torch.ops.compact_native.cuda_trouble(device)
 
 
-if LIBRARY.loaded:  # what they write is an argument: in a traced graph there is nothing to make
+def run(op: Callable[..., Tensor], *arguments: Any) -> None:
+    """Call an op of the library, which writes into its arguments.
 
-    @torch.library.register_fake("compact_native::row_statistics")
-    def _(z, targets, bias, answer_ids, cu_answers, cu_rows, inner, outer, ignore_index, table, first_row, store):
-        return None
+    Raises:
+        RuntimeError: the op refuses them; it says so in its answer, since no exception may leave the library
+            (csrc/ops.h).
+    """
+    answer = op(*arguments)
+    if answer.numel():
+        raise RuntimeError(f"{op}: {bytes(answer.tolist()).decode()}")
 
-    @torch.library.register_fake("compact_native::answer_divergence")
-    def _(
-        rows, sums, cu_questions, cu_span, alpha, first_question, last_question, first_row, jsd, per_question, scores,
-        gain,
-    ):  # fmt: skip
-        return None
 
-    @torch.library.register_fake("compact_native::decide_questions")
-    def _(*arguments):
-        return None
+def _no_refusal(*arguments: Any) -> Tensor:
+    """In a traced graph, what an op answers."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
 
-    @torch.library.register_fake("compact_native::question_in_degree")
-    def _(query, key, cu_questions, scale, most_rationales, degree):
-        return None
 
-    @torch.library.register_fake("compact_native::gradient_block")
-    def _(z, targets, bias, inner, outer, pivot, slope, curve, target_gradient, first_column):
-        return None
+if LIBRARY.loaded:
+    for _op in ("row_statistics", "gradient_block", "answer_divergence", "decide_questions", "question_in_degree"):
+        torch.library.register_fake(f"compact_native::{_op}", _no_refusal)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from compact_kernels.native import run
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule
 from compact_kernels.weighting import Decision
@@ -38,7 +39,8 @@ def decide(
     if last_question <= first_question:
         return
     rule = CompatibilityRule() if rule is None else rule
-    torch.ops.compact_native.decide_questions(
+    run(
+        torch.ops.compact_native.decide_questions,
         logprob,
         evidence,
         targets_of_rows,
@@ -73,7 +75,8 @@ def in_degree(query: Tensor, key: Tensor, ragged: Ragged, temperature: float = 1
     degree = torch.empty(query.shape[0], dtype=torch.float32, device=query.device)
     if ragged.num_questions:
         scale, most = 1.0 / (math.sqrt(query.shape[-1]) * temperature), ragged.sizes.most_rationales
-        torch.ops.compact_native.question_in_degree(query, key, ragged.cu_questions, scale, most, degree)
+        op = torch.ops.compact_native.question_in_degree
+        run(op, query, key, ragged.cu_questions, scale, most, degree)
     return degree
 
 

@@ -82,8 +82,9 @@ def uniform(ragged: Ragged) -> Tensor:
 
 def fused(model: nn.Module, ids: Tensor, targets: Tensor, ragged: Ragged, **options) -> Tensor:
     output = model(input_ids=ids, compact=ragged)
-    questions = ragged.cu_questions.diff()
-    options = {"weights": (1 / questions.double()).repeat_interleave(questions), **options}
+    if "weights" not in options:  # α = 1/K
+        counts = ragged.cu_questions.diff()
+        options["weights"] = (1 / counts.double()).repeat_interleave(counts)
     head = output.head
     return compatibility_loss(
         output.hidden, head.weight, targets, ragged, bias=head.bias, logit_scale=head.logit_scale,

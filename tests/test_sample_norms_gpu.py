@@ -33,10 +33,12 @@ def test_a_captured_step_gives_the_eager_steps_norms():
     ids, targets, ragged = batch()
     ids, targets, ragged = ids.to(DEVICE), targets.to(DEVICE), ragged.to(DEVICE)
     recorder = SampleGradNorms(model)
+    counts = ragged.cu_questions.diff()
+    weights = (1 / counts.double()).repeat_interleave(counts)  # here: its size is read from the device
 
     def step() -> torch.Tensor:
         with recorder.record(ragged) as norms:
-            fused(model, ids, targets, ragged).backward()
+            fused(model, ids, targets, ragged, weights=weights).backward()
         return norms.squared
 
     stream = torch.cuda.Stream()

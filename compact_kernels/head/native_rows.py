@@ -13,6 +13,7 @@ from torch import Tensor
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.rows import CONVERTED_ROWS, Answers, RowStatistics, row_buffer
 from compact_kernels.head.torch_rows import decide, folds_divergence, last_product, scale_rows
+from compact_kernels.native import run
 
 __all__ = ["decide", "folds_divergence", "last_product", "scale_rows"]  # as in plain torch
 
@@ -47,9 +48,8 @@ def statistics(
     z = row_buffer(x.shape[0], head.vocabulary, x, buffer_dtype(x.dtype)) if buffer is None else buffer
     _raw_logits(x, head.weight, z)
     asked = (None, None, None) if answers is None else (answers.ids, answers.cu_ids, answers.cu_rows)
-    torch.ops.compact_native.row_statistics(
-        z, targets.contiguous(), _bias(head), *asked, *head.natural, ignore_index, table, first_row, buffer is not None
-    )
+    op, place = torch.ops.compact_native.row_statistics, (table, first_row, buffer is not None)
+    run(op, z, targets.contiguous(), _bias(head), *asked, *head.natural, ignore_index, *place)
 
 
 def gradient_block(
@@ -70,7 +70,8 @@ def gradient_block(
     columns = slice(first_column, first_column + block.shape[1])
     bias = _bias(head)
     _raw_logits(x, head.weight[columns], block)
-    torch.ops.compact_native.gradient_block(
+    run(
+        torch.ops.compact_native.gradient_block,
         block,
         targets.contiguous(),
         None if bias is None else bias[columns],

@@ -138,10 +138,14 @@ def scale_rows(
     out: Tensor,
     place: Tensor | None = None,
 ) -> Tensor:
-    """out[place[i]] = source[i]·first[i]·second[i]·constant, rounded once to out's dtype."""
-    factor = first * constant if second is None else first * second * constant
-    scaled = (source * factor[:, None]).to(out.dtype)
-    return out.copy_(scaled) if place is None else out.index_copy_(0, place, scaled)
+    """out[place[i]] = source[i]·first[i]·second[i]·constant, rounded once to out's dtype.
+
+    A source that is put in places is scaled where it lies, to save its size.
+    """
+    factor = (first * constant if second is None else first * second * constant)[:, None]
+    if place is not None:
+        return out.index_copy_(0, place, source.mul_(factor).to(out.dtype))
+    return torch.mul(source, factor, out=out)
 
 
 def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -120,10 +120,11 @@ class WeightedPass:
                 backend.add_divergence(chunk, rows_c, rows, self.targets, ragged, weighting, decision, divergence)
             weight_c, inverse = decision.row_weight[chunk.rows], rows.inverse_sum[chunk.rows]
             if gradients.hidden is not None:
-                unscaled = product(rows_c, head.weight)
                 out = gradients.hidden[chunk.rows] if every_row else gradients.hidden
                 place = None if every_row else ragged.rows[chunk.rows]
+                unscaled = product(rows_c, head.weight)
                 backend.scale_rows(unscaled, weight_c, inverse, head.slope, out, place)
+                del unscaled  # before the next of its size is made
             if gradients.weight is not None:
                 scaled = backend.scale_rows(
                     x_c, weight_c, inverse, head.slope, torch.empty_like(x_c, dtype=buffer.dtype)
@@ -135,6 +136,7 @@ class WeightedPass:
                     gradients = gradients._replace(weight=summed)
                 else:
                     product(rows_c.t(), scaled, out=gradients.weight, accumulate=i > 0)
+                del scaled
             if gradients.bias is not None:
                 factor = (weight_c * inverse * head.slope).to(buffer.dtype)[None]
                 product(factor, rows_c, out=gradients.bias, accumulate=i > 0)

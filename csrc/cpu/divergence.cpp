@@ -166,42 +166,49 @@ std::vector<Position> positions_of_questions(
   return found;
 }
 
-float* checked(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(
+float* checked(Check& check, const Tensor& tensor, int64_t count, const char* name) {
+  check(
       tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() >= count, name, " has ",
       count, " entries at least, contiguous, float32");
-  return static_cast<float*>(tensor.data_ptr());
+  return check.failed() ? nullptr : static_cast<float*>(tensor.data_ptr());
 }
 
 }  // namespace
 
-void answer_divergence(
+Tensor answer_divergence(
     Tensor rows, Tensor sums, Tensor cu_questions, Tensor cu_span, Tensor alpha, int64_t first_question,
     int64_t last_question, int64_t first_row, bool jsd, Tensor per_question, Tensor scores,
     std::optional<Tensor> gain) {
-  STD_TORCH_CHECK(
+  Check check;
+  check(
       rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.stride(1) == 1,
       "rows are float32, (n, V), a row's side by side");
-  STD_TORCH_CHECK(
+  check(
       0 <= first_question && first_question <= last_question && last_question < cu_questions.numel(), "questions ",
       first_question, " to ", last_question, " of ", cu_questions.numel() - 1);
+  check(0 <= first_row && first_row <= INT32_MAX, "first_row is ", first_row);
+  if (check.failed()) return check.answer();
   const int64_t rationales = cu_span.numel() - 1;
-  STD_TORCH_CHECK(0 <= first_row && first_row <= INT32_MAX, "first_row is ", first_row);
-  const int32_t* questions = offsets_of(cu_questions, first_question, last_question, 0, rationales, "cu_questions");
+  const int32_t* questions =
+      offsets_of(check, cu_questions, first_question, last_question, 0, rationales, "cu_questions");
+  if (check.failed()) return check.answer();
   DivergenceCall call{};
   call.rows = static_cast<float*>(rows.mutable_data_ptr());
   call.stride = rows.stride(0);
   call.vocabulary = rows.size(1);
-  call.sums = checked(sums, rows.size(0), "sums");
+  call.sums = checked(check, sums, rows.size(0), "sums");
   call.cu_span = offsets_of(
-      cu_span, questions[first_question], questions[last_question], first_row, first_row + rows.size(0), "cu_span");
-  call.alpha = checked(alpha, rationales, "alpha");
+      check, cu_span, questions[first_question], questions[last_question], first_row, first_row + rows.size(0),
+      "cu_span");
+  if (check.failed()) return check.answer();
+  call.alpha = checked(check, alpha, rationales, "alpha");
   call.first_row = first_row;
   call.jsd = jsd;
   const int64_t last_row = call.cu_span[questions[last_question]];
-  call.scores = checked(scores, last_row, "scores");
-  call.gain = gain ? checked(*gain, rationales, "gain") : nullptr;
-  float* values = checked(per_question, last_question, "per_question");
+  call.scores = checked(check, scores, last_row, "scores");
+  call.gain = gain ? checked(check, *gain, rationales, "gain") : nullptr;
+  float* values = checked(check, per_question, last_question, "per_question");
+  if (check.failed()) return check.answer();
 
   const std::vector<Position> positions = positions_of_questions(questions, call.cu_span, first_question, last_question);
   if (gain) {  // rows without a partner have no gradient
@@ -219,7 +226,7 @@ void answer_divergence(
 #endif
     on_any_cpu(call, positions, begin, end);
   });
-  if (gain) return;
+  if (gain) return check.answer();
   std::fill(values + first_question, values + last_question, 0.0f);
   for (const Position& place : positions) {
     for (const int64_t member : place.members) {
@@ -227,6 +234,7 @@ void answer_divergence(
           call.alpha[member] * call.scores[call.cu_span[member] + place.step] / static_cast<float>(place.length);
     }
   }
+  return check.answer();
 }
 
 }  // namespace compact

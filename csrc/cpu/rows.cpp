@@ -226,23 +226,44 @@ void run(const Call& call, const Tensor& z, bool capped) {
   }
 }
 
-void check_logits(const Tensor& z, const Tensor& targets, const std::optional<Tensor>& bias) {
+bool are_logits(Check& check, const Tensor& z, const Tensor& targets, const std::optional<Tensor>& bias) {
   const auto dtype = z.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "logits are float32 or bfloat16");
-  STD_TORCH_CHECK(z.dim() == 2 && z.size(1) > 0 && z.stride(1) == 1, "logits are (n, V), a row's side by side");
-  STD_TORCH_CHECK(
-      targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == z.size(0),
-      "targets are int64, one a row of logits, contiguous");
-  STD_TORCH_CHECK(
-      !bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == z.size(1)),
-      "bias is float32, (V,), contiguous");
+  return check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "logits are float32 or bfloat16") &&
+         check(z.dim() == 2 && z.size(1) > 0 && z.stride(1) == 1, "logits are (n, V), a row's side by side") &&
+         check(
+             targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == z.size(0),
+             "targets are int64, one a row of logits, contiguous") &&
+         check(
+             !bias ||
+                 (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == z.size(1)),
+             "bias is float32, (V,), contiguous");
 }
 
-const float* numbers(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(
+const float* numbers(Check& check, const Tensor& tensor, int64_t count, const char* name) {
+  check(
       tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == count, name,
       " is float32, one number a row, contiguous");
-  return tensor.const_data_ptr<float>();
+  return check.failed() ? nullptr : tensor.const_data_ptr<float>();
+}
+
+// The ids of the answers, and whose they are.
+void take_answers(
+    Check& check, StatisticsCall& call, const Tensor& ids, const std::optional<Tensor>& cu_answers,
+    const std::optional<Tensor>& cu_rows) {
+  if (!check(cu_answers && cu_rows, "answer_ids come with cu_answers and cu_rows") ||
+      !check(ids.scalar_type() == ScalarType::Long && ids.is_contiguous(), "answer_ids are int64, contiguous") ||
+      !check(cu_answers->numel() == cu_rows->numel(), "cu_answers and cu_rows differ in length")) {
+    return;
+  }
+  call.answer_ids = ids.const_data_ptr<int64_t>();
+  call.num_rationales = cu_rows->numel() - 1;
+  call.cu_answers = offsets_of(check, *cu_answers, 0, call.num_rationales, 0, ids.numel(), "cu_answers");
+  call.cu_rows = offsets_of(check, *cu_rows, 0, call.num_rationales, 0, INT32_MAX, "cu_rows");
+  for (int64_t i = 0; i < ids.numel() && !check.failed(); ++i) {
+    check(
+        call.answer_ids[i] >= 0 && call.answer_ids[i] < call.vocabulary, "answer_ids[", i, "] is ",
+        call.answer_ids[i], ", the head has V = ", call.vocabulary);
+  }
 }
 
 Head head_of(const std::optional<Tensor>& bias, double inner, double outer) {
@@ -251,16 +272,19 @@ Head head_of(const std::optional<Tensor>& bias, double inner, double outer) {
 
 }  // namespace
 
-void row_statistics(
+Tensor row_statistics(
     Tensor z, Tensor targets, std::optional<Tensor> bias, std::optional<Tensor> answer_ids,
     std::optional<Tensor> cu_answers, std::optional<Tensor> cu_rows, double inner, double outer, int64_t ignore_index,
     Tensor table, int64_t first_row, bool store) {
-  check_logits(z, targets, bias);
+  Check check;
+  if (!are_logits(check, z, targets, bias)) return check.answer();
   const int64_t rows = z.size(0), vocabulary = z.size(1);
-  STD_TORCH_CHECK(
-      table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(0) == 10 && table.stride(1) == 1 &&
-          first_row >= 0 && first_row <= table.size(1) - rows,
-      "table is float32, (10, N), with room for ", rows, " rows from ", first_row, " on");
+  if (!check(
+          table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(0) == 10 &&
+              table.stride(1) == 1 && first_row >= 0 && first_row <= table.size(1) - rows,
+          "table is float32, (10, N), with room for ", rows, " rows from ", first_row, " on")) {
+    return check.answer();
+  }
   StatisticsCall call{};
   call.z = z.mutable_data_ptr();
   call.stride = z.stride(0);
@@ -272,35 +296,22 @@ void row_statistics(
   call.table = table.mutable_data_ptr<float>() + first_row;
   call.table_stride = table.stride(0);
   call.store = store;
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < rows && !check.failed(); ++row) {
     const int64_t target = call.targets[row];
-    STD_TORCH_CHECK(
+    check(
         target == ignore_index || (target >= 0 && target < vocabulary), "targets[", row, "] is ", target,
         ", the head has V = ", vocabulary);
   }
-  if (answer_ids) {
-    STD_TORCH_CHECK(cu_answers && cu_rows, "answer_ids come with cu_answers and cu_rows");
-    STD_TORCH_CHECK(
-        answer_ids->scalar_type() == ScalarType::Long && answer_ids->is_contiguous(),
-        "answer_ids are int64, contiguous");
-    call.answer_ids = answer_ids->const_data_ptr<int64_t>();
-    STD_TORCH_CHECK(cu_answers->numel() == cu_rows->numel(), "cu_answers and cu_rows differ in length");
-    call.num_rationales = cu_rows->numel() - 1;
-    call.cu_answers = offsets_of(*cu_answers, 0, call.num_rationales, 0, answer_ids->numel(), "cu_answers");
-    call.cu_rows = offsets_of(*cu_rows, 0, call.num_rationales, 0, INT32_MAX, "cu_rows");
-    for (int64_t i = 0; i < answer_ids->numel(); ++i) {
-      STD_TORCH_CHECK(
-          call.answer_ids[i] >= 0 && call.answer_ids[i] < vocabulary, "answer_ids[", i, "] is ", call.answer_ids[i],
-          ", the head has V = ", vocabulary);
-    }
-  }
-  run(call, z, outer != 0);
+  if (answer_ids) take_answers(check, call, *answer_ids, cu_answers, cu_rows);
+  if (!check.failed()) run(call, z, outer != 0);
+  return check.answer();
 }
 
-void gradient_block(
+Tensor gradient_block(
     Tensor z, Tensor targets, std::optional<Tensor> bias, double inner, double outer, Tensor pivot, Tensor slope,
     std::optional<Tensor> curve, Tensor target_gradient, int64_t first_column) {
-  check_logits(z, targets, bias);
+  Check check;
+  if (!are_logits(check, z, targets, bias)) return check.answer();
   const int64_t rows = z.size(0);
   GradientCall call{};
   call.z = z.mutable_data_ptr();
@@ -308,12 +319,13 @@ void gradient_block(
   call.width = z.size(1);
   call.head = head_of(bias, inner, outer);
   call.targets = targets.const_data_ptr<int64_t>();
-  call.pivot = numbers(pivot, rows, "pivot");
-  call.slope = numbers(slope, rows, "slope");
-  call.curve = curve ? numbers(*curve, rows, "curve") : nullptr;
-  call.target_gradient = numbers(target_gradient, rows, "target_gradient");
+  call.pivot = numbers(check, pivot, rows, "pivot");
+  call.slope = numbers(check, slope, rows, "slope");
+  call.curve = curve ? numbers(check, *curve, rows, "curve") : nullptr;
+  call.target_gradient = numbers(check, target_gradient, rows, "target_gradient");
   call.first_column = first_column;
-  run(call, z, outer != 0);
+  if (!check.failed()) run(call, z, outer != 0);
+  return check.answer();
 }
 
 std::string cpu_capability() { return has_avx2() ? "AVX2" : "any"; }

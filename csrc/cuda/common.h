@@ -28,26 +28,28 @@ class OnDevice {
   bool changed_ = false;
 };
 
-inline cudaStream_t current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+inline cudaStream_t current_stream(Check& check, int32_t device) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA")) {
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(device, &stream);
+    check(error == AOTI_TORCH_SUCCESS, "torch has no current stream of device ", device);
+  }
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* op) {
+inline void check_launch(Check& check, const char* op) {
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(error));
+  check(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(error));
 }
 
 // A tensor's data, checked to be what a kernel takes it for: contiguous, on the device, at least `count` long.
 template <class T>
-T* data_of(const Tensor& tensor, int64_t count, int32_t device, const char* name) {
-  STD_TORCH_CHECK(
+T* data_of(Check& check, const Tensor& tensor, int64_t count, int32_t device, const char* name) {
+  check(
       tensor.is_cuda() && tensor.get_device_index() == device && tensor.is_contiguous() && tensor.numel() >= count,
       name, " is contiguous, on the device of the others, and has ", count, " entries at least");
-  STD_TORCH_CHECK(tensor.element_size() == sizeof(T), name, " is of another dtype");
-  return static_cast<T*>(tensor.data_ptr());
+  check(tensor.element_size() == sizeof(T), name, " is of another dtype");
+  return check.failed() ? nullptr : static_cast<T*>(tensor.data_ptr());
 }
 
 }  // namespace compact

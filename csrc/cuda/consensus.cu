@@ -69,45 +69,55 @@ __global__ void consensus_kernel(ConsensusCall call) {
 
 }  // namespace
 
-void question_in_degree(
+Tensor question_in_degree(
     Tensor query, Tensor key, Tensor cu_questions, double scale, int64_t most_rationales, Tensor degree) {
   using torch::headeronly::ScalarType;
   const int32_t device = query.get_device_index();
-  const int64_t rationales = query.size(0), questions = cu_questions.numel() - 1;
+  const int64_t questions = cu_questions.numel() - 1;
+  const ScalarType dtype = query.scalar_type();
+  Check check;
   for (const Tensor* tensor : {&query, &key}) {
-    STD_TORCH_CHECK(
-        tensor->is_cuda() && tensor->get_device_index() == device && tensor->dim() == 3 && tensor->stride(2) == 1 &&
-            tensor->size(0) == rationales && tensor->size(1) == query.size(1) && tensor->size(2) == query.size(2) &&
-            tensor->scalar_type() == query.scalar_type(),
-        "query and key are (S, H, d), alike, a vector's numbers side by side");
+    if (!check(
+            tensor->is_cuda() && tensor->get_device_index() == device && tensor->dim() == 3 &&
+                tensor->stride(2) == 1 && tensor->size(0) == query.size(0) && tensor->size(1) == query.size(1) &&
+                tensor->size(2) == query.size(2) && tensor->scalar_type() == dtype,
+            "query and key are (S, H, d), alike, a vector's numbers side by side")) {
+      return check.answer();
+    }
   }
-  STD_TORCH_CHECK(0 < most_rationales && 2 * most_rationales <= kFloats, "at most ", kFloats / 2, " rationales");
+  check(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "query and key are float32, bfloat16 or float16");
+  check(0 < most_rationales && 2 * most_rationales <= kFloats, "at most ", kFloats / 2, " rationales");
   ConsensusCall call{};
+  if (check.failed()) return check.answer();
   call.query = query.data_ptr();
   call.key = key.data_ptr();
-  call.cu_questions = data_of<int32_t>(cu_questions, 1, device, "cu_questions");
-  call.degree = data_of<float>(degree, rationales, device, "degree");
+  call.cu_questions = data_of<int32_t>(check, cu_questions, 1, device, "cu_questions");
+  call.degree = data_of<float>(check, degree, query.size(0), device, "degree");
   call.query_stride = query.stride(0), call.query_head_stride = query.stride(1);
   call.key_stride = key.stride(0), call.key_head_stride = key.stride(1);
   call.scale = static_cast<float>(scale);
   call.heads = static_cast<int>(query.size(1));
   call.width = static_cast<int>(query.size(2));
   call.most = static_cast<int>(most_rationales);
-  if (questions == 0) return;
+  if (check.failed() || questions == 0) return check.answer();
   const int64_t fit = kFloats / (2 * most_rationales);
   const int warps = static_cast<int>(fit < kMostWarps ? fit : kMostWarps);
   const size_t bytes = static_cast<size_t>(warps) * 2 * most_rationales * sizeof(float);
   const OnDevice guard(device);
+  const cudaStream_t stream = current_stream(check, device);
+  if (check.failed()) return check.answer();
   const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(questions), warps * 32, bytes, current_stream(device)>>>(call);
+    kernel<<<static_cast<unsigned>(questions), warps * 32, bytes, stream>>>(call);
   };
-  switch (query.scalar_type()) {
+  switch (dtype) {
     case ScalarType::Float: launch(consensus_kernel<float>); break;
     case ScalarType::BFloat16: launch(consensus_kernel<__nv_bfloat16>); break;
-    case ScalarType::Half: launch(consensus_kernel<__half>); break;
-    default: STD_TORCH_CHECK(false, "query and key are float32, bfloat16 or float16");
+    default: launch(consensus_kernel<__half>);
   }
-  check_launch("question_in_degree");
+  check_launch(check, "question_in_degree");
+  return check.answer();
 }
 
 }  // namespace compact

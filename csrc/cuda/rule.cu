@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) rule_kernel(RuleCall call) {
 
 }  // namespace
 
-void decide_questions(
+Tensor decide_questions(
     Tensor logprob, Tensor evidence, Tensor targets, Tensor thinking, Tensor cu_questions, Tensor cu_rows, Tensor body,
     std::optional<Tensor> consensus, std::optional<Tensor> reference, std::optional<Tensor> weights,
     Tensor normalizer, Tensor alpha, Tensor adaptability, Tensor difficulty, Tensor counted, Tensor row_weight,
@@ -174,26 +174,27 @@ void decide_questions(
     bool per_body_token, bool per_target) {
   const int32_t device = logprob.get_device_index();
   const int64_t rows = logprob.numel(), rationales = body.numel();
-  STD_TORCH_CHECK(
+  Check check;
+  check(
       0 <= first_question && first_question <= last_question && last_question < cu_questions.numel(),
       "questions ", first_question, " to ", last_question, " of ", cu_questions.numel() - 1);
   RuleCall call{};
-  call.logprob = data_of<float>(logprob, rows, device, "logprob");
-  call.evidence = data_of<float>(evidence, rows, device, "evidence");
-  call.targets = data_of<int64_t>(targets, rows, device, "targets");
-  call.thinking = data_of<uint8_t>(thinking, rows, device, "thinking");
-  call.cu_questions = data_of<int32_t>(cu_questions, 1, device, "cu_questions");
-  call.cu_rows = data_of<int32_t>(cu_rows, rationales + 1, device, "cu_rows");
-  call.body = data_of<int32_t>(body, rationales, device, "body_lengths");
-  call.consensus = consensus ? data_of<float>(*consensus, rationales, device, "consensus") : nullptr;
-  call.reference = reference ? data_of<float>(*reference, rationales, device, "difficulty_reference") : nullptr;
-  call.weights = weights ? data_of<float>(*weights, rationales, device, "weights") : nullptr;
-  call.normalizer = data_of<float>(normalizer, 1, device, "normalizer");
-  call.alpha = data_of<float>(alpha, rationales, device, "alpha");
-  call.adaptability = data_of<float>(adaptability, rationales, device, "adaptability");
-  call.difficulty = data_of<float>(difficulty, rationales, device, "difficulty");
-  call.counted = data_of<float>(counted, rationales, device, "targets_per_rationale");
-  call.row_weight = data_of<float>(row_weight, rows, device, "row_weight");
+  call.logprob = data_of<float>(check, logprob, rows, device, "logprob");
+  call.evidence = data_of<float>(check, evidence, rows, device, "evidence");
+  call.targets = data_of<int64_t>(check, targets, rows, device, "targets");
+  call.thinking = data_of<uint8_t>(check, thinking, rows, device, "thinking");
+  call.cu_questions = data_of<int32_t>(check, cu_questions, 1, device, "cu_questions");
+  call.cu_rows = data_of<int32_t>(check, cu_rows, rationales + 1, device, "cu_rows");
+  call.body = data_of<int32_t>(check, body, rationales, device, "body_lengths");
+  call.consensus = consensus ? data_of<float>(check, *consensus, rationales, device, "consensus") : nullptr;
+  call.reference = reference ? data_of<float>(check, *reference, rationales, device, "difficulty_reference") : nullptr;
+  call.weights = weights ? data_of<float>(check, *weights, rationales, device, "weights") : nullptr;
+  call.normalizer = data_of<float>(check, normalizer, 1, device, "normalizer");
+  call.alpha = data_of<float>(check, alpha, rationales, device, "alpha");
+  call.adaptability = data_of<float>(check, adaptability, rationales, device, "adaptability");
+  call.difficulty = data_of<float>(check, difficulty, rationales, device, "difficulty");
+  call.counted = data_of<float>(check, counted, rationales, device, "targets_per_rationale");
+  call.row_weight = data_of<float>(check, row_weight, rows, device, "row_weight");
   call.first_question = first_question;
   call.ignore_index = ignore_index;
   call.beta_adaptability = static_cast<float>(beta_adaptability);
@@ -204,10 +205,13 @@ void decide_questions(
   call.body_only = body_only;
   call.per_body_token = per_body_token;
   call.per_target = per_target;
-  if (first_question == last_question) return;
+  if (check.failed() || first_question == last_question) return check.answer();
   const OnDevice guard(device);
-  rule_kernel<<<static_cast<unsigned>(last_question - first_question), kThreads, 0, current_stream(device)>>>(call);
-  check_launch("decide_questions");
+  const cudaStream_t stream = current_stream(check, device);
+  if (check.failed()) return check.answer();
+  rule_kernel<<<static_cast<unsigned>(last_question - first_question), kThreads, 0, stream>>>(call);
+  check_launch(check, "decide_questions");
+  return check.answer();
 }
 
 std::string cuda_trouble(int64_t device) {
