@@ -62,6 +62,8 @@ def arms(
     """Runners, and the bytes that each one's student holds; freed afterwards."""
     torch._dynamo.reset()
     scale = scale_of(work, scale)
+    # One graph replays at a time and nobody reads what it leaves, so that all of them may share their memory.
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     names = [
         name
         for name in ARMS
@@ -78,7 +80,10 @@ def arms(
             students.append(prepared)
             held[name] = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
             runner.before = lambda prepared=prepared: prepared.model.zero_grad(set_to_none=True)  # type: ignore[misc]
-            runner.run = _opacus(name, prepared, scale) if name.startswith("opacus") else _ours(name, prepared, scale)
+            if name.startswith("opacus"):
+                runner.run = _opacus(name, prepared, scale)
+            else:
+                runner.run = _ours(name, prepared, scale, pool)
             if name.endswith("_captured"):
                 runner.before = lambda: None
         except Exception as problem:
@@ -104,7 +109,7 @@ def _student(work: str, scale: Scale, device: torch.device) -> Step:
     return prepared
 
 
-def _ours(name: str, prepared: Step, scale: Scale) -> Callable[[], object]:
+def _ours(name: str, prepared: Step, scale: Scale, pool: tuple[int, int] | None) -> Callable[[], object]:
     if name.endswith("_compiled"):
         prepared.compile(scale.compile_backend)
         prepared.ready(True)
@@ -130,10 +135,10 @@ def _ours(name: str, prepared: Step, scale: Scale) -> Callable[[], object]:
             return norms.squared
 
         run = with_norms
-    return _captured(prepared, run) if name.endswith("_captured") else run
+    return _captured(prepared, run, pool) if name.endswith("_captured") else run
 
 
-def _captured(prepared: Step, run: Callable[[], object]) -> Callable[[], object]:
+def _captured(prepared: Step, run: Callable[[], object], pool: tuple[int, int] | None) -> Callable[[], object]:
     """The step as one CUDA graph, gradients in the graph's own memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -144,7 +149,7 @@ def _captured(prepared: Step, run: Callable[[], object]) -> Callable[[], object]
     torch.cuda.current_stream().wait_stream(stream)
     prepared.model.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         kept = run()
 
     def replay() -> object:

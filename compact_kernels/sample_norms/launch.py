@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ PROGRAMS = 264  # of a product
 NARROW_PROGRAMS = 528  # of one that is bound by what it reads
 
 
+@functools.cache
 def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> ProductTile:
     """A product's tile by its shape and, in depth, its dtype; LoRA's narrow side is one tile."""
     if _INTERPRETED:
@@ -52,6 +54,7 @@ def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Product
     return ProductTile(128, 128, k, 8, stages)
 
 
+@functools.cache
 def product_parts(m: int, n: int) -> int:
     """Blocks of an (m, n) product, each of which has a part in its norm."""
     tile = product_tile(m, n)
@@ -144,6 +147,7 @@ def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bo
     return total, norms
 
 
+@functools.cache
 def product_splits(m: int, n: int) -> int:
     """Over how many programs the rationales are split; one without a rationale gives zeros."""
     programs = NARROW_PROGRAMS if min(m, n) <= 64 else PROGRAMS
@@ -152,10 +156,11 @@ def product_splits(m: int, n: int) -> int:
 
 def column_norms(a: Tensor, b: Tensor, cu: Tensor) -> Tensor:
     tile = product_tile(a.shape[1], b.shape[1], a.dtype)
-    blocks = triton.cdiv(a.shape[1], tile.m)
     if b.shape[1] > tile.n:
         raise ValueError(f"column_norms takes at most {tile.n} columns, got {b.shape[1]}")
-    norms = torch.empty(blocks, cu.shape[0] - 1, tile.n, dtype=torch.float32, device=a.device)
+    norms = torch.empty(
+        product_parts(a.shape[1], b.shape[1]), cu.shape[0] - 1, tile.n, dtype=torch.float32, device=a.device
+    )
     _product(a, b, cu, None, None, norms, product_splits(a.shape[1], b.shape[1]), tile, True)
     return norms.sum(0)[:, : b.shape[1]]
 
@@ -173,8 +178,7 @@ def _product(
 ) -> None:
     a, b = _unit(a), _unit(b.to(a.dtype))
     precision, upcast = _precision(a.dtype)
-    grid = (triton.cdiv(a.shape[1], tile.m) * triton.cdiv(b.shape[1], tile.n), splits)
-    kernels.product_kernel[grid](
+    kernels.product_kernel[(product_parts(a.shape[1], b.shape[1]), splits)](
         a, b, cu, weights if weights is not None else norms, total if total is not None else norms, norms,
         a.stride(0), b.stride(0), a.shape[1], b.shape[1], cu.shape[0] - 1,
         HAS_WEIGHTS=weights is not None, HAS_SUM=total is not None, COLUMNS=columns, SPLITS=splits,
@@ -187,15 +191,21 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
     x, gradient = _unit(x), _unit(gradient)
     tokens, heads, dim = gradient.shape
     out = torch.empty(cu.shape[0] - 1, slices, dim, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(dim)
-    rows = max(1, min(16, 8192 // block))
+    block, rows, warps = _scale_tile(dim)
     kernels.scale_kernel[(out.shape[0] * slices,)](
         x, gradient, cu, out, x.stride(0), x.stride(1), gradient.stride(0), gradient.stride(1),
         heads, dim, slices, eps,
-        KIND={"rms": 0, "layer": 1, "ones": 2}[kind], SLICE=SLICE, ROWS=rows, BLOCK_D=block,
-        num_warps=max(4, min(16, rows * block // 1024)),
+        KIND={"rms": 0, "layer": 1, "ones": 2}[kind], SLICE=SLICE, ROWS=rows, BLOCK_D=block, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _scale_tile(dim: int) -> tuple[int, int, int]:
+    """Its width, rows and warps."""
+    block = triton.next_power_of_2(dim)
+    rows = max(1, min(16, 8192 // block))
+    return block, rows, max(4, min(16, rows * block // 1024))
 
 
 def token_rows(
