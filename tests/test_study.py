@@ -123,6 +123,15 @@ def test_a_study_ends_in_records_and_a_table_although_a_cell_failed(finished):
     assert "1 cells failed" in text and "nobody" in text and "| compact |" in text
 
 
+def test_the_page_is_made_of_study_json_alone(finished, tmp_path, capsys):
+    _, folder, _ = finished
+    shutil.copy(folder / "study.json", tmp_path)
+    assert summary.main([str(tmp_path)]) == 0
+    assert (tmp_path / "study.md").read_text() == (folder / "study.md").read_text()
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["few.png"]
+    assert summary.main([str(folder / "cells")]) == 2 and "study.json" in capsys.readouterr().err
+
+
 def test_cells_are_runs_whose_evaluation_before_training_was_made_once(finished):
     _, folder, _ = finished
     cells = folder / "cells" / "few"

@@ -2,8 +2,8 @@
 
 With --base the student is only evaluated as it is; with --merge N a branch a teacher is trained and merged, N times.
 The cell is finished then. With --analyze compact.analyze looks into the student afterwards, before --drop_student
-deletes it. With --serve alone the arguments of one cell after another come as lines of JSON, and each one's exit status
-is the answer.
+deletes it. With --serve alone the arguments of one cell after another come as lines of JSON, and each one's exit
+status is the answer.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _phases(folder: Path) -> float:
-    """Seconds that a run's phases took, in whichever processes: of one that goes on, this process saw the rest alone."""
+    """Seconds that a run's phases took, in whichever processes: of one that goes on, this one saw the rest."""
     file = folder / "timing.json"
     seconds = json.loads(file.read_text())["seconds"] if file.exists() else {}
     return sum(value for name, value in seconds.items() if name != "start")
