@@ -218,15 +218,20 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
 
 
 def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
-    """Each method's paired difference from the baseline with its 95% interval, a panel a task.
+    """Each method's paired difference from the baseline with its 95% interval, a panel a task, at most three to a row.
 
     Args:
         records: of a study, all of one setting and measure, each with `diff_ci95`.
     """
     tasks = list(dict.fromkeys((record["task"], record["split"]) for record in records))
     methods = list(dict.fromkeys(record["method"] for record in records))
-    fig = figure(1.6 + 2.2 * len(tasks), 1.0 + 0.32 * len(methods))
-    axes = np.atleast_1d(fig.subplots(1, len(tasks), sharey=True))
+    columns = 2 if len(tasks) == 4 else min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    fig = figure(1.6 + 2.8 * columns, 0.4 + rows * (0.9 + 0.34 * max(2, len(methods))))
+    grid = fig.subplots(rows, columns, sharey=True, squeeze=False)
+    axes = grid.ravel()
+    for ax in axes[len(tasks) :]:
+        ax.set_axis_off()
     for ax, (task, split) in zip(axes, tasks):
         ax.axvline(0, color=GREY, linewidth=1)
         for record in records:
@@ -235,10 +240,15 @@ def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
                 colour = PALETTE[2] if low > 0 else PALETTE[3] if high < 0 else GREY
                 ax.plot([low, high], [y, y], color=colour, linewidth=2.4)
                 ax.plot(record["diff_vs_uniform"], y, "o", color=colour, markersize=5)
+                text = f"{record['diff_vs_uniform']:+.1f}".replace("-", "−")
+                ax.annotate(
+                    text, (record["diff_vs_uniform"], y), (0, 4), textcoords="offset points",
+                    ha="center", va="bottom", fontsize=7.5, color=colour,
+                )  # fmt: skip
         ax.set_title(f"{plain(task)}\n{SPLITS[split]}", fontsize=9)
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(methods)), [plain(name) for name in methods])
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(methods) - 0.5, -0.7)
     fig.supxlabel(f"difference from {plain(baseline)}, points", fontsize=9)
     return fig
 

@@ -10,6 +10,7 @@ import pytest
 
 from compact.data import load_questions
 from compact.errors import UserError
+from compact.skills import styles
 from compact.skills.__main__ import main, write_skills
 from compact.skills.questions import HELD_OUT_WORDING, PARTS, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, WEEK, draw_questions
 from compact.skills.teachers import TEACHERS, rationale, team
@@ -116,3 +117,25 @@ def test_more_questions_than_there_are_and_a_missing_package_are_named(tmp_path,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install reasoning-gym"):
         write_skills(tmp_path, questions=8, held_out=8, gym=4)
+
+
+@pytest.mark.parametrize("name", ["terse", "verbose", "numbered", "misleading"])
+def test_a_rationale_s_style_is_its_teacher_s(name):
+    rng = random.Random(5)
+    questions = [*drawn(200, "train", seed=5), *drawn(60, "test", skills=UNTAUGHT, wordings=(0,))]
+    assert {styles.style_of(rationale(name, question, rng)["completion"]) for question in questions} == {name}
+
+
+def test_styles_are_counted_over_finished_seeds_and_printed_from_the_counts_alone(tmp_path, capsys):
+    for seed, answers in enumerate([["Step 1: x, 1 + 1 = 2.", "1 + 1 = 2"], ["1 + 1 = 3", "2 > 1"], ["First x."]]):
+        folder = tmp_path / "cells" / "s" / "m" / f"seed-{seed}"
+        (folder / "evaluation" / "after").mkdir(parents=True)
+        rows = [json.dumps({"text": text, "correct": "= 2" in text}) + "\n" for text in answers]
+        (folder / "evaluation" / "after" / "held_out.jsonl").write_text("".join(rows))
+        (folder / ("report.json" if seed < 2 else "failed.txt")).write_text("{}")
+    assert styles.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "| m | held_out | 2 | 0.0 | 0.0 | 25.0 (100.0) | 75.0 (33.3) |" in said
+    (tmp_path / "cells").rename(tmp_path / "elsewhere")
+    assert styles.main([str(tmp_path)]) == 0 and capsys.readouterr().out == said
+    assert styles.main([str(tmp_path / "elsewhere")]) == 2

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,12 +76,12 @@ class InProcess:
     def __init__(self, device, lock):
         self.device, self.job = device, None
 
-    def start(self, job):
+    def start(self, job, at_once):
         self.job = job
         with pytest.MonkeyPatch.context() as patch, (job.folder / "log.txt").open("w") as log:
             patch.setattr(compact.analyze, "_draw", lambda run, content: {})
             with redirect_stdout(log), redirect_stderr(log):
-                self.returncode = cell.main([str(job.folder), *job.arguments])
+                self.returncode = cell.main([str(job.folder), *job.arguments, f"--at_once={at_once}"])
 
     def code(self) -> int:
         return self.returncode
@@ -120,6 +121,15 @@ def test_a_study_ends_in_records_and_a_table_although_a_cell_failed(finished):
     assert by_key["compact", "held_text", "kl"]["mean"] > 0
     text = (folder / "study.md").read_text()
     assert "1 cells failed" in text and "nobody" in text and "| compact |" in text
+
+
+def test_the_page_is_made_of_study_json_alone(finished, tmp_path, capsys):
+    _, folder, _ = finished
+    shutil.copy(folder / "study.json", tmp_path)
+    assert summary.main([str(tmp_path)]) == 0
+    assert (tmp_path / "study.md").read_text() == (folder / "study.md").read_text()
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["few.png"]
+    assert summary.main([str(folder / "cells")]) == 2 and "study.json" in capsys.readouterr().err
 
 
 def test_cells_are_runs_whose_evaluation_before_training_was_made_once(finished):
@@ -190,6 +200,68 @@ def test_no_cell_is_started_that_would_not_be_finished_in_time(finished):
     content = json.loads((folder / "study.json").read_text())
     assert content["seconds"]["missing"] == 4 and list(content["failed"]) == ["few/single-nobody/seed-0"]
     assert not (folder / "cells" / "few" / "uniform" / "seed-1" / "log.txt").exists()
+
+
+def test_fewer_cells_at_once_are_expected_to_take_less_and_the_slowest_of_a_kind_speaks_for_it(tmp_path):
+    job = runner.Job("mine", tmp_path, [], method="mine")
+    known = [("mine", 100.0, 8), ("mine", 60.0, 4), ("other", 1000.0, 1)]
+    assert runner._expected(job, known, 8) == 100 and runner._expected(job, known, 4) == 75
+    assert runner._expected(job, [("other", 90.0, None)], 8) == 90 and runner._expected(job, [], 8) == 0
+
+
+def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tmp_path, monkeypatch):
+    """Of four at once each would take 16 s and of two 12 s: with 13 s left, two are begun."""
+
+    class Started:
+        alive, names = True, []
+
+        def __init__(self, device, lock):
+            self.device, self.job = device, None
+
+        def start(self, job, at_once):
+            self.job = job
+            self.names.append(job.name)
+
+        def code(self):
+            return 2
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(runner, "Worker", Started)
+    path = grid_file(tmp_path, toy, methods=["uniform"], parallel=4)
+    grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2, 3, 4]"])
+    monkeypatch.setattr(runner, "_known", lambda jobs: [("uniform", 16.0, 4)])
+    monkeypatch.setattr(runner, "_jobs", lambda *_: [runner.Job(c.name, tmp_path, [], method=c.method) for c in cells])
+    first_round = iter([0.0, 0.0])
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(first_round, 1e9))
+    runner.run_cells(grid, cells, 0, minutes=13 / 60)
+    assert Started.names == [c.name for c in cells[:2]]
+
+
+def test_a_cell_that_was_stopped_during_its_analysis_is_finished(finished, tmp_path, monkeypatch, capsys):
+    """Its student gone, as in an archive: it goes on with what its report says, at the price that it had."""
+    _, folder, _ = finished
+    cell_folder = tmp_path / "seed-0"
+    shutil.copytree(folder / "cells" / "few" / "uniform" / "seed-0", cell_folder)
+    recipe = cell_folder / "recipe.yaml"
+    price = json.loads((cell_folder / "cell.json").read_text())
+    recipe.write_text(re.sub(r"(?m)^run: .*$", f"run: {cell_folder}", recipe.read_text()))
+    (cell_folder / "cell.json").unlink()
+    assert cell.main([str(cell_folder), "--analyze", "--drop_student"]) == 0
+    again = json.loads((cell_folder / "cell.json").read_text())
+    assert again["seconds"] == pytest.approx(price["seconds"], rel=0.5) and again["at_once"] == 1
+
+    (cell_folder / "cell.json").unlink()
+    (cell_folder / "student").mkdir()
+
+    def broken(_):
+        assert (cell_folder / "cell.json").exists()
+        raise MemoryError("all of it")
+
+    monkeypatch.setattr(compact.analyze, "main", broken)
+    assert cell.main([str(cell_folder), "--analyze"]) == 0  # what breaks an analysis breaks no cell
+    assert "MemoryError: all of it" in capsys.readouterr().err
 
 
 def test_a_worker_runs_cell_after_cell_until_one_breaks_it(tmp_path, monkeypatch, capfd):

@@ -1,8 +1,9 @@
 """python -m compact.study.cell FOLDER: one cell of a study; FOLDER/recipe.yaml is its recipe.
 
 With --base the student is only evaluated as it is; with --merge N a branch a teacher is trained and merged, N times.
-With --analyze compact.analyze looks into the student afterwards, before --drop_student deletes it. With --serve alone
-the arguments of one cell after another come as lines of JSON, and each one's exit status is the answer.
+The cell is finished then. With --analyze compact.analyze looks into the student afterwards, before --drop_student
+deletes it. With --serve alone the arguments of one cell after another come as lines of JSON, and each one's exit
+status is the answer.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--merge", type=int, default=0)
     parser.add_argument("--analyze", action="store_true")
     parser.add_argument("--drop_student", action="store_true")
+    parser.add_argument("--at_once", type=int, default=1, help="cells that run beside each other, itself included")
     given = parser.parse_args(argv)
     started = time.time()
     if torch.cuda.is_available():
@@ -130,18 +132,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_merged(recipe, given.merge)
         else:
             run(recipe)
-        seconds = time.time() - started
-        if given.analyze:  # which other seeds do without: it is no part of a cell's price
-            compact.analyze.main([str(folder)])
     except UserError as error:
         print(f"compact.study: {error}", file=sys.stderr)
         return 2
+    peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    price = {"seconds": max(time.time() - started, _phases(folder)), "at_once": given.at_once, "peak_reserved": peak}
+    write_atomically(folder / "cell.json", json.dumps(price))
+    if given.analyze and (folder / "student").exists():  # other seeds do without: it is no part of the result or price
+        try:
+            compact.analyze.main([str(folder)])
+        except Exception:  # the result stands
+            traceback.print_exc()
     # Optimizer states are many times the student's size, and a finished cell goes on with none of them.
     for part in ["checkpoints", "cache", *(["student"] if given.drop_student else [])]:
         shutil.rmtree(folder / part, ignore_errors=True)
-    peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-    write_atomically(folder / "cell.json", json.dumps({"seconds": seconds, "peak_reserved": peak}))
     return 0
+
+
+def _phases(folder: Path) -> float:
+    """Seconds that a run's phases took, in whichever processes: of one that goes on, this one saw the rest."""
+    file = folder / "timing.json"
+    seconds = json.loads(file.read_text())["seconds"] if file.exists() else {}
+    return sum(value for name, value in seconds.items() if name != "start")
 
 
 def serve() -> int:

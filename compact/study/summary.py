@@ -1,9 +1,14 @@
-"""What came out of a study: study.json, study.md and pictures, from what its cells' folders hold."""
+"""What came out of a study: study.json, study.md and pictures, from what its cells' folders hold.
+
+python -m compact.study.summary STUDY        writes study.md and the pictures anew, from study.json alone
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from compact.comparison import MEASURES
+from compact.errors import UserError
 from compact.report import table
 from compact.results import TaskResult, load_results, write_atomically
 from compact.study.grid import Cell, Grid
@@ -22,6 +28,10 @@ Values = dict[Key, dict[str, float]]  # question → value, of one seed
 NAMES = dict(zip(MEASURES, ("accuracy", "answer_logprob", "solution_logprob")))
 UNITS = {"accuracy": "%", "answer_logprob": "nats a token", "solution_logprob": "nats a token", "kl": "nats a token"}
 BEFORE = "before training"
+NOTES = {
+    "answer_logprob": "of the gold answer put right after the prompt, without a rationale: a place in which training "
+    "never showed an answer, so it tells how far the student moved rather than what it can"
+}
 
 
 def write_summary(grid: Grid, cells: Sequence[Cell]) -> dict[str, str]:
@@ -34,6 +44,9 @@ def write_summary(grid: Grid, cells: Sequence[Cell]) -> dict[str, str]:
             failed[cell.name] = error.read_text(encoding="utf-8").strip()
     records = [record for setting in grid.settings for record in _setting(study, str(setting), cells, grid.baseline)]
     content = {
+        "study": study.name,
+        "recipe": Path(grid.recipe).name,
+        "seeds": grid.seeds,
         "baseline": grid.baseline,
         "units": UNITS,
         "records": records,
@@ -43,8 +56,14 @@ def write_summary(grid: Grid, cells: Sequence[Cell]) -> dict[str, str]:
         "failed": failed,
     }
     write_atomically(study / "study.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(study / "study.md", _markdown(content, grid, _pictures(study, records, grid.baseline)))
+    write_page(study, content)
     return failed
+
+
+def write_page(study: Path, content: Mapping[str, Any]) -> None:
+    """Write study.md and the pictures from the content of study.json."""
+    pictures = _pictures(study, content["records"], content["baseline"])
+    write_atomically(study / "study.md", _markdown(content, pictures))
 
 
 def _setting(study: Path, setting: str, cells: Sequence[Cell], baseline: str) -> list[dict[str, Any]]:
@@ -166,14 +185,14 @@ def seconds_of(folder: Path) -> float:
     return json.loads((folder / "cell.json").read_text())["seconds"]
 
 
-def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -> str:
+def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     records, baseline = content["records"], content["baseline"]
     parts = [
-        f"# {Path(grid.study).name}",
-        f"{content['cells']} cells: {len(grid.settings)} settings, recipe `{grid.recipe}`, seeds {grid.seeds}. "
-        f"Mean ± one standard error; in brackets the paired difference from `{baseline}` with its 95% interval, which "
-        "allows for other seeds and other questions (two-way random effects; of one seed for other questions alone). "
-        "Bold: the interval is clear of zero.",
+        f"# {content['study']}",
+        f"{content['cells']} cells, recipe `{content['recipe']}`, seeds {content['seeds']}. "
+        f"Mean ± one standard error; in brackets the paired difference from `{baseline}`, over the seeds that both "
+        "have, with its 95% interval, which allows for other seeds and other questions (two-way random effects; of "
+        "one seed for other questions alone). Bold: the interval is clear of zero.",
     ]
     if content["failed"]:
         reasons = "\n".join(f"- `{name}`: {why}" for name, why in content["failed"].items())
@@ -182,7 +201,8 @@ def _markdown(content: Mapping[str, Any], grid: Grid, pictures: Sequence[str]) -
         parts.append(f"## {setting}")
         ours = [record for record in records if record["setting"] == setting]
         for measure in dict.fromkeys(record["measure"] for record in ours):
-            parts += [f"**{measure}**, {UNITS[measure]}", _table(ours, measure)]
+            note = f" ({NOTES[measure]})" if measure in NOTES else ""
+            parts += [f"**{measure}**, {UNITS[measure]}{note}", _table(ours, measure)]
         weights = [entry for entry in content["weights"] if entry["setting"] == setting]
         if weights:
             names = list(dict.fromkeys(name for entry in weights for name in entry["alpha"]))
@@ -252,3 +272,23 @@ def _pictures(study: Path, records: Sequence[dict[str, Any]], baseline: str) -> 
                 write_atomically(study / path, png.getvalue())
                 paths.append(path)
     return paths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compact.study.summary")
+    parser.add_argument("study", type=Path, help="a folder with study.json")
+    study = parser.parse_args(arguments).study
+    try:
+        file = study / "study.json"
+        if not file.is_file():
+            raise UserError(f"there is no {file}; python -m compact.study writes it")
+        write_page(study, json.loads(file.read_text(encoding="utf-8")))
+    except UserError as error:
+        print(f"compact.study: {error}", file=sys.stderr)
+        return 2
+    print(study / "study.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
