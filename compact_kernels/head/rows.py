@@ -65,8 +65,15 @@ def refuse_second_derivative(op: str) -> None:
 
 
 def row_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (rows, V) matrix whose rows start at multiples of 128 bytes."""
-    return like.new_empty(rows, -(-vocabulary // 64) * 64, dtype=dtype or like.dtype)[:, :vocabulary]
+    """An uninitialised (rows, V) matrix whose rows start at multiples of 128 bytes.
+
+    On CPUs rows whole pages apart would share their cache sets, which made the products with them 5 to 10 % slower:
+    such rows get 64 columns more.
+    """
+    dtype, stride = dtype or like.dtype, -(-vocabulary // 64) * 64
+    if like.device.type == "cpu" and stride * dtype.itemsize % 4096 == 0:
+        stride += 64
+    return like.new_empty(rows, stride, dtype=dtype)[:, :vocabulary]
 
 
 CONVERTED_ROWS = 8192  # of a matrix that are converted at a time where a product's factors differ in dtype
