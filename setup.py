@@ -111,10 +111,12 @@ def find_compiler() -> list[str]:
 
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which("nvcc", path=None if home is None else str(Path(home, "bin")))
-    path = path or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if home:
+        path = shutil.which("nvcc", path=str(Path(home, "bin")))
+    else:
+        path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if path is None:
-        raise NotBuilt("nvcc is not there (set CUDA_HOME)")
+        raise NotBuilt(f"there is no nvcc in {home}/bin" if home else "there is no nvcc (set CUDA_HOME)")
     return path
 
 

@@ -55,7 +55,7 @@ def load(folder: Path = FOLDER) -> Library:
         record = None
     record = record if isinstance(record, dict) else {}
     if not path.exists():
-        reason = record.get("not_built") or "it was not built: install the package, or python setup.py build_ext -i"
+        reason = record.get("not_built") or f'not built in {folder.parent}: "pip install -e ." there builds it'
         return Library(False, reason, record=record)
     reason = _mismatch(path, record) or _open(path, record)
     if reason:

@@ -12,6 +12,7 @@ import torch
 from compact_kernels import Ragged, compatibility_loss
 from compact_kernels.head import backend, planner
 from compact_kernels.head.planner import Chunk
+from compact_kernels.head.rows import row_buffer
 
 LAYOUTS = [(1,), (7,), (3, 3, 3, 3), (1, 9, 1, 1, 9, 2), (40, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 40), ()]
 
@@ -88,6 +89,15 @@ def test_the_workspace_is_counted_in_rows_of_logits_padded_to_128_bytes():
     assert planner.rows_that_fit(4, 1 << 18, torch.bfloat16) == 8
     assert planner.rows_that_fit(1, (1 << 16) + 1, torch.float32) == 3  # four rows without the padding
     assert planner.rows_that_fit(0, 100, torch.float32) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 1000, 1024, 2048, 4095, 49152, 151936])
+def test_rows_of_logits_start_at_whole_lines_and_on_cpus_never_whole_pages_apart(vocabulary, dtype):
+    buffer = row_buffer(3, vocabulary, torch.empty(0), dtype)
+    step = buffer.stride(0) * dtype.itemsize
+    assert buffer.shape == (3, vocabulary) and buffer.dtype == dtype
+    assert step % 128 == 0 and step % 4096 != 0 and 0 <= buffer.stride(0) - vocabulary < 128
 
 
 ROW_MIB: dict[str, Any] = {"vocabulary": 1 << 19, "dtype": torch.bfloat16}  # one row of logits takes one MiB
