@@ -126,7 +126,7 @@ def _ours(name: str, prepared: Step, scale: Scale, pool: tuple[int, int] | None)
         return result.loss
 
     run: Callable[[], object] = plain
-    if name.removesuffix("_compiled").removesuffix("_captured") == "compact":
+    if information is None and "without" not in name:
         recorder = SampleGradNorms(prepared.model)
 
         def with_norms() -> Tensor:

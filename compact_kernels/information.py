@@ -16,7 +16,13 @@ from torch import Tensor
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, linear_token_stats
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import AdaptabilityOptions, question_of_sequence, segment_sum, sequence_adaptability
+from compact_kernels.rule import (
+    AdaptabilityOptions,
+    question_of_sequence,
+    segment_sum,
+    sequence_adaptability,
+    sequence_of_row,
+)
 
 BLOCK = 128  # rows of the kernels' matrices that exist at once
 ROWS = 4096  # whose few logits exist at once
@@ -88,7 +94,7 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     )
     parts = [
         (asked(hidden[rows].to(dtype)) * change[owner]).sum(1)
-        for rows, owner in zip(ragged.rows.split(ROWS), _owner_of_row(ragged).split(ROWS))
+        for rows, owner in zip(ragged.rows.split(ROWS), sequence_of_row(ragged).split(ROWS))
     ]
     return evidence + torch.cat(parts)
 
@@ -96,7 +102,7 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
 def _with_shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Ragged:
     """Thinking flags permuted among the steps 1 … B of each rationale."""
     sizes = ragged.sizes.cu_rows
-    owner = torch.repeat_interleave(ragged.cu_rows.diff(), output_size=ragged.num_rows)
+    owner = sequence_of_row(ragged)
     step = torch.arange(ragged.num_rows, device=ragged.device) - ragged.cu_rows[:-1].long()[owner]
     inside = (step >= 1) & (step <= ragged.body_lengths.long()[owner])
     draw = torch.rand(ragged.num_rows, device=ragged.device, generator=generator, dtype=torch.float64)
@@ -219,7 +225,7 @@ class InformationQueue:
         """
         states = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         answers = answers.detach().to(states.dtype)
-        owner = _owner_of_row(ragged)
+        owner = sequence_of_row(ragged)
         question = question_of_sequence(ragged)[owner]  # (N,)
         rows = states[ragged.rows]
         shape = ragged.num_questions, states.shape[1]
@@ -261,10 +267,6 @@ class InformationQueue:
         for store, new in zip((self._rows, self._answers, self._counts, self._ids), (rows, answers, counts, ids)):
             store[place] = new[-some:]
         self._next = (self._next + some) % self.size
-
-
-def _owner_of_row(ragged: Ragged) -> Tensor:
-    return torch.repeat_interleave(ragged.cu_rows.diff(), output_size=ragged.num_rows)
 
 
 @torch.no_grad()

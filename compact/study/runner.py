@@ -146,7 +146,7 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
     devices: list[int | None] = [*range(torch.cuda.device_count())] or [None]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="cells", dynamic_ncols=True)
     workers: list[Worker] = []
-    failed, state = 0, ""
+    failed, state, ended = 0, "", True
     try:
         while True:
             for worker in [worker for worker in workers if worker.job is not None]:
@@ -155,15 +155,16 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
                     failed += not _finish(worker.job, code)
                     if code not in (0, 2):
                         worker.stop()
-                    worker.job = None
+                    worker.job, ended = None, True
                     bar.update()
+            if ended:  # what cells took is read when one has ended, not at every look
+                known, most, ended = _known(jobs), grid.parallel or _fitting(jobs), False
             workers = [worker for worker in workers if worker.job is not None or worker.alive]
             busy = [worker.job for worker in workers if worker.job is not None]
-            left, known = deadline - time.monotonic(), _known(jobs)
+            left = deadline - time.monotonic()
             waiting = [job for job in waiting if _expected(job, known, 1) <= left]
             if not waiting and not busy:
                 break
-            most = grid.parallel or _fitting(jobs)
             for device in devices:
                 there = sum(worker.device == device for worker in workers)
                 # So that they are ready when what the cells wait for is over.
