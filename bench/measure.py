@@ -116,8 +116,25 @@ def _measure_step(
 def _measure_norms(
     work: str, shape: Shape, scale: Scale, device: torch.device, wanted: Callable[[str], bool], rounds: int, say: Say
 ) -> list[Record]:
+    return [
+        record
+        for mode in norms.MODES
+        for record in _measure_norms_mode(work, mode, shape, scale, device, wanted, rounds, say)
+    ]
+
+
+def _measure_norms_mode(
+    work: str,
+    mode: str,
+    shape: Shape,
+    scale: Scale,
+    device: torch.device,
+    wanted: Callable[[str], bool],
+    rounds: int,
+    say: Say,
+) -> list[Record]:
     records = []
-    with norms.arms(work, scale, device, wanted) as (runners, held):
+    with norms.arms(work, mode, scale, device, wanted) as (runners, held):
         time_rounds(runners, rounds, say=say, patience=norms.WARMUP_SECONDS)
         for runner in runners:
             memory: dict[str, Any] = {}
@@ -125,7 +142,7 @@ def _measure_norms(
             def weigh(runner: Runner = runner, memory: dict = memory) -> None:
                 peak = peak_bytes(runner, total=True)
                 others = sum(size for name, size in held.items() if name != runner.name)
-                captured = runner.name.endswith("_captured")  # a graph's memory is its own from capture on
+                captured = mode == "captured"  # a graph's memory is its own from capture on
                 memory["peak_mib"] = None if peak is None or captured else round((peak - others) / 2**20, 1)
                 memory["dw_accum_mib"] = 0.0
 

@@ -3,9 +3,10 @@
 A step that measures mutual information is timed here too, against the same step without.
 
 Every arm has a student of its own with the same random weights, so that nothing of one arm's hooks or replaced
-forwards is in another's. `_compiled`: the decoder layers through torch.compile. `_captured`: the whole step, norms
-included, in one CUDA graph. Opacus knows no RMSNorm of transformers and no tied embedding: the works called `linear`
-train the decoder's linear layers alone, in all arms.
+forwards is in another's. Eager, compiled (the decoder layers through torch.compile) and captured arms (the whole step,
+norms included, in one CUDA graph) come one mode after another: a graph's memory is not an eager step's. Opacus knows
+no RMSNorm of transformers and no tied embedding: the works called `linear` train the decoder's linear layers alone,
+in all arms.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ NORMS = tuple(f"step_{size}_{kind}_norms" for size in ("0.5b", "1.5b") for kind 
     "step_0.5b_full_long_norms",
 )
 LONG_TOKENS, LONG_QUESTIONS = 2048, 2
+LONG_WORKSPACE_MIB = 2560  # with norms, a question's logits are there at once where the head trains with a divergence
 WARMUP_SECONDS = 120  # compilation
 OURS = ("compact", "compact_without_norms")
-ENDINGS = ("", "_compiled", "_captured")
 INFORMATION = "compact_with_information"
-ARMS = (*(name + ending for ending in ENDINGS for name in OURS), INFORMATION, "opacus_ghost", "opacus_ghost_norms")
+MODES = {
+    "eager": (*OURS, INFORMATION, "opacus_ghost", "opacus_ghost_norms"),
+    "compiled": tuple(f"{name}_compiled" for name in OURS),
+    "captured": tuple(f"{name}_captured" for name in OURS),
+}
+ARMS = tuple(name for names in MODES.values() for name in names)
 
 NOTES = {
     INFORMATION: "no norms; curves and controls of mutual information, measured at every step",
@@ -57,20 +63,20 @@ def scale_of(work: str, scale: Scale) -> Scale:
 
 @contextmanager
 def arms(
-    work: str, scale: Scale, device: torch.device, wanted: Callable[[str], bool]
+    work: str, mode: str, scale: Scale, device: torch.device, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[list[Runner], dict[str, int]]]:
-    """Runners, and the bytes that each one's student holds; freed afterwards."""
+    """Runners of one of the :data:`MODES`, and the bytes that each one's student holds; freed afterwards."""
     torch._dynamo.reset()
     scale = scale_of(work, scale)
     # One graph replays at a time and nobody reads what it leaves, so that all of them may share their memory.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     names = [
         name
-        for name in ARMS
+        for name in MODES[mode]
         if wanted(name)
         and (not name.startswith("opacus") or "_lora_" in work or "_linear_" in work)
         and (name != INFORMATION or "_full_" in work)
-        and (not name.endswith("_captured") or device.type == "cuda")
+        and (mode != "captured" or device.type == "cuda")
     ]
     runners, held, students = [], {}, []
     for name in names:
@@ -83,8 +89,8 @@ def arms(
             if name.startswith("opacus"):
                 runner.run = _opacus(name, prepared, scale)
             else:
-                runner.run = _ours(name, prepared, scale, pool)
-            if name.endswith("_captured"):
+                runner.run = _ours(name, prepared, scale, pool, LONG_WORKSPACE_MIB if "_long" in work else None)
+            if mode == "captured":
                 runner.before = lambda: None
         except Exception as problem:
             runner.error = one_line(problem)
@@ -109,11 +115,15 @@ def _student(work: str, scale: Scale, device: torch.device) -> Step:
     return prepared
 
 
-def _ours(name: str, prepared: Step, scale: Scale, pool: tuple[int, int] | None) -> Callable[[], object]:
+def _ours(
+    name: str, prepared: Step, scale: Scale, pool: tuple[int, int] | None, workspace_mib: int | None = None
+) -> Callable[[], object]:
     if name.endswith("_compiled"):
         prepared.compile(scale.compile_backend)
         prepared.ready(True)
     config = CompactConfig()
+    if workspace_mib is not None:
+        config = replace(config, workspace_mib=workspace_mib)
     teachers = [f"teacher-{k}" for k in range(scale.rationales)]
     strategy = Compact(config, teachers)
     information = InformationLog(Path("information.jsonl"), teachers, config) if name == INFORMATION else None

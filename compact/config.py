@@ -217,7 +217,9 @@ class CompactConfig:
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )
-    workspace_mib: int = option(512, "MiB of logits that exist at once; fewer are slower", ge=1)
+    workspace_mib: int = option(
+        2048, "MiB of logits that may exist at once; fewer are slower, with a head that trains", ge=1
+    )
 
     def validate(self) -> None:
         """Check every field, and that nothing set here would be ignored.

@@ -29,6 +29,7 @@ def logits_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype) -> i
     return workspace_mib * dtype.itemsize // backend.bytes_per_logit(dtype)
 
 
-def paying_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype) -> int:
-    """The same, but no more than makes a backend faster."""
-    return logits_mib(backend, min(workspace_mib, backend.CHUNK_MIB), dtype)
+def paying_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype, *, sums: bool = False) -> int:
+    """The same, but no more than makes a backend faster; `sums`: the head's gradient is added up over chunks."""
+    most = backend.SUMMED_CHUNK_MIB if sums else backend.CHUNK_MIB
+    return logits_mib(backend, min(workspace_mib, most), dtype)

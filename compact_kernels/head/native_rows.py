@@ -18,6 +18,7 @@ from compact_kernels.native import run
 __all__ = ["decide", "folds_divergence", "last_product", "scale_rows"]  # as in plain torch
 
 CHUNK_MIB = 100  # more logits at once bring no speed, fewer read the gradient of the head more often
+SUMMED_CHUNK_MIB = CHUNK_MIB
 
 
 def buffer_dtype(dtype: torch.dtype) -> torch.dtype:

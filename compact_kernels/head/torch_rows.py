@@ -17,7 +17,8 @@ from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
 
-CHUNK_MIB = 1 << 30  # the more logits at once, the better
+CHUNK_MIB = 1280  # more logits at once bring no speed
+SUMMED_CHUNK_MIB = 1 << 30  # but where every chunk adds to the head's gradient, the fewer the better
 
 
 def buffer_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -54,7 +54,7 @@ class WeightedPass:
         here = self.norms is not None or backend.folds_divergence(self.head)
         folded = bool(self.weighting.divergence_weight) and here
         workspace = logits_mib(backend, self.workspace_mib, self.dtype)
-        pays = paying_mib(backend, self.workspace_mib, self.dtype)
+        pays = paying_mib(backend, self.workspace_mib, self.dtype, sums=wanted[1])
         if self.norms is not None:
             self.norms.start()
         chunks = weighted_chunks(
