@@ -3,8 +3,8 @@
 Importing this module registers two functions with transformers' ``AttentionInterface``:
 
 ``compact_varlen``
-    Sequences end to end, told apart by ``cu_seq_lens_q`` / ``cu_seq_lens_k`` as flash-attention is told. Runs
-    ``torch.nn.attention.varlen`` where its kernel can run (CUDA, half precision, see :func:`varlen_can_run`), else
+    Sequences end to end, told apart by ``cu_seq_lens_q`` / ``cu_seq_lens_k`` as flash-attention is told. Runs torch's
+    own flash-attention kernel where it can run (CUDA, half precision, see :func:`varlen_can_run`), else
     scaled-dot-product attention sequence by sequence (CPUs, float32, dropout, odd head sizes): slower, as exact, and
     no larger in memory than the longest sequence alone. Without ``cu_seq_lens_q`` — generation with a padding mask
     and a cache — it *is* transformers' ``sdpa``, mask included, so a model may train and generate under it.
@@ -15,16 +15,13 @@ Importing this module registers two functions with transformers' ``AttentionInte
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -33,8 +30,6 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from compact.errors import UserError
 
 HALF = (torch.float16, torch.bfloat16)
-# Newer torch wants to be told that heads are grouped; 2.11 takes them as they are.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass
@@ -132,10 +127,14 @@ def _varlen(
 ) -> Tensor:
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (T, H, d)
     longest = int(offsets.diff().max()) if longest is None else longest
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    sizes = (offsets, offsets, longest, longest)
-    output = varlen_attn(query, key, value, *sizes, scale=scaling, window_size=window, **GROUPED)
-    return cast(Tensor, output).unsqueeze(0)
+    causal, left = (True, -1) if sliding_window is None else (False, sliding_window - 1)
+    # What torch.nn.attention.varlen calls. Its own ops are written in Python and cost a small layer more time on the
+    # host than the kernel takes on the GPU; this one has its autograd in C++.
+    output = torch.ops.aten._flash_attention_forward(
+        query, key, value, offsets, offsets, longest, longest, 0.0, causal, False,
+        scale=scaling, window_size_left=left, window_size_right=0,
+    )[0]  # fmt: skip
+    return output.unsqueeze(0)
 
 
 def _by_sequence(

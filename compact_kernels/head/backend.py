@@ -31,5 +31,4 @@ def logits_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype) -> i
 
 def paying_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype, *, sums: bool = False) -> int:
     """The same, but no more than makes a backend faster; `sums`: the head's gradient is added up over chunks."""
-    most = backend.SUMMED_CHUNK_MIB if sums else backend.CHUNK_MIB
-    return logits_mib(backend, min(workspace_mib, most), dtype)
+    return logits_mib(backend, min(workspace_mib, backend.chunk_mib(dtype, sums)), dtype)

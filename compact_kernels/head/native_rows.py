@@ -17,14 +17,19 @@ from compact_kernels.native import run
 
 __all__ = ["decide", "folds_divergence", "last_product", "scale_rows"]  # as in plain torch
 
-CHUNK_MIB = 100  # more logits at once bring no speed, fewer read the gradient of the head more often
-SUMMED_CHUNK_MIB = CHUNK_MIB
-
 
 def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
     """What logits and gradient rows are held in, where the head computes in `dtype`."""
     fast = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype if fast else torch.float32
+
+
+def chunk_mib(dtype: torch.dtype, sums: bool) -> int:
+    """Logits at once that pay: fewer read the head, and add to its gradient, more often.
+
+    A product in float32 adds to what is there; one in bfloat16 is made apart and converted, for every chunk.
+    """
+    return 512 if sums and buffer_dtype(dtype) == torch.bfloat16 else 100
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:

@@ -17,13 +17,15 @@ from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
 
-CHUNK_MIB = 1280  # more logits at once bring no speed
-SUMMED_CHUNK_MIB = 1 << 30  # but where every chunk adds to the head's gradient, the fewer the better
-
 
 def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
     """What logits and gradient rows are held in, where the head computes in `dtype`."""
     return dtype
+
+
+def chunk_mib(dtype: torch.dtype, sums: bool) -> int:
+    """Logits at once that pay: all there are where every chunk adds to the head's gradient, `sums`."""
+    return 1 << 30 if sums else 1280
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:

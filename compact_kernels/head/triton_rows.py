@@ -18,12 +18,12 @@ from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics, product
-from compact_kernels.head.torch_rows import CHUNK_MIB, SUMMED_CHUNK_MIB, buffer_dtype
+from compact_kernels.head.torch_rows import buffer_dtype, chunk_mib
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics
 from compact_kernels.weighting import Decision, Settled
 
-__all__ = ["CHUNK_MIB", "SUMMED_CHUNK_MIB", "buffer_dtype"]  # as in plain torch
+__all__ = ["buffer_dtype", "chunk_mib"]  # as in plain torch
 
 LN2 = math.log(2.0)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

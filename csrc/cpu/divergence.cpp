@@ -142,6 +142,11 @@ COMPACT_AVX2 void with_avx2(
     const DivergenceCall& call, const std::vector<Position>& positions, int64_t begin, int64_t end) {
   positions_of(call, positions, begin, end);
 }
+
+COMPACT_AVX512 void with_avx512(
+    const DivergenceCall& call, const std::vector<Position>& positions, int64_t begin, int64_t end) {
+  positions_of(call, positions, begin, end);
+}
 #endif
 
 // Every position of every class of two rationales or more.
@@ -222,7 +227,8 @@ Tensor answer_divergence(
   }
   torch::stable::parallel_for(0, static_cast<int64_t>(positions.size()), 1, [&](int64_t begin, int64_t end) {
 #if defined(COMPACT_AVX2)
-    if (has_avx2()) return with_avx2(call, positions, begin, end);
+    if (instructions() == Instructions::avx512) return with_avx512(call, positions, begin, end);
+    if (instructions() == Instructions::avx2) return with_avx2(call, positions, begin, end);
 #endif
     on_any_cpu(call, positions, begin, end);
   });

@@ -206,13 +206,19 @@ template <class T, bool CAPPED, class Call>
 COMPACT_AVX2 void rows_with_avx2(const Call& call, int64_t begin, int64_t end) {
   rows_of<T, CAPPED>(call, begin, end);
 }
+
+template <class T, bool CAPPED, class Call>
+COMPACT_AVX512 void rows_with_avx512(const Call& call, int64_t begin, int64_t end) {
+  rows_of<T, CAPPED>(call, begin, end);
+}
 #endif
 
 template <class T, bool CAPPED, class Call>
 void in_parallel(const Call& call, int64_t rows) {
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
 #if defined(COMPACT_AVX2)
-    if (has_avx2()) return rows_with_avx2<T, CAPPED>(call, begin, end);
+    if (instructions() == Instructions::avx512) return rows_with_avx512<T, CAPPED>(call, begin, end);
+    if (instructions() == Instructions::avx2) return rows_with_avx2<T, CAPPED>(call, begin, end);
 #endif
     rows_on_any_cpu<T, CAPPED>(call, begin, end);
   });
@@ -330,6 +336,9 @@ Tensor gradient_block(
   return check.answer();
 }
 
-std::string cpu_capability() { return has_avx2() ? "AVX2" : "any"; }
+std::string cpu_capability() {
+  const Instructions found = instructions();
+  return found == Instructions::avx512 ? "AVX-512" : found == Instructions::avx2 ? "AVX2" : "any";
+}
 
 }  // namespace compact

@@ -1,4 +1,4 @@
-// Loops over blocks of a row that compilers vectorise, compiled once for any CPU and once more for AVX2.
+// Loops over blocks of a row that compilers vectorise, compiled for any CPU, for AVX2 and for AVX-512.
 //
 // Everything here is forced inline: it takes the instruction set of the function that it ends up in.
 #pragma once
@@ -12,6 +12,11 @@
 
 #if defined(__x86_64__)
 #define COMPACT_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define COMPACT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#else  // gcc would use half of a register
+#define COMPACT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#endif
 #endif
 
 namespace compact {
@@ -23,17 +28,22 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// Whether to use AVX2: the CPU has it, and torch was not told to do without (its own ATEN_CPU_CAPABILITY).
-inline bool has_avx2() {
+enum class Instructions { any, avx2, avx512 };
+
+// What the CPU has and torch was not told to do without (its own ATEN_CPU_CAPABILITY).
+inline Instructions instructions() {
 #if defined(__x86_64__)
-  static const bool found = [] {
-    const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-    if (asked != nullptr && std::strcmp(asked, "default") == 0) return false;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const Instructions found = [] {
+    const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+    const auto asked = [set](const char* name) { return set != nullptr && std::strcmp(set, name) == 0; };
+    if (asked("default") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Instructions::any;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return wide && !asked("avx2") ? Instructions::avx512 : Instructions::avx2;
   }();
   return found;
 #else
-  return false;
+  return Instructions::any;
 #endif
 }
 
