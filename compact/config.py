@@ -218,7 +218,9 @@ class CompactConfig:
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )
     workspace_mib: int = option(
-        2048, "MiB of logits that may exist at once; fewer are slower, with a head that trains", ge=1
+        512,
+        "MiB of logits that may exist at once; fewer are slower; with a head that trains, all at once are fastest",
+        ge=1,
     )
 
     def validate(self) -> None:

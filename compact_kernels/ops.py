@@ -20,7 +20,7 @@ from compact_kernels.ragged import Ragged
 from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
 from compact_kernels.weighting import Weighting, decide, metrics, settled
 
-DEFAULT_WORKSPACE_MIB = 2048
+DEFAULT_WORKSPACE_MIB = 512
 Implementation = Literal["auto", "reference"]
 
 
