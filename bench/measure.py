@@ -107,6 +107,8 @@ def _measure_step(
             record: Record = {"work": work, "head": shape.label, "contender": runner.name}
             record |= _outcome(runner, memory) | {"floor_ms": None, "rows": prepared.scored.numel()}
             record["attention"] = steps.attention(prepared)
+            if runner.name.startswith("compact"):
+                record["workspace_mib"] = steps.CONFIG.workspace_mib
             if runner.note:
                 record["note"] = runner.note
             records.append(record)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import pictures
 from bench.records import Record
 from bench.shapes import ATTENTION
-from bench.targets import Verdict, fastest_peer, is_ours, verdicts
+from bench.targets import WITHOUT, Verdict, fastest_peer, is_ours, mode, verdicts
 from bench.works import WORKS
 
 MEMORY = "peak beyond inputs and gradients, dW included"
@@ -18,6 +18,12 @@ STEP_QUESTION = (
     "to 11 against plain fine-tuning with each peer's loss on the same backbone, attention and packing. Names that "
     "end in `_compiled` have their decoder layers compiled and are compared with each other. Memory is the step's "
     "whole peak, weights and activations included."
+)
+NORMS_QUESTION = (
+    "The same step with the exact norm of every rationale's gradient over all trainable parameters, against the step "
+    "without (`× without`, in the same mode), and Opacus' ghost clipping on the same batch. Names that end in "
+    "`_captured` are one CUDA graph, whose memory is not counted. `_long`: 8 rationales of 2048 tokens; `_linear`: "
+    "only the decoder's linear layers train."
 )
 ATTENTION_QUESTION = (
     "Forward and backward of one causal attention layer (heads × size / key-value heads) over a packed batch, without "
@@ -66,12 +72,20 @@ def write(records: Sequence[Record], path: Path) -> None:
         if pictures.draw(layers, title, image, memory=MEMORY):
             parts.append(f"![packed attention: time against memory]({image.name})")
         parts.append(_attention_table(layers))
-    if whole := [record for record in records if record["work"] not in (*WORKS, ATTENTION)]:
-        parts += ["## Whole steps", STEP_QUESTION]
-        image = path.with_name(f"{path.stem}-steps.png")
-        if pictures.draw(whole, f"whole steps, {whole[-1]['device']}", image, memory="whole peak", panel="work"):
-            parts.append(f"![whole steps: time against memory]({image.name})")
-        parts.append(_step_table(whole))
+    whole = [record for record in records if record["work"] not in (*WORKS, ATTENTION)]
+    with_norms = [record for record in whole if record["work"].endswith("_norms")]
+    plain = [record for record in whole if record not in with_norms]
+    for title, name, question, some in (
+        ("Whole steps", "steps", STEP_QUESTION, plain),
+        ("Steps with gradient norms", "norms", NORMS_QUESTION, with_norms),
+    ):
+        if not some:
+            continue
+        parts += [f"## {title}", question]
+        image = path.with_name(f"{path.stem}-{name}.png")
+        if pictures.draw(some, f"{title.lower()}, {some[-1]['device']}", image, memory="whole peak", panel="work"):
+            parts.append(f"![{title.lower()}: time against memory]({image.name})")
+        parts.append(_step_table(some))
     path.with_suffix(".md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
 
 
@@ -126,15 +140,24 @@ def _work_table(records: Sequence[Record]) -> str:
 
 
 def _step_table(records: Sequence[Record]) -> str:
-    lines = ["| step | contender | ms (p20–p80) | × fastest peer | peak GiB |", "|---|---|---:|---:|---:|"]
+    norms = any(WITHOUT in record["contender"] for record in records)
+    other = "× without" if norms else "× fastest peer"
+    lines = [f"| step | contender | ms (p20–p80) | {other} | peak GiB |", "|---|---|---:|---:|---:|"]
     for work in dict.fromkeys(record["work"] for record in records):
         first = work
         for record in _by_time(records, "work", work):
             memory = "–" if record["peak_mib"] is None else f"{record['peak_mib'] / 1024:.2f}"
-            cells = [first, _name(record), _time(record), _against_peers(records, record), memory]
+            ratio = _against_without(records, record) if norms else _against_peers(records, record)
+            cells = [first, _name(record), _time(record), ratio, memory]
             lines.append(f"| {' | '.join(cells)} |")
             first = ""
     return "\n".join(lines + _remarks(records, "work"))
+
+
+def _against_without(records: Sequence[Record], record: Record) -> str:
+    name = WITHOUT + mode(record)
+    found = next((r for r in records if r["work"] == record["work"] and r["contender"] == name), None)
+    return "–" if found is None or "error" in found else _ratio(record["median_ms"], found["median_ms"])
 
 
 def _attention_table(records: Sequence[Record]) -> str:

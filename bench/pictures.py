@@ -31,6 +31,7 @@ COLORS = {
     "flash_attn_2": "#98df8a",
     "flash_attn_3": "#bcbd22",
     "flash_attn_4": "#2ca02c",
+    "opacus_ghost": "#1f77b4",
 }
 OURS = {
     "compact": "#d62728",
@@ -38,6 +39,8 @@ OURS = {
     "compact_given": "#ff7f0e",
     "compact_rule": "#d62728",
     "compact_varlen": "#d62728",
+    "compact_without_norms": "#ff7f0e",
+    "compact_with_information": "#9467bd",
 }
 
 

@@ -39,6 +39,7 @@ ARMS = {
     "cce": ("cce", False),
 }
 
+CONFIG = CompactConfig()  # what COMPACT does by default
 NOTES = {"cce": "drops nearly all of a random student's gradient, whose softmax is flat"}
 
 
@@ -123,11 +124,10 @@ def _arms(prepared: Step, scale: Scale) -> dict[str, Callable[[], Callable[[], N
     """Builders of a round."""
 
     def ours() -> Callable[[], None]:
-        config = CompactConfig()
-        strategy = Compact(config, [f"teacher-{k}" for k in range(scale.rationales)])
+        strategy = Compact(CONFIG, [f"teacher-{k}" for k in range(scale.rationales)])
 
         def run() -> None:
-            distillation_loss(prepared.model, prepared.batch, strategy, config)[0].loss.backward()
+            distillation_loss(prepared.model, prepared.batch, strategy, CONFIG)[0].loss.backward()
 
         return run
 

@@ -70,10 +70,10 @@ class InformationLog:
             softcap=head.softcap,
             workspace_mib=self.config.workspace_mib,
         )
-        ids = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]
-        found = self.queue.measure(
-            output.hidden, answer_embeddings(head.weight, ragged), torch.tensor(ids, device=device), ragged
-        )
+        numbers = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]
+        ids = torch.tensor(numbers, pin_memory=device.type == "cuda")  # from where a copy waits for nothing
+        embedded = answer_embeddings(head.weight, ragged)
+        found = self.queue.measure(output.hidden, embedded, ids.to(device, non_blocking=True), ragged)
         curves = torch.stack([evidence.double(), found.curve[ragged.rows].double()])  # (2, N)
         scalars = torch.stack([*controls, found.scalar]).double()  # (4, S)
         sums = self._sums(curves, scalars, ragged, batch["teachers"])

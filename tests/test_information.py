@@ -6,6 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.shapes import TINY
+from bench.steps import step
+from compact.config import CompactConfig
+from compact.information import InformationLog
+from compact.loss import distillation_loss
+from compact.strategies.compact import Compact
 from compact_kernels import AdaptabilityOptions, Ragged
 from compact_kernels.information import (
     InformationQueue,
@@ -211,3 +217,19 @@ def test_the_noise_scale_recovers_what_was_put_in():
         signals.append(square)
     torch.testing.assert_close(torch.stack(traces).mean(), torch.tensor(sigma**2 * dim).double(), rtol=0.02, atol=0)
     torch.testing.assert_close(torch.stack(signals).mean(), torch.tensor(signal**2).double(), rtol=0.3, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_measurement_waits_for_nothing_on_the_device(tmp_path):
+    device, teachers = torch.device("cuda"), ["a", "b", "c", "d"]
+    with step("step_0.5b_full", TINY, device) as prepared:
+        log = InformationLog(tmp_path / "information.jsonl", teachers, CompactConfig())
+        strategy = Compact(CompactConfig(), teachers)
+        result, context = distillation_loss(prepared.model, prepared.batch, strategy)
+        log.measure(0, context.output, result, prepared.batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            log.measure(1, context.output, result, prepared.batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
