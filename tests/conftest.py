@@ -10,10 +10,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from compact_kernels import dispatch  # noqa: E402
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # inherited by xdist's workers, whose import above has then seen it
 dispatch.INTERPRETED = False  # kernels run where a test asks for them; CPU tensors stay in torch elsewhere
 
 
