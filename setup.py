@@ -73,20 +73,23 @@ def find_torch() -> tuple[Path, str]:
         raise NotBuilt(f"torch 2.11 or newer is needed to build it: {'; '.join(found)}")
     raise NotBuilt(
         f"the build found no torch beside {sys.executable}: install torch first, then this package again "
-        "(with --no-build-isolation, where the installer builds in another environment)"
+        "(where the installer builds in another environment: pip install 'setuptools>=77', then with "
+        "--no-build-isolation)"
     )
 
 
-def run(command: list[str]) -> None:
-    """Raises NotBuilt with the compiler's own words."""
+def run(command: list[str]) -> str:
+    """What the command says; raises NotBuilt with the compiler's own words."""
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         raise NotBuilt(f"{command[0]} cannot be run: {error.strerror}") from None
     if result.returncode != 0:
         print(result.stdout + result.stderr, file=sys.stderr)
-        lines = [line for line in (result.stderr + result.stdout).splitlines() if "error" in line] or ["no message"]
-        raise NotBuilt(f"{command[0]} failed: {lines[0].strip()}")
+        said = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+        line = next((line for line in said if "error" in line), said[-1] if said else "no message")
+        raise NotBuilt(f"{command[0]} failed: {line}")
+    return result.stdout
 
 
 def find_compiler() -> list[str]:
@@ -128,20 +131,20 @@ def build_cuda(
     if not asked:
         raise NotBuilt("COMPACT_KERNELS_CUDA_ARCHS is empty")
     nvcc = find_nvcc()
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = set(re.findall(r"compute_(\d+)", listed))
+    known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"])))
     architectures = [arch for arch in asked if arch in known]
     if not architectures:
         raise NotBuilt(f"{nvcc} knows none of the architectures {' '.join(asked)}")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures[:-1]]
     last = architectures[-1]  # as PTX too, for what comes after it
     targets += [f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
+    host = next(word for word in reversed(compiler) if not word.startswith("-"))  # of "ccache g++" the compiler
     objects = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         objects.append(str(folder / (source.stem + ".cu.o")))
-        flags = ["-std=c++20", "-O3", "-lineinfo", "-ccbin", compiler[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags = ["-std=c++20", "-O3", "-lineinfo", "-ccbin", host, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         run([nvcc, *flags, *targets, *DEFINES, *include, "-c", str(source), "-o", objects[-1]])
-    link = [nvcc, "-shared", "-cudart", "static", "-ccbin", compiler[0]]  # it knows where its runtime is
+    link = [nvcc, "-shared", "-cudart", "static", "-ccbin", host]  # it knows where its runtime is
     return objects, link, {"cuda_archs": architectures}
 
 
@@ -182,6 +185,7 @@ class BuildNative(build_ext):
             flags.append("-DCOMPACT_WITH_CUDA")
         except NotBuilt as error:
             record["no_cuda"] = str(error)
+            print(f"compact_kernels: the native library has no CUDA part: {error}", file=sys.stderr)
         for source in [ROOT / "csrc" / "registration.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
             objects.append(str(folder / (source.stem + ".o")))
             run([*compiler, *flags, *DEFINES, *include, "-c", str(source), "-o", objects[-1]])

@@ -99,6 +99,8 @@ def check_numbers(
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0" + (", or None" if name == "softcap" else ""))
+    if not isinstance(workspace_mib, int):
+        raise ValueError(f"workspace_mib is {workspace_mib!r}; it is a whole number of MiB")
     if workspace_mib < 0:
         raise ValueError(f"workspace_mib is {workspace_mib}; 0 is the least, one row of logits at a time")
     if implementation not in ("auto", "reference"):
@@ -114,6 +116,8 @@ def check_targets(targets: Tensor, ragged: Ragged) -> None:
     check_ids(targets)
     if torch.compiler.is_compiling():
         return
+    if targets.device != ragged.device:
+        raise ValueError(f"targets is on {targets.device}, ragged on {ragged.device}")
     total = ragged.sizes.cu_seqlens[-1]
     if targets.numel() != total:
         raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")

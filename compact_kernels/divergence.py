@@ -78,19 +78,24 @@ class Exponentials(NamedTuple):
     shift: Tensor | None  # (n,) float32; only a softcap asks for it
     pivots: Tensor | None = None  # (n,) int64  columns where what is stored is not E; a negative one is column 0
     masses: Tensor | None = None  # (n,) float32  E at those; None: 1
+    slope: Tensor | None = None  # (n, V) the softcap's own part of dz/draw, if it was asked for
 
 
-def exponentials(x: Tensor, head: LinearHead) -> Exponentials:
+def exponentials(x: Tensor, head: LinearHead, slope: bool = False) -> Exponentials:
     """The exponentiated logits of the rows x (n, D): in the product's epilogue where the head's kernels store them.
 
     They store no E under a softcap (but its slope times E), and float16 has no room for an E that has not met its
     maximum: there plain torch computes, relative to the row's maximum.
+
+    Args:
+        slope: a gradient follows in plain torch: keep the softcap's slope, of logits whose E may be 0.
     """
     if head.softcap is not None or x.dtype == torch.float16 or not triton_applies(x):
         logits = native_rows.logits(x, head) if native_applies(x) else head(x)
+        slopes = capped_slope(logits, head) if slope and head.softcap is not None else None
         shift = logits.amax(-1)
         buffer = logits.sub_(shift[:, None]).exp_()
-        return Exponentials(buffer, buffer.sum(-1), shift)
+        return Exponentials(buffer, buffer.sum(-1), shift, slope=slopes)
     from compact_kernels.head import triton_rows
 
     none = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)  # no targets: the pivot is column 0
@@ -122,16 +127,15 @@ def add_to_rows(
     if first == last:
         return
     own = ragged.span_rows[first:last] - chunk.first
-    e = exponentials(x[own], head)
+    e = exponentials(x[own], head, slope=True)
     place = (ragged, decision.alpha, chunk.first_question, chunk.last_question, first, weighting.divergence)
     scores = torch.empty(ragged.span_rows.numel(), dtype=e.sums.dtype, device=x.device)
     divergence_torch.span_divergence(e.buffer, e.sums, *place, (divergence, scores))
-    slope = None if e.shift is None else capped_slope(e.buffer.log() + e.shift[:, None], head)
     counted = decision.targets_per_rationale if weighting.divide_by_targets else torch.ones_like(decision.alpha)
     ratio = weighting.divergence_weight * weighting.divergence_normalizer / weighting.normalizer
     divergence_torch.replace_by_gradient_(e.buffer, e.sums, *place, scores, counted * ratio)
-    if slope is not None:
-        e.buffer.mul_(slope)
+    if e.slope is not None:
+        e.buffer.mul_(e.slope)
     inverse = rows.inverse_sum[chunk.rows][own]
     ignored = inverse == 0  # no target: the divergence is the row's only gradient
     inverse = inverse.where(~ignored, 1.0)
@@ -208,7 +212,7 @@ class DivergencePass:
             span = slice(chunk.first_span, chunk.last_span)
             if span.start == span.stop:
                 continue
-            e = exponentials(x[span], head)
+            e = exponentials(x[span], head, slope=not triton_applies(x))
             place = (self.ragged, alpha, chunk.first, chunk.last, chunk.first_span, self.kind, scores, gain)
             if triton_applies(x):
                 from compact_kernels.divergence_triton import add_span_gradient_
@@ -226,10 +230,9 @@ class DivergencePass:
                     shift=e.shift,
                 )
             else:
-                slope = None if e.shift is None else capped_slope(e.buffer.log() + e.shift[:, None], head)
                 divergence_torch.replace_by_gradient_(e.buffer, e.sums, *place)
-                if slope is not None:
-                    e.buffer.mul_(slope)
+                if e.slope is not None:
+                    e.buffer.mul_(e.slope)
             dz = e.buffer.to(backend_for(x).buffer_dtype(self.dtype))
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, positions[span], product(dz, head.weight).to(hidden.dtype))

@@ -29,7 +29,7 @@ def span_divergence(
 ) -> None:
     """Write D_q of the questions, and C of their answer rows (see `divergence_triton.span_divergence`)."""
     per_question, scores = out
-    if native_applies(buffer, buffer.dtype):
+    if native_applies(buffer):
         _in_native_code(buffer, sums, ragged, alpha, first_question, last_question, first_row, kind, *out, None)
         return
     per_question[first_question:last_question] = 0
@@ -54,7 +54,7 @@ def replace_by_gradient_(
     gain: Tensor,
 ) -> None:
     """Overwrite the answer rows by gain_k · (∂D_q/∂z) / α_k; those of a rationale without a partner by 0."""
-    if native_applies(buffer, buffer.dtype):
+    if native_applies(buffer):
         place = (ragged, alpha, first_question, last_question, first_row, kind)
         _in_native_code(buffer, sums, *place, sums.new_empty(last_question), scores, gain)
         return

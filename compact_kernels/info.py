@@ -69,7 +69,7 @@ def ways() -> list[tuple[str, str]]:
                 if triton_applies(statistics)
                 else "plain torch"
             )
-            divergence = "Triton" if triton_applies(tensor) else "C++" if native_applies(tensor) else "plain torch"
+            divergence = "Triton" if triton_applies(tensor) else "C++" if native_applies(statistics) else "plain torch"
             line = f"head: {head}; rule and consensus: {launches}; divergence: {divergence}"
             found.append((f"{device} {str(dtype)[6:]}", line))
     return found

@@ -78,7 +78,8 @@ def compatibility_loss(
         bias, logit_scale, softcap, temperature: logits are softcap·tanh(scale·(h Wᵀ + b)/softcap)/temperature.
         workspace_mib: size of the logits that may exist at once. A head that trains also needs V·D float32 numbers
             for its gradient unless all rows fit at once.
-        implementation: "auto" is Triton on GPUs and chunked torch on CPUs; "reference" is the definition, for tests.
+        implementation: "auto" is Triton on GPUs and C++ or chunked torch on CPUs; "reference" is the definition, for
+            tests.
 
     Returns:
         :class:`CompatibilityOutput`. A batch without a scored row has loss 0 and zero gradients.

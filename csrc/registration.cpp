@@ -1,5 +1,6 @@
 // Every op of the library with its schema. The ops check what would read or write foreign memory and answer with their
-// refusal (ops.h), which compact_kernels/native.py raises; the Python that calls them explains a user's errors.
+// refusal (ops.h), which compact_kernels/native.py raises; the Python that calls them explains a user's errors. Of the
+// CUDA ops only sizes are checked: offsets lie on the device, and are taken from a Ragged, which was checked when built.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(compact_native, m) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from compact_kernels import Ragged, answer_divergence, native, reference
+from compact_kernels import Ragged, answer_divergence, divergence_torch, linear_logprob, native, reference
+from compact_kernels import divergence as divergence_module
 from compact_kernels.dispatch import native_applies, native_cuda_applies
 from compact_kernels.head import native_rows
+from compact_kernels.head.rows import product
+from tests.head_cases import poison_fresh_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_LIBRARY = pytest.mark.skipif(not native.LIBRARY.loaded, reason=native.LIBRARY.reason or "loaded")
@@ -153,6 +157,22 @@ def test_a_build_that_cannot_be_says_why_and_is_no_failure(tmp_path):
         built = tmp_path / "lib" / "compact_kernels"
         assert reason in json.loads((built / "_native.json").read_text())["not_built"]
         assert not (built / "_native.so").exists()
+
+
+def test_an_nvcc_that_cannot_be_run_costs_no_more_than_the_cuda_part(tmp_path, monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/nonexistent\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(setup["NotBuilt"], match="nvcc cannot be run"):
+        setup["build_cuda"]([], ["c++"], tmp_path)
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: no' >&2; exit 1\n")
+    with pytest.raises(setup["NotBuilt"], match="nvcc failed: nvcc fatal: no"):
+        setup["build_cuda"]([], ["c++"], tmp_path)
 
 
 # ---- ops on CPUs ------------------------------------------------------------------------------------------------
@@ -415,3 +435,38 @@ def test_the_cuda_ops_keep_what_torch_asks_of_ops_and_run_in_graphs():
     assert torch.equal(other, expected) and torch.equal(captured, expected)
     with pytest.raises(RuntimeError, match="on the device of the others"):
         native.run(OPS.question_in_degree, query, key, ragged.cu_questions.cpu(), 0.1, 5, degree)
+
+
+# ---- what every CPU path has to bear ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [pytest.param("C++", marks=NEEDS_LIBRARY), "plain torch"])
+@pytest.mark.parametrize("kind", ["kl", "jsd"])
+def test_a_softcaps_slope_is_known_where_probabilities_are_0(library, kind, monkeypatch):
+    if library == "plain torch":
+        for module in (divergence_module, divergence_torch):
+            monkeypatch.setattr(module, "native_applies", lambda *_: False)
+    ragged = Ragged.build(
+        sequence_lengths=[5] * 3, prompt_lengths=[2] * 3, rationales_per_question=[3], answer_spans=[(1, 2)] * 3
+    )
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (15, 100))
+    alpha, gradients = torch.tensor([0.2, 0.3, 0.5]), []
+    for function, dtype in ((reference.answer_divergence, torch.float64), (answer_divergence, torch.float32)):
+        leaf = (100 * hidden).to(dtype).requires_grad_()
+        value = function(leaf, weight.to(dtype), ragged, alpha.to(dtype), kind=kind, softcap=30.0, temperature=0.5)
+        gradients.append(torch.autograd.grad(value.sum(), leaf)[0].double())
+    truth, found = gradients
+    assert (found - truth).norm() <= (0.2 if kind == "kl" else 1e-5) * truth.norm()  # kl: e⁻⁸⁷ is the least p
+
+
+def test_no_rows_at_all_give_a_weight_no_gradient():
+    """Where bfloat16 rows are held in float32, the weight's gradient is a product over rows that there are none of."""
+    weight = torch.randn(300, 8).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        poison_fresh_memory(patch)
+        assert bool((product(torch.zeros(300, 0), torch.zeros(0, 8).bfloat16()) == 0).all())
+        leaf = weight.requires_grad_()
+        logprob, _ = linear_logprob(torch.zeros(0, 8).bfloat16(), leaf, torch.zeros(0, dtype=torch.int64))
+        logprob.sum().backward()
+    assert bool((weight.grad == 0).all())

@@ -27,7 +27,8 @@ def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
 def chunk_mib(dtype: torch.dtype, sums: bool) -> int:
     """Logits at once that pay: fewer read the head, and add to its gradient, more often.
 
-    A product in float32 adds to what is there; one in bfloat16 is made apart and converted, for every chunk.
+    A product in float32 adds to what is there. One in bfloat16 is made apart and converted for every chunk, which
+    takes V·D·6 bytes more than one chunk does: as much as 3·D rows of logits.
     """
     return 512 if sums and buffer_dtype(dtype) == torch.bfloat16 else 100
 

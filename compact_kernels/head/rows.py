@@ -104,7 +104,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = 
 
 def _converted_product(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
     result = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
-    for first in range(0, b.shape[0], CONVERTED_ROWS):
+    for first in range(0, max(b.shape[0], 1), CONVERTED_ROWS):  # once at least: a product over no rows is 0
         part = slice(first, first + CONVERTED_ROWS)
         beta = float(first > 0 or (accumulate and result is out))
         torch.addmm(result, a[:, part], b[part].to(a.dtype), beta=beta, out=result)

@@ -119,9 +119,9 @@ COMPACT_INLINE void positions_of(
         }
         float* out = call.rows + (entry - call.first_row) * call.stride + first;
         const float gain = call.gain[place.members[k]] / static_cast<float>(place.length);
-        const float score = call.scores[entry];
+        const float own_score = call.scores[entry];
         for (int64_t i = 0; i < count; ++i) {
-          out[i] = gain * (p_k[i] * (t_k[i] - score) + (apart * (p_k[i] - p_most[i]) - mixed[i]));
+          out[i] = gain * (p_k[i] * (t_k[i] - own_score) + (apart * (p_k[i] - p_most[i]) - mixed[i]));
         }
       }
     }
@@ -186,7 +186,7 @@ Tensor answer_divergence(
     std::optional<Tensor> gain) {
   Check check;
   check(
-      rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.stride(1) == 1,
+      rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && (rows.size(1) == 1 || rows.stride(1) == 1),
       "rows are float32, (n, V), a row's side by side");
   check(
       0 <= first_question && first_question <= last_question && last_question < cu_questions.numel(), "questions ",

@@ -182,8 +182,8 @@ COMPACT_INLINE void gradient_of_row(const GradientCall& call, int64_t row) {
     }
     store(z, count, raw + first);
   }
-  const int64_t column = call.targets[row] - call.first_column;
-  if (column >= 0 && column < call.width) assign(raw[column], call.target_gradient[row]);
+  const uint64_t column = static_cast<uint64_t>(call.targets[row]) - static_cast<uint64_t>(call.first_column);
+  if (column < static_cast<uint64_t>(call.width)) assign(raw[column], call.target_gradient[row]);
 }
 
 template <class T, bool CAPPED>
@@ -237,7 +237,7 @@ void run(const Call& call, const Tensor& z, bool capped) {
 bool are_logits(Check& check, const Tensor& z, const Tensor& targets, const std::optional<Tensor>& bias) {
   const auto dtype = z.scalar_type();
   return check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "logits are float32 or bfloat16") &&
-         check(z.dim() == 2 && z.size(1) > 0 && z.stride(1) == 1, "logits are (n, V), a row's side by side") &&
+         check(z.dim() == 2 && z.size(1) > 0 && (z.size(1) == 1 || z.stride(1) == 1), "logits are (n, V), a row's side by side") &&
          check(
              targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == z.size(0),
              "targets are int64, one a row of logits, contiguous") &&

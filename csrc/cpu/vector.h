@@ -3,7 +3,6 @@
 // Everything here is forced inline: it takes the instruction set of the function that it ends up in.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
