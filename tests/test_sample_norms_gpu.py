@@ -28,8 +28,9 @@ def test_float32_norms_agree_with_float64(triton_kernels, name, lora, products):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_a_captured_step_gives_the_eager_steps_norms():
-    model = student("qwen2", dtype=torch.bfloat16).to(DEVICE)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_captured_step_gives_the_eager_steps_norms(lora):
+    model = student("qwen2", lora, torch.bfloat16).to(DEVICE)
     ids, targets, ragged = batch()
     ids, targets, ragged = ids.to(DEVICE), targets.to(DEVICE), ragged.to(DEVICE)
     recorder = SampleGradNorms(model)
