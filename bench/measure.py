@@ -10,6 +10,7 @@ import torch
 from bench import norms, steps
 from bench.records import Record
 from bench.shapes import Scale, Shape
+from bench.targets import is_ours
 from bench.timing import Runner, attempt, floor, free_memory, peak_bytes, time_rounds
 from bench.works import WORKS, Contender, accumulator_mib
 
@@ -107,7 +108,7 @@ def _measure_step(
             record: Record = {"work": work, "head": shape.label, "contender": runner.name}
             record |= _outcome(runner, memory) | {"floor_ms": None, "rows": prepared.scored.numel()}
             record["attention"] = steps.attention(prepared)
-            if runner.name.startswith("compact"):
+            if is_ours(record):
                 record["workspace_mib"] = steps.CONFIG.workspace_mib
             if runner.note:
                 record["note"] = runner.note
@@ -120,7 +121,7 @@ def _measure_norms(
 ) -> list[Record]:
     return [
         record
-        for mode in norms.MODES
+        for mode in norms.BY_MODE
         for record in _measure_norms_mode(work, mode, shape, scale, device, wanted, rounds, say)
     ]
 

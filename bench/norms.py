@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from bench.batches import IGNORE
 from bench.shapes import Scale
-from bench.steps import Step, prepare_step
+from bench.steps import CONFIG, Step, prepare_step
+from bench.targets import WITHOUT
 from bench.timing import Runner, free_memory, one_line
 from compact.backbone import decoder_layers, unwrap
 from compact.config import CompactConfig
@@ -37,14 +38,14 @@ NORMS = tuple(f"step_{size}_{kind}_norms" for size in ("0.5b", "1.5b") for kind 
 LONG_TOKENS, LONG_QUESTIONS = 2048, 2
 LONG_WORKSPACE_MIB = 2560  # with norms, a question's logits are there at once where the head trains with a divergence
 WARMUP_SECONDS = 120  # compilation
-OURS = ("compact", "compact_without_norms")
+OURS = ("compact", WITHOUT)
 INFORMATION = "compact_with_information"
-MODES = {
+BY_MODE = {
     "eager": (*OURS, INFORMATION, "opacus_ghost", "opacus_ghost_norms"),
     "compiled": tuple(f"{name}_compiled" for name in OURS),
     "captured": tuple(f"{name}_captured" for name in OURS),
 }
-ARMS = tuple(name for names in MODES.values() for name in names)
+ARMS = tuple(name for names in BY_MODE.values() for name in names)
 
 NOTES = {
     INFORMATION: "no norms; curves and controls of mutual information, measured at every step",
@@ -65,14 +66,15 @@ def scale_of(work: str, scale: Scale) -> Scale:
 def arms(
     work: str, mode: str, scale: Scale, device: torch.device, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[list[Runner], dict[str, int]]]:
-    """Runners of one of the :data:`MODES`, and the bytes that each one's student holds; freed afterwards."""
+    """Runners of one mode of :data:`BY_MODE`, and the bytes that each one's student holds; freed afterwards."""
     torch._dynamo.reset()
     scale = scale_of(work, scale)
+    config = replace(CONFIG, workspace_mib=LONG_WORKSPACE_MIB) if "_long" in work else CONFIG
     # One graph replays at a time and nobody reads what it leaves, so that all of them may share their memory.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     names = [
         name
-        for name in MODES[mode]
+        for name in BY_MODE[mode]
         if wanted(name)
         and (not name.startswith("opacus") or "_lora_" in work or "_linear_" in work)
         and (name != INFORMATION or "_full_" in work)
@@ -89,7 +91,7 @@ def arms(
             if name.startswith("opacus"):
                 runner.run = _opacus(name, prepared, scale)
             else:
-                runner.run = _ours(name, prepared, scale, pool, LONG_WORKSPACE_MIB if "_long" in work else None)
+                runner.run = _ours(name, prepared, scale, config, pool)
             if mode == "captured":
                 runner.before = lambda: None
         except Exception as problem:
@@ -116,14 +118,11 @@ def _student(work: str, scale: Scale, device: torch.device) -> Step:
 
 
 def _ours(
-    name: str, prepared: Step, scale: Scale, pool: tuple[int, int] | None, workspace_mib: int | None = None
+    name: str, prepared: Step, scale: Scale, config: CompactConfig, pool: tuple[int, int] | None
 ) -> Callable[[], object]:
     if name.endswith("_compiled"):
         prepared.compile(scale.compile_backend)
         prepared.ready(True)
-    config = CompactConfig()
-    if workspace_mib is not None:
-        config = replace(config, workspace_mib=workspace_mib)
     teachers = [f"teacher-{k}" for k in range(scale.rationales)]
     strategy = Compact(config, teachers)
     information = InformationLog(Path("information.jsonl"), teachers, config) if name == INFORMATION else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import pictures
@@ -73,19 +73,18 @@ def write(records: Sequence[Record], path: Path) -> None:
             parts.append(f"![packed attention: time against memory]({image.name})")
         parts.append(_attention_table(layers))
     whole = [record for record in records if record["work"] not in (*WORKS, ATTENTION)]
-    with_norms = [record for record in whole if record["work"].endswith("_norms")]
-    plain = [record for record in whole if record not in with_norms]
-    for title, name, question, some in (
-        ("Whole steps", "steps", STEP_QUESTION, plain),
-        ("Steps with gradient norms", "norms", NORMS_QUESTION, with_norms),
+    for title, name, question, column, ratio in (
+        ("Whole steps", "steps", STEP_QUESTION, "× fastest peer", _against_peers),
+        ("Steps with gradient norms", "norms", NORMS_QUESTION, "× without", _against_without),
     ):
+        some = [record for record in whole if record["work"].endswith("_norms") == (name == "norms")]
         if not some:
             continue
         parts += [f"## {title}", question]
         image = path.with_name(f"{path.stem}-{name}.png")
         if pictures.draw(some, f"{title.lower()}, {some[-1]['device']}", image, memory="whole peak", panel="work"):
             parts.append(f"![{title.lower()}: time against memory]({image.name})")
-        parts.append(_step_table(some))
+        parts.append(_step_table(some, column, ratio))
     path.with_suffix(".md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
 
 
@@ -139,16 +138,13 @@ def _work_table(records: Sequence[Record]) -> str:
     return "\n".join(lines + _remarks(records, "head"))
 
 
-def _step_table(records: Sequence[Record]) -> str:
-    norms = any(WITHOUT in record["contender"] for record in records)
-    other = "× without" if norms else "× fastest peer"
-    lines = [f"| step | contender | ms (p20–p80) | {other} | peak GiB |", "|---|---|---:|---:|---:|"]
+def _step_table(records: Sequence[Record], column: str, ratio: Callable[[Sequence[Record], Record], str]) -> str:
+    lines = [f"| step | contender | ms (p20–p80) | {column} | peak GiB |", "|---|---|---:|---:|---:|"]
     for work in dict.fromkeys(record["work"] for record in records):
         first = work
         for record in _by_time(records, "work", work):
             memory = "–" if record["peak_mib"] is None else f"{record['peak_mib'] / 1024:.2f}"
-            ratio = _against_without(records, record) if norms else _against_peers(records, record)
-            cells = [first, _name(record), _time(record), ratio, memory]
+            cells = [first, _name(record), _time(record), ratio(records, record), memory]
             lines.append(f"| {' | '.join(cells)} |")
             first = ""
     return "\n".join(lines + _remarks(records, "work"))

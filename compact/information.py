@@ -18,6 +18,7 @@ from compact.metrics import INFORMATION, read_metrics
 from compact.student import StudentOutput
 from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
 from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls
+from compact_kernels.ragged import on_device
 from compact_kernels.rule import sequence_of_row
 
 BINS = 20  # parts of a rationale's body, whatever its length, that a curve has points for
@@ -71,9 +72,8 @@ class InformationLog:
             workspace_mib=self.config.workspace_mib,
         )
         numbers = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]
-        ids = torch.tensor(numbers, pin_memory=device.type == "cuda")  # from where a copy waits for nothing
         embedded = answer_embeddings(head.weight, ragged)
-        found = self.queue.measure(output.hidden, embedded, ids.to(device, non_blocking=True), ragged)
+        found = self.queue.measure(output.hidden, embedded, on_device(numbers, torch.int64, device), ragged)
         curves = torch.stack([evidence.double(), found.curve[ragged.rows].double()])  # (2, N)
         scalars = torch.stack([*controls, found.scalar]).double()  # (4, S)
         sums = self._sums(curves, scalars, ragged, batch["teachers"])

@@ -207,14 +207,14 @@ class DivergencePass:
         grad_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
         grad_weight = torch.zeros(head.weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
         grad_bias = torch.zeros(head.vocabulary, dtype=dtype, device=hidden.device) if wanted[2] else None
-        positions = self._positions()
+        positions, launched = self._positions(), triton_applies(x)
         for chunk in self.chunks:
             span = slice(chunk.first_span, chunk.last_span)
             if span.start == span.stop:
                 continue
-            e = exponentials(x[span], head, slope=not triton_applies(x))
+            e = exponentials(x[span], head, slope=not launched)
             place = (self.ragged, alpha, chunk.first, chunk.last, chunk.first_span, self.kind, scores, gain)
-            if triton_applies(x):
+            if launched:
                 from compact_kernels.divergence_triton import add_span_gradient_
 
                 add_span_gradient_(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compact_kernels.ragged import on_device
+
 BLOCK = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 64  # tokens on a side of a tile of a Gram matrix
 SLICE = 32  # tokens whose share of a vector's gradient one program sums
 
@@ -39,8 +41,8 @@ class Segments:
             first_tiles.append(len(tiles))
         return cls(
             cu=cu,
-            tiles=_moved(tiles, torch.int32, cu.device).reshape(-1, 3),
-            cu_tiles=_moved(first_tiles, torch.int64, cu.device),
+            tiles=on_device(tiles, torch.int32, cu.device).reshape(-1, 3),
+            cu_tiles=on_device(first_tiles, torch.int64, cu.device),
             first_tiles=first_tiles,
             tokens=offsets[-1],
             longest=max(lengths, default=0),
@@ -55,8 +57,3 @@ class Segments:
     def slices(self) -> int:
         """Slices of the longest rationale."""
         return -(-self.longest // SLICE)
-
-
-def _moved(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
