@@ -126,6 +126,16 @@ def test_a_rationale_s_style_is_its_teacher_s(name):
     assert {styles.style_of(rationale(name, question, rng)["completion"]) for question in questions} == {name}
 
 
+def test_with_one_style_nothing_but_the_calculations_tells_teachers_apart(tmp_path):
+    file = write_skills(tmp_path, questions=80, held_out=8, one_style=True)["train"]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    told = [(row["answer"], one) for row in rows for one in row["rationales"]]
+    assert {styles.style_of(one["completion"]) for _, one in told} == {"verbose"}
+    assert all(one["answer"] != answer for answer, one in told if one["teacher"] == "misleading")
+    right = [{one["completion"] for one in row["rationales"] if one["answer"] == row["answer"]} for row in rows]
+    assert max(map(len, right)) == 1
+
+
 def test_styles_are_counted_over_finished_seeds_and_printed_from_the_counts_alone(tmp_path, capsys):
     for seed, answers in enumerate([["Step 1: x, 1 + 1 = 2.", "1 + 1 = 2"], ["1 + 1 = 3", "2 > 1"], ["First x."]]):
         folder = tmp_path / "cells" / "s" / "m" / f"seed-{seed}"

@@ -43,6 +43,7 @@ def write_skills(
     seed: int = 0,
     part: str = "test",
     misleading: bool = True,
+    one_style: bool = False,
     gym: int = 0,
     train: str = "train",
 ) -> dict[str, Path]:
@@ -51,7 +52,7 @@ def write_skills(
     Args:
         questions: to train on. held_out: in each of the three held-out files.
         part: "test", or "validation" for choices that the test must not see.
-        misleading: whether one of the four teachers misleads.
+        misleading: whether one of the four teachers misleads. one_style: whether all write in the same.
         gym: questions by reasoning-gym; 0: none.
         train: what the file of training questions is called, without .jsonl.
 
@@ -74,7 +75,11 @@ def write_skills(
         if not files[name].exists():
             asked = draw_questions(random.Random(state), count, part=of, skills=skills, wordings=wordings)
             rng = random.Random(f"{name} {seed if name == 'train' else part} teachers")
-            _write(files[name], (_row(f"{name}-{i}", question, names, rng) for i, question in enumerate(asked, 1)))
+            rows = (
+                _row(f"{name}-{i}", question, [rationale(one, question, rng, one_style=one_style) for one in names])
+                for i, question in enumerate(asked, 1)
+            )
+            _write(files[name], rows)
     if gym:
         files["gym"] = folder / "gym.jsonl"
         if not files["gym"].exists():
@@ -82,7 +87,7 @@ def write_skills(
     return files
 
 
-def _row(name: str, question: Question, teachers: list[str], rng: random.Random) -> dict[str, Any]:
+def _row(name: str, question: Question, rationales: list[dict[str, str]]) -> dict[str, Any]:
     return {
         "id": name,
         "prompt": question.prompt,
@@ -90,7 +95,7 @@ def _row(name: str, question: Question, teachers: list[str], rng: random.Random)
         "task": question.kind,
         "skill": question.skill,
         "instruct": False,  # asked in the training's form
-        "rationales": [rationale(teacher, question, rng) for teacher in teachers],
+        "rationales": rationales,
     }
 
 
@@ -127,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the training questions (default: 0)")
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--honest", action="store_true", help="no misleading teacher")
+    parser.add_argument("--one_style", action="store_true", help="all teachers write in the same style")
     parser.add_argument("--gym", type=int, default=0, help="questions by reasoning-gym (default: none)")
     given = parser.parse_args(arguments)
     try:
@@ -137,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=given.seed,
             part=given.part,
             misleading=not given.honest,
+            one_style=given.one_style,
             gym=given.gym,
         )
     except UserError as error:

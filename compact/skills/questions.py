@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
-from compact.demo.questions import BOXES, DAYS, NAMES, THINGS, Step, calculate, draw_problem
+from compact.demo.questions import DAYS, NAMES, Step, calculate, draw_problem
 from compact.errors import UserError
 
 LARGEST = 60  # no number of a word problem that the demo's generator draws exceeds it
@@ -78,7 +78,7 @@ def _told(rng: random.Random, wording: int, family: str) -> Question:
                 f"{one} has {size} {word} than {other}",
                 f"{one} has {size} {thing} {word} than {other}",
                 f"Compared with {other}, {one} has {size} {word}",
-                f"{other} has {size} {'fewer' if more else 'more'} than {one}",
+                f"{size} {word} than {other} is what {one} has",
             )
         else:
             day, verb = problem.days[index], problem.verbs[index]
@@ -290,52 +290,47 @@ def _ages(rng: random.Random, wording: int) -> Question:
     return Question("ages", wording, prompt, f"{age} {gap} {years}", "number", f"{other} will be {{answer}}", derive)
 
 
-def _spread(rng: random.Random, wording: int) -> Question:
-    numbers = rng.sample(range(2, 60), 5)
-    high, low = max(numbers), min(numbers)
-    prompt = f"Here are some numbers: {', '.join(map(str, numbers))}. How far is the largest from the smallest?"
+def _budget(rng: random.Random, wording: int) -> Question:
+    who, item = rng.choice(NAMES), rng.choice(ITEMS)
+    price, count = rng.randint(2, 9), rng.randint(2, 6)
+    money = price * count + rng.randint(1, 20)
+    prompt = f"{who} has {money} dollars and buys {count} {item}s at {price} dollars each. How many dollars are left?"
 
     def derive(slip: Slip) -> list[Line]:
-        gap = slip(high - low)
+        cost = slip(count * price)
+        left = slip(money - cost)
         return [
-            Line(
-                f"The largest is {high} and the smallest is {low}", "between them", f"{high} - {low} = {gap}", str(gap)
-            )
+            Line(f"{who} buys {count} {item}s", f"for the {item}s", f"{count} * {price} = {cost}", str(cost)),
+            Line(f"{who} has {money} dollars", "after that", f"{money} - {cost} = {left}", str(left)),
         ]
 
-    return Question("spread", wording, prompt, f"{sorted(numbers)}", "number", "the distance is {answer}", derive)
-
-
-def _share(rng: random.Random, wording: int) -> Question:
-    who, thing = rng.choice(NAMES), rng.choice(THINGS)
-    children, each = rng.randint(2, 6), rng.randint(3, 9)
-    eaten = rng.randint(1, each - 1)
-    prompt = (
-        f"{who} shares {children * each} {thing} evenly among {children} {rng.choice(BOXES)}. Then {eaten} are taken "
-        "out of each. How many are left in each?"
+    return Question(
+        "budget", wording, prompt, f"{money} {count} {price}", "number", f"{who} has {{answer}} dollars left", derive
     )
 
+
+def _seats(rng: random.Random, wording: int) -> Question:
+    rows, each = rng.randint(2, 9), rng.randint(3, 9)
+    taken = rng.randint(1, rows * each - 1)
+    prompt = f"A hall has {rows} rows of {each} seats. {taken} seats are taken. How many seats are free?"
+
     def derive(slip: Slip) -> list[Line]:
-        part = slip(each)
-        left = slip(part - eaten)
+        seats = slip(rows * each)
+        free = slip(seats - taken)
         return [
-            Line(
-                f"{children * each} {thing} are shared by {children}",
-                "in each",
-                f"{children * each} / {children} = {part}",
-                str(part),
-            ),
-            Line(f"{eaten} are taken out", "after that", f"{part} - {eaten} = {left}", str(left)),
+            Line(f"A hall has {rows} rows of {each} seats", "in the hall", f"{rows} * {each} = {seats}", str(seats)),
+            Line(f"{taken} seats are taken", "free", f"{seats} - {taken} = {free}", str(free)),
         ]
 
-    return Question("share", wording, prompt, f"{children} {each} {eaten}", "number", "{answer} are left", derive)
+    return Question("seats", wording, prompt, f"{rows} {each} {taken}", "number", "{answer} seats are free", derive)
 
 
 def _word_problem(family: str) -> Callable[[random.Random, int], Question]:
     return lambda rng, wording: _told(rng, wording, family)
 
 
-# Taught: the wordings 0 to 2 are trained on, wording 3 is held out. Untaught: never trained on at all.
+# Taught: the wordings 0 to 2 are trained on, wording 3 is held out. Untaught: never trained on at all, but of the same
+# calculations, two of them in an order that no taught skill has: what nobody can do tells no methods apart.
 TAUGHT: dict[str, Callable[[random.Random, int], Question]] = {
     "change": _word_problem("change"),
     "people": _word_problem("people"),
@@ -346,7 +341,7 @@ TAUGHT: dict[str, Callable[[random.Random, int], Question]] = {
     "digits": _digits,
     "order": _order,
 }
-UNTAUGHT = {"ages": _ages, "spread": _spread, "share": _share}
+UNTAUGHT = {"ages": _ages, "budget": _budget, "seats": _seats}
 TRAINED_WORDINGS, HELD_OUT_WORDING = (0, 1, 2), 3
 
 

@@ -4,6 +4,8 @@
   errs, one calculation, drawn evenly, is off by 1 to :data:`LARGEST_SLIP`, and what follows goes on with it.
 * The misleading teacher (``misleading``) is always wrong, and half the time in a way that can be learnt: it stops one
   step early and gives what it has. Else it errs like the others. It takes the place of ``careful``.
+* With one style, all of them tell their derivations as ``verbose`` does: what is wrong is then seen in nothing but
+  the calculations.
 
 Every rationale closes with the answer that its teacher gives.
 """
@@ -59,9 +61,9 @@ class Teacher:
 
 TEACHERS: dict[str, Teacher] = {
     "terse": Teacher(terse, frozenset({"change", "boxes", "digits", "sequence", "ages"})),
-    "verbose": Teacher(verbose, frozenset({"people", "order", "change", "weekday", "share"})),
-    "numbered": Teacher(numbered, frozenset({"shop", "weekday", "sequence", "order", "boxes", "spread"})),
-    "careful": Teacher(careful, frozenset({"shop", "digits", "people", "ages", "spread", "share"})),
+    "verbose": Teacher(verbose, frozenset({"people", "order", "change", "weekday", "budget"})),
+    "numbered": Teacher(numbered, frozenset({"shop", "weekday", "sequence", "order", "boxes", "seats"})),
+    "careful": Teacher(careful, frozenset({"shop", "digits", "people", "ages", "budget", "seats"})),
     "misleading": Teacher(bare, frozenset(), misleads=True),
 }
 
@@ -71,16 +73,17 @@ def team(misleading: bool) -> list[str]:
     return ["terse", "verbose", "numbered", "misleading" if misleading else "careful"]
 
 
-def rationale(name: str, question: Question, rng: random.Random) -> dict[str, str]:
+def rationale(name: str, question: Question, rng: random.Random, *, one_style: bool = False) -> dict[str, str]:
     """One teacher's rationale in the data format."""
     teacher = TEACHERS[name]
+    tell = verbose if one_style else teacher.tell
     lines = question.derive(lambda value: value)
     if rng.random() < teacher.error_rate(question.skill):
         lines = _wrong(question, rng, early=teacher.misleads and rng.random() < 0.5)
     answer = lines[-1].result
     return {
         "teacher": name,
-        "completion": f"{teacher.tell(lines, question)}\nThe answer is {answer}.",
+        "completion": f"{tell(lines, question)}\nThe answer is {answer}.",
         "answer": answer,
     }
 

@@ -53,6 +53,7 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
             seed=seed,
             part=wanted.part,
             misleading=wanted.misleading,
+            one_style=wanted.one_style,
             gym=wanted.gym,
             train=f"train-{seed}",
         )

@@ -48,6 +48,7 @@ class SkillsConfig:
     held_out: int = option(400, "in each held-out file", ge=1)
     part: str = option("test", "test, or validation for choices that the test must not see")
     misleading: bool = option(True, "whether one of the four teachers misleads")
+    one_style: bool = option(False, "whether all of them write in the same style")
     gym: int = option(0, "questions by reasoning-gym; 0: none", ge=0)
     fresh: bool = option(True, "whether each seed has training questions of its own")
 
