@@ -88,14 +88,20 @@ def test_a_layer_under_long_rationales_stores_its_products_eagerly_and_captured(
         assert recorder._families[0].own and recorder._families[0].stored == [True]
         return norms.squared
 
-    graph, found, eager = captured(model, step)
     pairs = list(zip(x.double().split(lengths), gradient.double().split(lengths)))
     expected = torch.stack([(g.t() @ part).square().sum() + g.sum(0).square().sum() for part, g in pairs])
     whole = gradient.double().t() @ x.double()
+    least = 1e-4 * whole.abs().max().item()
+
+    def check(norms: torch.Tensor) -> None:
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(layer.weight.grad.double(), whole, rtol=2**-8, atol=least)
+
+    check(step())
+    graph, found, eager = captured(model, step)
     for _ in range(3):
         found.zero_()
         layer.weight.grad.zero_()
         graph.replay()
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+        check(found)
         assert torch.equal(found, eager)
-        torch.testing.assert_close(layer.weight.grad.double(), whole, rtol=2**-8, atol=1e-4 * whole.abs().max().item())

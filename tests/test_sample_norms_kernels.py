@@ -132,6 +132,16 @@ def test_products(stored, lengths, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_graphs_product_has_the_shapes_and_dtypes_it_was_told(triton_kernels, stored, dtype):
+    cut = segments((7, 5))
+    a, b = matrix(cut.tokens, 33, dtype), matrix(cut.tokens, 40, dtype, 1)
+    op = torch.ops.compact_kernels.sample_product.default
+    arguments = a, b, cut.cu, None, cut.offsets if stored else None
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_stored_products_of_empty_rationales_and_of_strided_and_expanded_rows(triton_kernels, dtype):
     cut = segments((3, 0, 0, 33, 33, 5))
     weights = torch.rand(cut.count, device=DEVICE)

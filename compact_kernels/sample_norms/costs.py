@@ -6,7 +6,7 @@ as much time as cuBLAS takes for the same product over so many of them.
 
 from __future__ import annotations
 
-from compact_kernels.sample_norms.segments import Segments, runs
+from compact_kernels.sample_norms.segments import Segments
 
 NARROW = 64  # of LoRA's inner width, at most: its products are read-bound and made together with the norms
 # What norms cost, as a share of a cuBLAS product of as many operations, measured on an H100 (bfloat16, 256 to 2048
@@ -25,7 +25,7 @@ def _stored(m: int, n: int, segments: Segments) -> float:
     if 4 * segments.count * m * n > STORED_BYTES:
         return float("inf")
     fill = MULTIPROCESSORS / (-(-m // TILE) * -(-n // TILE))
-    made = sum(max(count, fill) * length for _, count, length in runs(segments.offsets.tolist()))
+    made = sum(max(count, fill) * length for _, count, length in segments.runs)
     return made - segments.tokens + STORED * segments.count
 
 

@@ -35,6 +35,7 @@ class Segments:
 
     cu: Tensor  # (S+1,) int32  token offsets
     offsets: Tensor  # the same on the host
+    runs: list[tuple[int, int, int]]  # neighbours of one length, see runs()
     tiles: Tensor  # (M, 3) int32  rationale, block of rows, block of columns ≤ it; in the order of the rationales
     cu_tiles: Tensor  # (S+1,) int64  offsets of the rationales' tiles
     first_tiles: list[int]  # the same on the host
@@ -54,6 +55,7 @@ class Segments:
         return cls(
             cu=cu,
             offsets=torch.tensor(offsets, dtype=torch.int32),
+            runs=runs(offsets),
             tiles=on_device(tiles, torch.int32, cu.device).reshape(-1, 3),
             cu_tiles=on_device(first_tiles, torch.int64, cu.device),
             first_tiles=first_tiles,
