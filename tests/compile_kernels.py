@@ -64,15 +64,16 @@ def main() -> None:
 
 
 def sample_norms() -> None:
-    """Products of LoRA in float32, of a full weight, and whatever surrounds them."""
+    """Products of LoRA in float32, of a full weight, of stored ones, and whatever surrounds them."""
     cut = Segments.of(torch.tensor([0, 300, 520], dtype=torch.int32), [0, 300, 520])
     x, query, key = (torch.randn(520, width, dtype=torch.bfloat16) for width in (896, 896, 128))
     ids, factor = torch.randint(9, (520,)), torch.rand(520)
     launch.gram_norms(x, [query, key, key], 1, cut.cu, cut.tiles)
     launch.gram_norms(x, [query], 0, cut.cu, cut.tiles, factor)
     launch.token_norms(ids, x, cut.cu, cut.tiles, -1)
-    launch.product(x, query, cut.cu, None, True)
-    launch.product(x.float(), torch.randn(520, 16), cut.cu, None, True)
+    launch.product(x, query, cut.cu, None, None)
+    launch.product(x, key, cut.cu, torch.rand(2), cut.offsets)
+    launch.product(x.float(), torch.randn(520, 16), cut.cu, None, None)
     launch.scale_gradients(x[:, None], x[:, None], cut.cu, cut.slices, "rms", 1e-6)
     launch.token_rows(x, factor, x, cut.cu, ids, cut.cu, 0, cut.longest)
 

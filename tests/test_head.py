@@ -321,5 +321,5 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {"logits_kernel", "probe_kernel", "finish_kernel", "last_product_kernel", "target_kernel"}
     kernels |= {"scale_rows_kernel", "rescale_kernel", "value_kernel", "reduce_kernel", "gradient_kernel"}
-    kernels |= {"gram_kernel", "product_kernel", "scale_kernel", "token_rows_kernel"}  # of per-rationale norms
+    kernels |= {"gram_kernel", "product_kernel", "stored_kernel", "scale_kernel", "token_rows_kernel"}
     assert set(run.stdout.split()) == kernels | {"_decide_kernel", "_in_degree_kernel"}

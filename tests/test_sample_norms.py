@@ -19,6 +19,8 @@ from compact.attention import packed_rows
 from compact.config import LoraConfig
 from compact.student import add_lora, prepare
 from compact_kernels import CompatibilityRule, Ragged, SampleGradNorms, compatibility_loss, sample_grad_norms
+from compact_kernels.sample_norms import costs
+from compact_kernels.sample_norms.segments import Segments
 from tests.architectures import tiny, token_ids
 
 LENGTHS = (7, 2, 12, 5)
@@ -131,8 +133,12 @@ def test_norms_survive_both_gradient_checkpointings(lora, reentrant):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize(("name", "lora", "products"), [("qwen2", False, "gram"), ("llama", True, "own")])
-def test_compiled_layers_give_the_same_norms(monkeypatch, name, lora, products):
+@pytest.mark.parametrize(
+    ("name", "lora", "products", "stored"),
+    [("qwen2", False, "gram", False), ("llama", True, "own", False), ("qwen2", False, "own", True)],
+)
+def test_compiled_layers_give_the_same_norms(monkeypatch, name, lora, products, stored):
+    monkeypatch.setattr(costs, "stored", lambda *shape: stored)
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -148,6 +154,45 @@ def test_compiled_layers_give_the_same_norms(monkeypatch, name, lora, products):
         torch.testing.assert_close(norms.squared, expected, rtol=1e-7, atol=0)
     assert counters["stats"]["unique_graphs"] <= 4  # as without norms
     torch._dynamo.reset()
+
+
+def cut(*lengths: int) -> Segments:
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    return Segments.of(torch.tensor(offsets, dtype=torch.int32), offsets)
+
+
+RAGGED = (1500, 2500, 1501, 2499, 2047, 2049, 4000, 288)  # tokens in all as eight of 2048
+
+
+@pytest.mark.parametrize(
+    ("lengths", "own", "stored"),  # of 896 → 2 × 4864; of weights of 4864, 896, 128 and 16 outputs
+    [
+        ((256,) * 32, False, [False, False, False, False]),
+        ((512,) * 8, False, [False, False, False, False]),
+        ((2048,) * 8, True, [True, True, False, False]),
+        (RAGGED, True, [True, False, False, False]),  # one rationale's small product would leave a device idle
+        ((2048,) * 40, True, [False, True, True, False]),  # 4864 outputs are 665 MiB
+    ],
+)
+def test_long_rationales_have_their_products_stored_where_that_is_less_work(lengths, own, stored):
+    segments = cut(*lengths)
+    assert costs.own(896, [4864, 4864], segments) is own
+    assert [costs.stored(896, outputs, segments) for outputs in (4864, 896, 128, 16)] == stored
+    assert costs.own(896, [16], segments)
+
+
+@pytest.mark.parametrize("products", ["auto", "own", "gram"])
+def test_a_recorder_plans_each_batch_by_its_lengths(products):
+    model = nn.Sequential(nn.Linear(896, 4864))
+    recorder = SampleGradNorms(model, products=products)
+    for lengths, own in (((2048,) * 8, True), ((256,) * 4, False), ((2048,) * 8, True)):
+        ragged = Ragged.build(
+            sequence_lengths=lengths, prompt_lengths=[1] * len(lengths), rationales_per_question=[len(lengths)]
+        )
+        with recorder.record(ragged):
+            (family,) = recorder._families
+            assert family.own is (own if products == "auto" else products == "own")
+            assert family.stored == [own]
 
 
 @pytest.mark.parametrize("name", ["gpt2"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compact_kernels.sample_norms import plain
+from compact_kernels.sample_norms import ops, plain
 from compact_kernels.sample_norms.segments import SLICE, Segments
 
 launch = pytest.importorskip("compact_kernels.sample_norms.launch", reason="needs Triton")
@@ -87,7 +87,8 @@ def test_a_biass_norm_alone_and_a_neighbours_nan(dtype):
     x = matrix(cut.tokens, 16, dtype)
     for norms in (
         by_rationale(launch.gram_norms(x, [g], 1, cut.cu, cut.tiles), cut),
-        launch.product(g, x, cut.cu, None, False)[1].sum(0),
+        launch.product(g, x, cut.cu, None, None)[1].sum(0),
+        launch.product(g, x, cut.cu, None, cut.offsets)[1].sum(0),
     ):
         assert norms.isnan().tolist() == [True, False, False, False, False]
 
@@ -109,23 +110,57 @@ def test_token_norms(lengths, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("shape", [(70, 4), (4, 70), (65, 33)])
-def test_products(lengths, shape, dtype):
+@pytest.mark.parametrize("stored", [False, True])
+def test_products(stored, lengths, shape, dtype):
     cut = segments(lengths)
+    offsets = cut.offsets if stored else None
     a, b = matrix(cut.tokens, shape[0], dtype), matrix(cut.tokens, shape[1], dtype, 1)
     weights = torch.rand(cut.count, device=DEVICE)
     for given in (None, weights):
-        total, norms = launch.product(a, b, cut.cu, given, True)
-        true_total, true_norms = plain.product(a.double(), b.double(), cut.cu, *wide(given), True)
+        total, norms = launch.product(a, b, cut.cu, given, offsets)
+        true_total, true_norms = plain.product(a.double(), b.double(), cut.cu, *wide(given), None)
         torch.testing.assert_close(norms.double().sum(0), true_norms.sum(0), rtol=TOLERANCE[dtype], atol=0)
         scale = true_total.abs().max().item()
         torch.testing.assert_close(
             total.double().sum(0), true_total[0], rtol=0, atol=scale * (1e-5 if total.dtype == torch.float32 else 1e-2)
         )
-    again = launch.product(a, b, cut.cu, weights, True)
+    again = launch.product(a, b, cut.cu, weights, offsets)
     assert torch.equal(again[0], total) and torch.equal(again[1], norms)
     if shape[1] <= 16:
         found, truth = launch.column_norms(a, b, cut.cu), plain.column_norms(a.double(), b.double(), cut.cu)
         torch.testing.assert_close(found.double(), truth, rtol=TOLERANCE[dtype], atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_graphs_product_has_the_shapes_and_dtypes_it_was_told(triton_kernels, stored, dtype):
+    cut = segments((7, 5))
+    a, b = matrix(cut.tokens, 33, dtype), matrix(cut.tokens, 40, dtype, 1)
+    op = torch.ops.compact_kernels.sample_product.default
+    arguments = a, b, cut.cu, None, cut.offsets if stored else None
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_stored_products_of_empty_rationales_and_of_strided_and_expanded_rows(triton_kernels, dtype):
+    cut = segments((3, 0, 0, 33, 33, 5))
+    weights = torch.rand(cut.count, device=DEVICE)
+    norms_dtype = torch.promote_types(dtype, torch.float32)
+    wider, columns = matrix(cut.tokens, 90, dtype), matrix(40, cut.tokens, dtype, 1)
+    for a, b in (
+        (wider[:, 7:72], columns.t()),
+        (wider[:, ::3], wider[:, 1::3]),
+        (wider[:1, :65].expand(cut.tokens, -1), columns.t()),
+        (wider[:, :65], columns.t()[:1].expand(cut.tokens, -1)),
+    ):
+        total, norms = ops.product(a, b, cut.cu, weights.to(norms_dtype), cut.offsets)
+        true_total, true_norms = plain.product(a.double(), b.double(), cut.cu, weights.double(), None)
+        torch.testing.assert_close(norms.double().sum(0), true_norms[0], rtol=TOLERANCE.get(dtype, 1e-12), atol=0)
+        assert norms.sum(0)[1:3].eq(0).all()
+        # One rounding, to nearest; the interpreter's is towards 0.
+        close = {torch.float32: 1e-5, torch.bfloat16: 2**-8 if ON_GPU else 2**-7, torch.float64: 1e-12}[dtype]
+        largest = true_total.abs().max().item()
+        torch.testing.assert_close(total.double(), true_total, rtol=close, atol=largest * 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

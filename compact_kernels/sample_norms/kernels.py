@@ -9,6 +9,8 @@ matrix's columns are split over programs, each of which makes the narrower one's
 product_kernel: a_sᵀb_s rationale by rationale, its square's sum, and Σ_s w_s a_sᵀb_s, from one pass. A rationale's
 tokens are never split over programs, because the square is of their sum.
 
+stored_kernel: the same of a_sᵀb_s that are in memory already.
+
 All of it is deterministic: every output element has one writer, and sums have a fixed order. Tiles that reach beyond
 a rationale's end read its neighbour's rows; their entries are selected away, so that a NaN there stays there.
 """
@@ -187,6 +189,33 @@ def product_kernel(
     if HAS_SUM:
         out = sum_ptr + (split.to(tl.int64) * M + m[:, None]) * N + n[None, :]
         tl.store(out, total.to(sum_ptr.dtype.element_ty), mask=m_in[:, None] & n_in[None, :])
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def stored_kernel(
+    products_ptr,  # (S, size) float32
+    weights_ptr,  # (S,) float32
+    sum_ptr,  # (size,)
+    norms_ptr,  # (blocks, S) float32
+    size,
+    sequences,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    own_at = products_ptr + place
+    for s in range(sequences):
+        own = tl.load(own_at, mask=inside, other=0.0)
+        own_at += size
+        tl.store(norms_ptr + block * sequences + s, tl.sum(own * own))
+        if HAS_WEIGHTS:
+            total += own * tl.load(weights_ptr + s)
+        else:
+            total += own
+    tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

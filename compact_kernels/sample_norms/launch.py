@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compact_kernels.sample_norms import kernels
-from compact_kernels.sample_norms.segments import BLOCK, SLICE
+from compact_kernels.sample_norms.segments import BLOCK, SLICE, runs
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -39,6 +39,7 @@ GRAM_FLOAT32 = GramTile(block_k=32, warps=4, stages=2)
 GRAM_PROGRAMS = 396
 PROGRAMS = 264  # of a product
 NARROW_PROGRAMS = 528  # of one that is bound by what it reads
+STORED_BLOCK = 512 if _INTERPRETED else 4096  # entries of stored products that one program adds up
 
 
 @functools.cache
@@ -136,15 +137,42 @@ def gram_parts(tiles: int, x_width: int, g_width: int) -> int:
     return max(1, min(GRAM_PROGRAMS // tiles, wide // max(narrow, 1), 16))
 
 
-def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    if offsets is not None:
+        return _stored_product(a, b, weights, offsets.tolist())
     splits, tile = product_splits(a.shape[1], b.shape[1]), product_tile(a.shape[1], b.shape[1], a.dtype)
-    sizes = (splits, a.shape[1], b.shape[1]) if wanted else (0,)
     # Parts that are yet to be added up are float32; a sum that is whole is rounded once.
-    total = a.new_empty(sizes, dtype=torch.float32 if splits > 1 else a.dtype)
+    total = a.new_empty(splits, a.shape[1], b.shape[1], dtype=torch.float32 if splits > 1 else a.dtype)
     parts = product_parts(a.shape[1], b.shape[1])
     norms = torch.empty(parts, cu.shape[0] - 1, dtype=torch.float32, device=a.device)
-    _product(a, b, cu, weights, total if wanted else None, norms, splits, tile, False)
+    _product(a, b, cu, weights, total, norms, splits, tile, False)
     return total, norms
+
+
+def _stored_product(a: Tensor, b: Tensor, weights: Tensor | None, offsets: list[int]) -> tuple[Tensor, Tensor]:
+    """Rationales of one length are one product; the buffer is freed when it has been read."""
+    (m, n), rationales = (a.shape[1], b.shape[1]), len(offsets) - 1
+    total = a.new_empty(1, m, n)
+    if a.device.type != "cuda":  # others have no product of narrower factors in float32
+        a, b = a.float(), b.float()
+    given = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    b = b.to(a.dtype)
+    products = a.new_empty(rationales, m, n, dtype=torch.float32)
+    for first, count, length in runs(offsets):
+        left, right = (x[offsets[first] : offsets[first + count]].unflatten(0, (count, length)) for x in (a, b))
+        torch.bmm(left.transpose(1, 2), right, **given, out=products[first : first + count])
+    parts = stored_parts(m, n)
+    norms = torch.empty(parts, rationales, dtype=torch.float32, device=a.device)
+    kernels.stored_kernel[(parts,)](
+        products, weights if weights is not None else norms, total, norms, m * n, rationales,
+        HAS_WEIGHTS=weights is not None, BLOCK=STORED_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return total, norms
+
+
+def stored_parts(m: int, n: int) -> int:
+    """Blocks of a stored (m, n) product, each of which has a part in its norm."""
+    return triton.cdiv(m * n, STORED_BLOCK)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class Family:
     trains: list[tuple[bool, bool]]  # weight, bias
     slots: list[Tensor] = field(default_factory=list)  # (M,), one a member: of the norms that it opens
     own: bool = False  # whether members make their weight's gradient themselves
+    stored: list[bool] = field(default_factory=list)  # whether each does so by products that are stored
     opened: Tensor | None = None  # the input of the node that is waiting for further members
     carriers: tuple[Tensor, ...] = ()
     first: int = 0  # member that opened it
@@ -150,6 +151,7 @@ class OwnProduct(Function):
         slot: Tensor,
         bias_slot: Tensor | None,
         cu: Tensor,
+        offsets: Tensor | None,
         scales: Tensor | None,
         transposed: bool,
     ) -> Tensor:
@@ -157,7 +159,7 @@ class OwnProduct(Function):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         x_d, weight_d = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x_d, weight_d, cu)
+        ctx.save_for_backward(x_d, weight_d, cu, offsets)
         ctx.scales, ctx.transposed, ctx.dtypes = scales, transposed, (x.dtype, weight.dtype)
         ctx.slices = None if bias_slot is None else bias_slot.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -166,7 +168,7 @@ class OwnProduct(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cu = ctx.saved_tensors
+        x, weight, cu, offsets = ctx.saved_tensors
         gradient = gradient.to(x.dtype)
         g, wants = flat(gradient), ctx.needs_input_grad
         dx = dw = db = norms = bias_gradients = None
@@ -174,14 +176,14 @@ class OwnProduct(Function):
             dx = (gradient @ (weight.t() if ctx.transposed else weight)).to(ctx.dtypes[0])
         if wants[1]:
             pair = (flat(x), g) if ctx.transposed else (g, flat(x))
-            parts, norms = ops.product(*pair, cu, ctx.scales, True)
-            dw = parts.sum(0).to(ctx.dtypes[1])
+            parts, norms = ops.product(*pair, cu, ctx.scales, offsets)
+            dw = (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(ctx.dtypes[1])
         if wants[2]:
             slices = ctx.slices
             bias_gradients = ops.scale_gradients(g[:, None], g[:, None], cu, slices, "ones", 0.0)
             sums = bias_gradients.sum(1)
             db = (sums if ctx.scales is None else sums * ctx.scales[:, None]).sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, norms, bias_gradients, None, None, None
+        return dx, dw, db, norms, bias_gradients, None, None, None, None
 
 
 def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
@@ -193,8 +195,10 @@ def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
     recorder.check_rows(self, x)
     if member.family.own:
         recorder.note(member)
+        segments = recorder.segments
+        offsets = segments.offsets if member.family.stored[member.index] else None
         return OwnProduct.apply(
-            x, self.weight, self.bias, member.slot, member.bias_slot, recorder.segments.cu, recorder.scales,
+            x, self.weight, self.bias, member.slot, member.bias_slot, segments.cu, offsets, recorder.scales,
             member.transposed,
         )  # fmt: skip
     y = original(self, member.before, x)

@@ -24,12 +24,12 @@ def backend_for(tensor: Tensor) -> ModuleType:
     return plain
 
 
-def product_parts(m: int, n: int, like: Tensor) -> int:
-    """Parts of the norms that :func:`product` gives on the device of `like`."""
+def product_parts(m: int, n: int, like: Tensor, stored: bool) -> int:
+    """Parts of the norms that :func:`product` gives on the device of `like`, with its products `stored` or not."""
     if triton_applies(like):
         from compact_kernels.sample_norms import launch
 
-        return launch.product_parts(m, n)
+        return launch.stored_parts(m, n) if stored else launch.product_parts(m, n)
     return 1
 
 
@@ -60,11 +60,11 @@ def token_norms(ids: Tensor, gradient: Tensor, cu: Tensor, tiles: Tensor, ignore
     return backend_for(gradient).token_norms(ids, gradient, cu, tiles, ignored)
 
 
-def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`compact_kernels.sample_norms.plain.product`."""
     if torch.compiler.is_compiling():
-        return torch.ops.compact_kernels.sample_product(a, b, cu, weights, wanted)
-    return backend_for(a).product(a, b, cu, weights, wanted)
+        return torch.ops.compact_kernels.sample_product(a, b, cu, weights, offsets)
+    return backend_for(a).product(a, b, cu, weights, offsets)
 
 
 def column_norms(a: Tensor, b: Tensor, cu: Tensor) -> Tensor:
@@ -124,21 +124,22 @@ def _(ids, gradient, cu, tiles, ignored):
 
 
 @torch.library.custom_op("compact_kernels::sample_product", mutates_args=())
-def _product_op(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
-    return product(a, b, cu, weights, wanted)
+def _product_op(
+    a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return product(a, b, cu, weights, offsets)
 
 
 @_product_op.register_fake
-def _(a, b, cu, weights, wanted):
+def _(a, b, cu, weights, offsets):
     m, n, count = a.shape[1], b.shape[1], cu.shape[0] - 1
-    norms = _sums(a, product_parts(m, n, a), count)
+    norms = _sums(a, product_parts(m, n, a, offsets is not None), count)
     if not triton_applies(a):
-        return (_sums(a, 1, m, n) if wanted else _sums(a, 0)), norms
+        return _sums(a, 1, m, n), norms
     from compact_kernels.sample_norms import launch
 
-    splits = launch.product_splits(m, n)
-    dtype = torch.float32 if splits > 1 else a.dtype
-    return a.new_empty((splits, m, n) if wanted else (0,), dtype=dtype), norms
+    splits = 1 if offsets is not None else launch.product_splits(m, n)
+    return a.new_empty((splits, m, n), dtype=torch.float32 if splits > 1 else a.dtype), norms
 
 
 @torch.library.custom_op("compact_kernels::sample_column_norms", mutates_args=())

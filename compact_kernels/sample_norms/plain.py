@@ -88,25 +88,25 @@ def token_norms(ids: Tensor, gradient: Tensor, cu: Tensor, tiles: Tensor, ignore
     return out
 
 
-def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
+def product(a: Tensor, b: Tensor, cu: Tensor, weights: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Σ_s w_s a_sᵀ b_s and ‖a_sᵀ b_s‖², from one pass.
 
     Args:
         a: (T, M). b: (T, N).
         weights: w; None: ones. (S,)
-        wanted: whether the sum is; else it is empty.
+        offsets: `cu` on the host, where a_sᵀ b_s are to be made by the library's products and stored, all S of them in
+            float32, before they are added up; None: by one kernel that stores none. It is all the same here.
 
     Returns:
         (P, M, N) parts of the sum and (Q, S) parts of the norms.
     """
     a, b = _wide(a), _wide(b)
-    total = a.new_zeros((1, a.shape[1], b.shape[1]) if wanted else 0)
+    total = a.new_zeros(1, a.shape[1], b.shape[1])
     norms = a.new_zeros(1, cu.shape[0] - 1)
     for s, (start, end) in enumerate(_ranges(cu)):
         own = a[start:end].t() @ b[start:end]
         norms[0, s] = own.square().sum()
-        if wanted:
-            total[0] += own if weights is None else own * weights[s]
+        total[0] += own if weights is None else own * weights[s]
     return total, norms
 
 

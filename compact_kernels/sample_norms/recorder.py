@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compact_kernels.ragged import Ragged
-from compact_kernels.sample_norms import layers, ops
+from compact_kernels.sample_norms import costs, layers, ops
 from compact_kernels.sample_norms.coverage import (
     embedding_scale,
     is_linear,
@@ -29,11 +29,6 @@ from compact_kernels.sample_norms.linear import Family, LinearMember, linear_for
 from compact_kernels.sample_norms.result import SampleNorms
 from compact_kernels.sample_norms.segments import Segments
 
-NARROW = 64  # of LoRA's inner width, at most: its products are read-bound and made together with the norms
-# What norms cost, as a share of a cuBLAS product of as many operations, measured on an H100 (bfloat16, 256 to 2048
-# tokens): a weight's gradient made together with its norms, less that of the gradient alone; and a full Gram matrix.
-OWN_PRODUCT = 1.5
-GRAM = 1.33
 _OUTPUTS = re.compile(r"^(o_proj|out_proj|c_proj|dense|dense_4h_to_h|down_proj|fc2|w2|wo|fc_out)$")
 
 _active: list[SampleGradNorms] = []
@@ -72,7 +67,8 @@ class SampleGradNorms:
         method: "exact", or "hutchinson": weights of linear layers by `probes` random projections, without the squares
             of the lengths in the cost, with a standard error (:attr:`SampleNorms.standard_error`).
         products: how linear layers give exact norms: by Gram matrices, by making the weight's gradient from the same
-            pass, or whichever is less work for a batch.
+            pass, or whichever is less work for a batch. Where rationales are long, that pass stores each one's
+            gradient of one layer at a time, in 512 MiB at most.
         norms: "weighted", u_s, or "unweighted": the loss of each rationale flows back unweighted and every layer
             weighs its weight's gradient by c_s, so that n_s is known where α is 0 too. The gradients are the same.
             The head has to be frozen and λ 0; layers make their own products, and are not compiled.
@@ -96,8 +92,8 @@ class SampleGradNorms:
             raise ValueError(f"uncovered is {uncovered!r}; it is error or skip")
         if method not in ("exact", "hutchinson"):
             raise ValueError(f"method is {method!r}; it is exact or hutchinson")
-        if method == "hutchinson" and not 2 <= probes <= NARROW:
-            raise ValueError(f"probes is {probes}; a standard error needs 2 at least, and {NARROW} is the most")
+        if method == "hutchinson" and not 2 <= probes <= costs.NARROW:
+            raise ValueError(f"probes is {probes}; a standard error needs 2 at least, and {costs.NARROW} is the most")
         if norms not in ("weighted", "unweighted"):
             raise ValueError(f"norms is {norms!r}; it is weighted or unweighted")
         self.unweighted = norms == "unweighted"
@@ -339,8 +335,9 @@ class SampleGradNorms:
         before = {name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
         for family in self._families:
             family.own = self._own_products(family, segments)
+            family.stored = [costs.stored(family.input_width, width, segments) for width in family.widths]
         parts, count, slices = segments.tiles.shape[0], segments.count, segments.slices
-        shape = parts, count, slices, device, tuple(family.own for family in self._families)
+        shape = parts, count, slices, device, [(family.own, *family.stored) for family in self._families]
         if self._room is None or self._room[0] != shape:
             self._room = shape, *self._slots(parts, count, slices, device)
         _, slots, names = self._room
@@ -371,7 +368,8 @@ class SampleGradNorms:
                 weight, bias = family.trains[member.index]
                 if family.own:
                     shape = (family.input_width, width) if member.transposed else (width, family.input_width)
-                    blocks = ops.product_parts(*shape, torch.empty(0, dtype=dtype, device=device))
+                    like, stored = torch.empty(0, dtype=dtype, device=device), family.stored[member.index]
+                    blocks = ops.product_parts(*shape, like, stored)
                     member.slot = new(owners, "parts", dtype, blocks, count)
                     member.bias_slot = new(owners, "vectors", dtype, count, slices, width) if bias else None
                 elif self.probes:
@@ -410,10 +408,7 @@ class SampleGradNorms:
             return False
         if self.products != "auto":
             return self.products == "own"
-        width, outputs = family.input_width, sum(family.widths)
-        if min(width, *family.widths) <= NARROW:
-            return True
-        return OWN_PRODUCT * 2 * segments.tokens * width * outputs < GRAM * 2 * segments.squares * (width + outputs)
+        return costs.own(family.input_width, family.widths, segments)
 
 
 @contextmanager

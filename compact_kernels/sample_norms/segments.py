@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,6 +16,16 @@ BLOCK = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 64  # tokens on a s
 SLICE = 32  # tokens whose share of a vector's gradient one program sums
 
 
+def runs(offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Neighbours of one length among a batch's rationales: the first of them, how many, and their length."""
+    found, first = [], 0
+    for length, some in groupby(b - a for a, b in zip(offsets, offsets[1:])):
+        count = len(list(some))
+        found.append((first, count, length))
+        first += count
+    return found
+
+
 @dataclass(frozen=True)
 class Segments:
     """The rationales of a batch, on its device.
@@ -23,6 +34,8 @@ class Segments:
     """
 
     cu: Tensor  # (S+1,) int32  token offsets
+    offsets: Tensor  # the same on the host
+    runs: list[tuple[int, int, int]]  # neighbours of one length, see runs()
     tiles: Tensor  # (M, 3) int32  rationale, block of rows, block of columns ≤ it; in the order of the rationales
     cu_tiles: Tensor  # (S+1,) int64  offsets of the rationales' tiles
     first_tiles: list[int]  # the same on the host
@@ -41,6 +54,8 @@ class Segments:
             first_tiles.append(len(tiles))
         return cls(
             cu=cu,
+            offsets=torch.tensor(offsets, dtype=torch.int32),
+            runs=runs(offsets),
             tiles=on_device(tiles, torch.int32, cu.device).reshape(-1, 3),
             cu_tiles=on_device(first_tiles, torch.int64, cu.device),
             first_tiles=first_tiles,
