@@ -1,6 +1,7 @@
 """Whole training steps with and without per-rationale gradient norms, and beside them Opacus' ghost clipping.
 
-A step that measures mutual information is timed here too, against the same step without.
+A step that measures mutual information is timed here too, against the same step without, and one with MIND's
+assistant, against the same step with equal weights given beforehand: both are MIND's loss, with its JSD.
 
 Every arm has a student of its own with the same random weights, so that nothing of one arm's hooks or replaced
 forwards is in another's. Eager, compiled (the decoder layers through torch.compile) and captured arms (the whole step,
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 from bench.batches import IGNORE
 from bench.shapes import Scale
 from bench.steps import CONFIG, Step, prepare_step
-from bench.targets import WITHOUT
+from bench.targets import MIND, WITHOUT, WITHOUT_MIND
 from bench.timing import Runner, free_memory, one_line
 from compact.backbone import decoder_layers, unwrap
-from compact.config import CompactConfig
+from compact.config import CompactConfig, MindConfig
 from compact.information import InformationLog
 from compact.loss import distillation_loss
+from compact.strategies import Context, Strategy
 from compact.strategies.compact import Compact
+from compact.strategies.mind import Mind
 from compact_kernels import SampleGradNorms, linear_logprob
 
 KINDS = ("lora", "full", "linear")
@@ -38,10 +41,11 @@ NORMS = tuple(f"step_{size}_{kind}_norms" for size in ("0.5b", "1.5b") for kind 
 LONG_TOKENS, LONG_QUESTIONS = 2048, 2
 LONG_WORKSPACE_MIB = 2560  # with norms, a question's logits are there at once where the head trains with a divergence
 WARMUP_SECONDS = 120  # compilation
+LEARNING_RATE = 1e-4  # the student's, which MIND's assistant follows
 OURS = ("compact", WITHOUT)
 INFORMATION = "compact_with_information"
 BY_MODE = {
-    "eager": (*OURS, INFORMATION, "opacus_ghost", "opacus_ghost_norms"),
+    "eager": (*OURS, INFORMATION, MIND, WITHOUT_MIND, "opacus_ghost", "opacus_ghost_norms"),
     "compiled": tuple(f"{name}_compiled" for name in OURS),
     "captured": tuple(f"{name}_captured" for name in OURS),
 }
@@ -49,9 +53,20 @@ ARMS = tuple(name for names in BY_MODE.values() for name in names)
 
 NOTES = {
     INFORMATION: "no norms; curves and controls of mutual information, measured at every step",
+    MIND: "no norms; MIND past its warm-up, its assistant learning at every step of the student, not every fourth",
+    WITHOUT_MIND: "no norms; equal weights given beforehand and MIND's divergence",
     "opacus_ghost": "two backward passes: norms, then clipped gradients",
     "opacus_ghost_norms": "its first backward pass alone: norms and gradients, nothing clipped",
 }
+
+
+class EqualWeights(Strategy):
+    """MIND's loss without its assistant."""
+
+    divergence = Mind.divergence
+
+    def given(self, context: Context) -> Tensor:
+        return context.pooled.new_full((context.ragged.num_sequences,), 1 / len(self.teachers))
 
 
 def scale_of(work: str, scale: Scale) -> Scale:
@@ -78,6 +93,7 @@ def arms(
         if wanted(name)
         and (not name.startswith("opacus") or "_lora_" in work or "_linear_" in work)
         and (name != INFORMATION or "_full_" in work)
+        and (name not in (MIND, WITHOUT_MIND) or "_full_norms" in work)
         and (mode != "captured" or device.type == "cuda")
     ]
     runners, held, students = [], {}, []
@@ -124,18 +140,24 @@ def _ours(
         prepared.compile(scale.compile_backend)
         prepared.ready(True)
     teachers = [f"teacher-{k}" for k in range(scale.rationales)]
-    strategy = Compact(config, teachers)
+    strategy: Strategy = Compact(config, teachers)
+    if name == MIND:
+        strategy = Mind(replace(config, mind=MindConfig(accumulation=1)), teachers)
+    elif name == WITHOUT_MIND:
+        strategy = EqualWeights(config, teachers)
     information = InformationLog(Path("information.jsonl"), teachers, config) if name == INFORMATION else None
 
     def plain() -> Tensor:
         result, context = distillation_loss(prepared.model, prepared.batch, strategy, config)
+        strategy.observe(result.statistics, context, result.alpha)
         if information is not None:  # not started for writing: it keeps what it measures
             information.measure(0, context.output, result, prepared.batch)
         result.loss.backward()
+        strategy.step(LEARNING_RATE)
         return result.loss
 
     run: Callable[[], object] = plain
-    if information is None and "without" not in name:
+    if name.removesuffix("_compiled").removesuffix("_captured") == "compact":
         recorder = SampleGradNorms(prepared.model)
 
         def with_norms() -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import pictures
 from bench.records import Record
 from bench.shapes import ATTENTION
-from bench.targets import WITHOUT, Verdict, fastest_peer, is_ours, mode, verdicts
+from bench.targets import MIND, WITHOUT, WITHOUT_MIND, Verdict, fastest_peer, is_ours, mode, verdicts
 from bench.works import WORKS
 
 MEMORY = "peak beyond inputs and gradients, dW included"
@@ -21,9 +21,10 @@ STEP_QUESTION = (
 )
 NORMS_QUESTION = (
     "The same step with the exact norm of every rationale's gradient over all trainable parameters, against the step "
-    "without (`× without`, in the same mode), and Opacus' ghost clipping on the same batch. Names that end in "
-    "`_captured` are one CUDA graph, whose memory is not counted. `_long`: 8 rationales of 2048 tokens; `_linear`: "
-    "only the decoder's linear layers train."
+    "without (`× without`, in the same mode), and Opacus' ghost clipping on the same batch. `compact_with_mind` is "
+    "MIND's step, against the same step without its assistant (`compact_without_mind`). Names that end in `_captured` "
+    "are one CUDA graph, whose memory is not counted. `_long`: 8 rationales of 2048 tokens; `_linear`: only the "
+    "decoder's linear layers train."
 )
 ATTENTION_QUESTION = (
     "Forward and backward of one causal attention layer (heads × size / key-value heads) over a packed batch, without "
@@ -151,7 +152,7 @@ def _step_table(records: Sequence[Record], column: str, ratio: Callable[[Sequenc
 
 
 def _against_without(records: Sequence[Record], record: Record) -> str:
-    name = WITHOUT + mode(record)
+    name = WITHOUT_MIND if record["contender"] in (MIND, WITHOUT_MIND) else WITHOUT + mode(record)
     found = next((r for r in records if r["work"] == record["work"] and r["contender"] == name), None)
     return "–" if found is None or "error" in found else _ratio(record["median_ms"], found["median_ms"])
 

@@ -41,6 +41,8 @@ OURS = {
     "compact_varlen": "#d62728",
     "compact_without_norms": "#ff7f0e",
     "compact_with_information": "#9467bd",
+    "compact_with_mind": "#2ca02c",
+    "compact_without_mind": "#98df8a",
 }
 
 

@@ -9,6 +9,7 @@ from bench.records import Record
 
 HEADS = ("151936x896", "128256x2048", "152064x3584")
 WITHOUT = "compact_without_norms"
+MIND, WITHOUT_MIND = "compact_with_mind", "compact_without_mind"
 MODES = ("_frozen", "_compiled", "_captured")  # endings of names: contenders of one mode are compared with each other
 
 
@@ -105,7 +106,7 @@ def _promises(records: list[Record]) -> Iterator[Verdict]:
 
 
 def _norms(records: list[Record]) -> Iterator[Verdict]:
-    """Steps with norms or information: each mode against the same step without, eager against Opacus."""
+    """Steps with norms, information or MIND: each mode against the same step without, eager against Opacus."""
     works = [
         (f"step_{size}_{kind}_norms", f"{size.upper()} {kind}", kind) for size in ("0.5b", "1.5b") for kind in LIMITS
     ]
@@ -125,6 +126,7 @@ def _norms(records: list[Record]) -> Iterator[Verdict]:
         if kind == "full":
             promise = f"information at every step, {label}"
             yield at.other(work, "compact_with_information", WITHOUT, promise, 1.02)
+            yield at.other(work, MIND, WITHOUT_MIND, f"MIND's assistant, {label}", 1.03)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from bench import attention, page, records
+from bench import attention, norms, page, records
 from bench.batches import make_problem
+from bench.measure import measure
 from bench.shapes import TINY, Shape
 from bench.targets import fastest_peer, verdicts
 from bench.works import WORKS, Contender, accumulator_mib
@@ -102,6 +103,31 @@ def test_norms_are_held_against_the_same_step_without_them_in_each_mode_and_agai
     }
     missing = [v for v in verdicts([record("step_0.5b_linear_norms", "compact", 9.0)])]
     assert [(v.hit, v.against) for v in missing] == [(None, "opacus_ghost: not measured")]
+
+
+def test_mind_is_held_against_the_same_step_without_its_assistant(tmp_path):
+    work = "step_1.5b_full_norms"
+    times = {"compact_without_norms": 190.0, "compact_without_mind": 200.0, "compact_with_mind": 205.0}
+    found = [record(work, name, ms, mib=9000.0) for name, ms in times.items()]
+    assistant = next(v for v in verdicts(found) if v.promise == "MIND's assistant, 1.5B full")
+    assert assistant.measured == pytest.approx(1.025) and assistant.limit == 1.03
+    page.write(found, tmp_path / "gpu.json")
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| **compact_with_mind** | 205.00 (200.90–209.10) | 1.02 |" in text
+    assert "| MIND's assistant, 1.5B full | 151936x896 | ≤ 1.03 × | 1.02 × | hit | compact_without_mind |" in text
+
+
+def test_mind_and_the_step_without_its_assistant_run_where_all_trains():
+    arms = {norms.MIND, norms.WITHOUT_MIND}
+
+    def run(work: str) -> list[dict]:
+        shape = TINY.students["0.5b"].head
+        wanted = arms.__contains__
+        return measure(work, shape, TINY, torch.device("cpu"), wanted=wanted, rounds=1, say=lambda _: None)
+
+    found = run("step_0.5b_full_norms")
+    assert {r["contender"] for r in found} == arms and all(r.get("median_ms", 0) > 0 for r in found)
+    assert run("step_0.5b_lora_norms") == run("step_0.5b_full_long_norms") == []
 
 
 def test_what_failed_or_is_missing_is_not_measured_and_says_why():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compact.errors import UserError
 from compact.metrics import read_metrics
 from compact.strategies import Context, build_strategy
-from compact.strategies.mind import TeachingAssistant
+from compact.strategies.mind import TeachingAssistant, paths_apart
 from compact_kernels import Ragged, Statistics, TokenStatistics
 from tests.test_trainer import largest_difference, launch, parameters
 from tests.toy_run import toy_config, toy_trainer
@@ -35,16 +36,16 @@ def mind(**options):
     return build_strategy(toy_config({"strategy": "mind", "mind": {"width": 16, **options}}), ["a", "b", "c", "d"])
 
 
-def test_paths_of_other_questions_and_padding_change_no_score():
+def test_paths_of_other_questions_change_no_score():
     torch.manual_seed(0)
     counts = [3, 1, 4, 2]
     _, context = batch_of(counts)
     net = TeachingAssistant(12, 16, heads=4)
-    together = net(context.pooled, context.ragged)
+    together = net(context.pooled, paths_apart(context.ragged))
     assert ((0 < together) & (together < 1)).all()
     alone = []
     for count, pooled in zip(counts, context.pooled.split(counts)):
-        alone.append(net(pooled, batch_of([count])[1].ragged))
+        alone.append(net(pooled, paths_apart(batch_of([count])[1].ragged)))
     assert torch.allclose(together, torch.cat(alone), atol=1e-6)
 
 
@@ -55,8 +56,38 @@ def test_attention_across_paths_is_what_lets_one_path_change_anothers_score():
         _, context = batch_of([3])
         other = context.pooled.clone()
         other[2] = -other[2]
-        first, second = net(context.pooled, context.ragged), net(other, context.ragged)
+        apart = paths_apart(context.ragged)
+        first, second = net(context.pooled, apart), net(other, apart)
         assert (first[:2] != second[:2]).all() == moves and first[2] != second[2]
+
+
+class NothingRead(TorchDispatchMode):
+    """Raises where a GPU would be waited for: numbers read from tensors, or tensors made of the host's numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype is not torch.bool for index in args[1]), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inertia", ["optimizer", "ema"])
+def test_the_assistant_waits_for_no_device(monkeypatch, inertia):
+    strategy = mind(inertia=inertia, accumulation=1)
+    statistics, context = batch_of([3, 1, 4])
+    strategy.given(context)  # builds it
+    assert context.ragged.sizes.most_rationales == 4  # a batch's host copy is read once
+
+    def filled(values, dtype, device):  # in place of on_device, which does not wait on a GPU but looks as if it did
+        return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
+
+    monkeypatch.setattr("compact.strategies.mind.on_device", filled)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("numbers are read"))
+    with NothingRead():
+        for _ in range(2):
+            strategy.observe(statistics, context, strategy.given(context))
+            strategy.step(1.0)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.97, 1.0])
@@ -65,7 +96,7 @@ def test_alpha_is_a_softmax_over_the_paths_near_the_best(threshold):
     counts = [3, 1, 4]
     _, context = batch_of(counts)
     alpha = strategy.given(context)
-    scores = strategy._scores(context).detach()
+    scores = strategy._score(context).scores.detach()
     for got, s in zip(alpha.split(counts), scores.split(counts)):
         chosen = s >= threshold * s.max()
         expected = torch.where(chosen, (s / 0.25).exp(), 0.0)
@@ -89,7 +120,7 @@ def test_the_assistant_comes_to_foresee_the_losses():
 
     def gap():
         target = (-statistics.difficulty).split(4)
-        scores = strategy._scores(context).detach().split(4)
+        scores = strategy._score(context).scores.detach().split(4)
         pairs = [(s.softmax(0), t.softmax(0)) for s, t in zip(scores, target)]
         return float(sum((p * (p / t).log()).sum() for p, t in pairs))
 
@@ -106,7 +137,7 @@ def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_spl
     batches = [batch_of([3, 1], seed=1), batch_of([4, 2, 2], seed=2)]
     for strategy in (whole, parts):
         torch.manual_seed(0)
-        strategy._scores(batches[0][1])
+        strategy._score(batches[0][1])
     for statistics, context in batches:
         whole.observe(statistics, context, None)
         parts.observe(statistics, context, None)
@@ -115,7 +146,7 @@ def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_spl
     loss = 0.0
     for statistics, context in batches:
         counts = context.ragged.cu_questions.diff().tolist()
-        scores = whole._scores(context).split(counts)
+        scores = whole._score(context).scores.split(counts)
         for s, real in zip(scores, statistics.difficulty.split(counts)):
             loss = loss + (s.softmax(0) * (s.log_softmax(0) - (-real).log_softmax(0))).sum()
     expected = torch.autograd.grad(loss / 5, list(whole.net.parameters()))
@@ -163,9 +194,10 @@ def test_an_interrupted_assistant_is_the_uninterrupted_one_to_the_last_bit(tmp_p
     assert largest_difference(parameters(straight), parameters(resumed)) == 0
 
 
-def test_two_ranks_and_accumulation_train_the_same_assistant(tmp_path):
-    settings = {"method": {"strategy": "mind", "mind": {"warmup": 0.0, "accumulation": 2}}, "optim": "sgd"}
-    settings |= {"max_grad_norm": 0.0}
+@pytest.mark.parametrize("inertia", ["optimizer", "ema"])
+def test_two_ranks_and_accumulation_train_the_same_assistant(tmp_path, inertia):
+    options = {"warmup": 0.0, "accumulation": 2, "inertia": inertia}
+    settings = {"method": {"strategy": "mind", "mind": options}, "optim": "sgd", "epochs": 2, "max_grad_norm": 0.0}
     launch({str(tmp_path / "two"): {**settings, "batch": 2, "accumulate": 2}}, ranks=2)
     one = toy_trainer(tmp_path / "one", batch=8, **settings)
     start = parameters(one)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
 from compact_kernels import Ragged, Statistics
-from compact_kernels.rule import question_of_sequence, question_softmax, segment_sum
+from compact_kernels.ragged import on_device
+from compact_kernels.rule import question_of_sequence, segment_sum
+
+LEAST_LOG = math.log(1e-30)  # of a target probability
 
 
 class TeachingAssistant(nn.Module):
@@ -34,19 +38,26 @@ class TeachingAssistant(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.score = nn.Linear(width, 1)
 
-    def forward(self, features: Tensor, ragged: Ragged) -> Tensor:
-        """(S, F) → (S,) scores; a question's paths see each other and nobody else, whatever their number."""
+    def forward(self, features: Tensor, apart: Tensor) -> Tensor:
+        """(S, F) → (S,) scores; a question's paths see each other and nobody else, whatever their number.
+
+        Args:
+            apart: :func:`paths_apart` of the batch. (S, S) bool
+        """
         path = self.encode(features)  # (S, W)
         if self.across is not None:
-            question, slot = _slots(ragged)
-            shape = (ragged.num_questions, ragged.sizes.most_rationales)
-            padded = path.new_zeros(*shape, path.shape[1]).index_put((question, slot), path)  # (Q, K, W)
-            absent = torch.ones(shape, dtype=torch.bool, device=path.device).index_put(
-                (question, slot), torch.zeros_like(slot, dtype=torch.bool)
-            )
-            seen, _ = self.across(padded, padded, padded, key_padding_mask=absent, need_weights=False)
-            path = path + seen[question, slot]
+            row = path[None]  # the batch's paths in one row
+            seen, _ = self.across(row, row, row, attn_mask=apart, need_weights=False)
+            path = path + seen[0]
         return self.score(self.norm(path)).squeeze(1).sigmoid()
+
+
+class _Scored(NamedTuple):
+    """What the assistant makes of one batch."""
+
+    context: Context
+    scores: Tensor  # (S,), with their graph
+    apart: Tensor  # (S, S) bool
 
 
 class Mind(Strategy):
@@ -71,37 +82,38 @@ class Mind(Strategy):
         self.batch: Tensor | None = None  # this rank's, since the student's last step
         self.window: Tensor | None = None  # all ranks', since the assistant's last step
         self.steps = 0  # the student's in that window
-        self.trend: dict[str, float] = {}  # "question\tteacher" → exponential average of L_real
-        self.fresh: dict[str, float] = {}  # of this rank since the last step
+        # Exponential averages of L_real, (rows · teachers,) float64, NaN where not met; the questions' rows in it.
+        self.trend: Tensor | None = None
+        self._rows: dict[str, int] = {}
+        self.fresh: list[tuple[list[str], Tensor, Tensor]] = []  # of this rank since the last step
         self._alike = False  # whether all ranks have been given the first one's parameters
         self._waiting: dict[str, Any] | None = None
-        self._scored: tuple[Context, Tensor] | None = None  # α's own scores, for the same batch's L_meta
+        self._scored: _Scored | None = None  # α's own, for the same batch's L_meta
 
     # ---- α ----
 
     @torch.no_grad()
     def given(self, context: Context) -> Tensor:
-        with torch.enable_grad():
-            scores = self._scores(context)
-        self._scored = context, scores
-        scores, ragged = scores.detach(), context.ragged
-        question = question_of_sequence(ragged)
-        best = torch.segment_reduce(scores, "max", offsets=ragged.cu_questions.long(), unsafe=True)
-        chosen = scores >= self.options.threshold * best[question]  # I_dyn
-        return question_softmax((scores / self.options.student_temperature).where(chosen, -torch.inf), ragged)
+        self._scored = self._score(context)
+        scores, apart = self._scored.scores.detach(), self._scored.apart
+        best = _by_question(scores, apart).amax(1)
+        left_out = scores < self.options.threshold * best  # all but I_dyn
+        scores = (scores / self.options.student_temperature).masked_fill(left_out, -torch.inf)
+        return _by_question(scores, apart).softmax(1).diagonal().contiguous()
 
     # ---- learning ----
 
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
         losses = self._real_losses(statistics, context)
+        scored, self._scored = self._scored, None
+        if scored is None or scored.context is not context:
+            scored = self._score(context)
         with torch.enable_grad():
-            scored, self._scored = self._scored, None
-            scores = scored[1] if scored is not None and scored[0] is context else self._scores(context)
-            predicted = _log_softmax(scores / self.options.temperature, context.ragged)
-            target = question_softmax(-losses / self.options.temperature, context.ragged)
-            meta = (predicted.exp() * (predicted - target.clamp_min(1e-30).log())).sum()
+            predicted = _log_softmax(scored.scores / self.options.temperature, scored.apart)
+            target = _log_softmax(-losses / self.options.temperature, scored.apart)
+            meta = (predicted.exp() * (predicted - target.clamp_min(LEAST_LOG))).sum()
             gradients = torch.autograd.grad(meta, self._parameters())
-        count = losses.new_tensor([float(context.ragged.num_questions)])
+        count = losses.new_full((1,), context.ragged.num_questions)
         added = torch.cat([*(gradient.flatten() for gradient in gradients), count])
         self.batch = added if self.batch is None else self.batch + added
 
@@ -115,9 +127,11 @@ class Mind(Strategy):
         added, self.batch = reduce(self.batch, "sum"), None
         self.window = added if self.window is None else self.window + added
         if self.options.inertia == "ema":
-            for part in gather_object([self.fresh]):
-                self.trend |= part
-            self.fresh = {}
+            fresh, self.fresh = self.fresh, []
+            if PartialState().num_processes > 1:
+                fresh = gather_object([(names, *(part.cpu() for part in parts)) for names, *parts in fresh])
+            for part in fresh:
+                self._remember(*part)
         self.steps += 1
         if learning_rate is not None and self.steps < self.options.accumulation:
             return
@@ -137,20 +151,35 @@ class Mind(Strategy):
         losses = losses / statistics.targets_per_rationale.clamp_min(1)
         if self.options.inertia == "optimizer":
             return losses
-        counts = ragged.host.cu_questions.diff().tolist()
-        owners = [name for name, count in zip(context.question_ids, counts) for _ in range(count)]
-        keys = [f"{owner}\t{teacher}" for owner, teacher in zip(owners, context.teachers.tolist())]
-        keep = self.options.decay
-        averaged = [
-            keep * self.trend[key] + (1 - keep) * loss if key in self.trend else loss
-            for key, loss in zip(keys, losses.tolist())
-        ]
-        self.fresh |= dict(zip(keys, averaged))
-        return losses.new_tensor(averaged)
+        ends = ragged.sizes.cu_questions
+        names = [name for name, first, last in zip(context.question_ids, ends, ends[1:]) for _ in range(last - first)]
+        loss, keep = losses.double(), self.options.decay
+        trend, places = self._places(names, context.teachers)
+        before = trend[places]
+        averaged = torch.where(before.isnan(), loss, keep * before + (1 - keep) * loss)
+        self.fresh.append((names, context.teachers, averaged))
+        return averaged.to(losses.dtype)
+
+    def _places(self, names: Sequence[str], teachers: Tensor) -> tuple[Tensor, Tensor]:
+        """The averages, with room for these questions, and where in them those of each rationale's are. (S,) int64"""
+        device, count = teachers.device, len(self.teachers)
+        rows = on_device([self._rows.setdefault(name, len(self._rows)) for name in names], torch.int64, device)
+        if self.trend is None:
+            self.trend = torch.empty(0, dtype=torch.float64, device=device)
+        if (missing := len(self._rows) * count - self.trend.numel()) > 0:
+            room = self.trend.new_full((max(missing, self.trend.numel()),), torch.nan)
+            self.trend = torch.cat([self.trend, room])
+        return self.trend, rows * count + teachers
+
+    def _remember(self, names: Sequence[str], teachers: Tensor, averaged: Tensor) -> None:
+        """Of two rationales of one teacher the larger average counts."""
+        device = averaged.device if self.trend is None else self.trend.device
+        trend, places = self._places(names, teachers.to(device))
+        trend.scatter_reduce_(0, places, averaged.to(device), "amax", include_self=False)
 
     # ---- the network ----
 
-    def _scores(self, context: Context) -> Tensor:
+    def _score(self, context: Context) -> _Scored:
         features = context.pooled
         if self.options.features == "sentence":
             if context.embeddings is None:
@@ -159,8 +188,10 @@ class Mind(Strategy):
         if self.net is None:
             self._build(features)
         assert self.net is not None
-        with torch.autocast(features.device.type, enabled=False):  # small, and its scores are compared
-            return self.net(features.detach().float(), context.ragged)
+        apart = paths_apart(context.ragged)
+        # No autocast: the network is small, and its scores are compared.
+        with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
+            return _Scored(context, self.net(features.detach().float(), apart), apart)
 
     def _build(self, features: Tensor) -> None:
         with torch.random.fork_rng():
@@ -169,7 +200,7 @@ class Mind(Strategy):
                 features.shape[1], self.options.width, self.options.heads if self.options.attention else 0
             )
         self.net = net.to(features.device)
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.options.warmup_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.options.warmup_rate, weight_decay=0.0, fused=True)
         if self._waiting is not None:
             self._restore(self._waiting)
 
@@ -186,7 +217,7 @@ class Mind(Strategy):
             "optimizer": self.optimizer.state_dict(),
             "window": self.window,
             "steps": self.steps,
-            "trend": self.trend,
+            "trend": self._averages(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,20 +232,33 @@ class Mind(Strategy):
         self.optimizer.load_state_dict(state["optimizer"])
         device = next(self.net.parameters()).device
         self.window = None if state["window"] is None else state["window"].to(device)
-        self.steps, self.trend = state["steps"], dict(state["trend"])
-        self._waiting = None
+        self.steps, self._waiting = state["steps"], None
+        self.trend, self._rows = None, {}
+        if state["trend"]:
+            names, teachers = zip(*(key.rsplit("\t", 1) for key in state["trend"]))
+            averaged = on_device(list(state["trend"].values()), torch.float64, device)
+            self._remember(names, on_device([int(teacher) for teacher in teachers], torch.int64, device), averaged)
+
+    def _averages(self) -> dict[str, float]:
+        """Of every question and teacher that were met, by both with a tab between them."""
+        if self.trend is None:
+            return {}
+        values, count = self.trend.tolist(), len(self.teachers)
+        keys = [f"{name}\t{teacher}" for name in self._rows for teacher in range(count)]
+        return {key: value for key, value in zip(keys, values) if not math.isnan(value)}
 
 
-def _slots(ragged: Ragged) -> tuple[Tensor, Tensor]:
-    """The question of each rationale and its place among that question's, (S,) each."""
+def paths_apart(ragged: Ragged) -> Tensor:
+    """Which pairs of a batch's rationales are not of one question. (S, S) bool"""
     question = question_of_sequence(ragged)
-    first = ragged.cu_questions.long()[question]
-    return question, torch.arange(question.numel(), device=question.device) - first
+    return question[:, None] != question
 
 
-def _log_softmax(scores: Tensor, ragged: Ragged) -> Tensor:
-    """log-softmax over the rationales of each question, (S,), differentiable."""
-    question, slot = _slots(ragged)
-    shape = (ragged.num_questions, ragged.sizes.most_rationales)
-    padded = scores.new_full(shape, -torch.inf).index_put((question, slot), scores)
-    return F.log_softmax(padded, 1)[question, slot]
+def _by_question(values: Tensor, apart: Tensor) -> Tensor:
+    """A row a rationale: the values of its question's, −∞ at all others. (S,) → (S, S), differentiable"""
+    return values.expand_as(apart).masked_fill(apart, -torch.inf)
+
+
+def _log_softmax(scores: Tensor, apart: Tensor) -> Tensor:
+    """log-softmax over the rationales of each question. (S,), differentiable"""
+    return _by_question(scores, apart).log_softmax(1).diagonal()
