@@ -133,22 +133,6 @@ COMPACT_INLINE void positions_of(
   }
 }
 
-void on_any_cpu(const DivergenceCall& call, const std::vector<Position>& positions, int64_t begin, int64_t end) {
-  positions_of(call, positions, begin, end);
-}
-
-#if defined(COMPACT_AVX2)
-COMPACT_AVX2 void with_avx2(
-    const DivergenceCall& call, const std::vector<Position>& positions, int64_t begin, int64_t end) {
-  positions_of(call, positions, begin, end);
-}
-
-COMPACT_AVX512 void with_avx512(
-    const DivergenceCall& call, const std::vector<Position>& positions, int64_t begin, int64_t end) {
-  positions_of(call, positions, begin, end);
-}
-#endif
-
 // Every position of every class of two rationales or more.
 std::vector<Position> positions_of_questions(
     const int32_t* cu_questions, const int32_t* cu_span, int64_t first_question, int64_t last_question) {
@@ -226,11 +210,8 @@ Tensor answer_divergence(
     }
   }
   torch::stable::parallel_for(0, static_cast<int64_t>(positions.size()), 1, [&](int64_t begin, int64_t end) {
-#if defined(COMPACT_AVX2)
-    if (instructions() == Instructions::avx512) return with_avx512(call, positions, begin, end);
-    if (instructions() == Instructions::avx2) return with_avx2(call, positions, begin, end);
-#endif
-    on_any_cpu(call, positions, begin, end);
+    vectorised(
+        [](const auto&... arguments) COMPACT_INLINED { positions_of(arguments...); }, call, positions, begin, end);
   });
   if (gain) return check.answer();
   std::fill(values + first_question, values + last_question, 0.0f);

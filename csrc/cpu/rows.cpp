@@ -197,30 +197,9 @@ COMPACT_INLINE void rows_of(const GradientCall& call, int64_t begin, int64_t end
 }
 
 template <class T, bool CAPPED, class Call>
-void rows_on_any_cpu(const Call& call, int64_t begin, int64_t end) {
-  rows_of<T, CAPPED>(call, begin, end);
-}
-
-#if defined(COMPACT_AVX2)
-template <class T, bool CAPPED, class Call>
-COMPACT_AVX2 void rows_with_avx2(const Call& call, int64_t begin, int64_t end) {
-  rows_of<T, CAPPED>(call, begin, end);
-}
-
-template <class T, bool CAPPED, class Call>
-COMPACT_AVX512 void rows_with_avx512(const Call& call, int64_t begin, int64_t end) {
-  rows_of<T, CAPPED>(call, begin, end);
-}
-#endif
-
-template <class T, bool CAPPED, class Call>
 void in_parallel(const Call& call, int64_t rows) {
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-#if defined(COMPACT_AVX2)
-    if (instructions() == Instructions::avx512) return rows_with_avx512<T, CAPPED>(call, begin, end);
-    if (instructions() == Instructions::avx2) return rows_with_avx2<T, CAPPED>(call, begin, end);
-#endif
-    rows_on_any_cpu<T, CAPPED>(call, begin, end);
+    vectorised([](const auto&... arguments) COMPACT_INLINED { rows_of<T, CAPPED>(arguments...); }, call, begin, end);
   });
 }
 
@@ -237,7 +216,9 @@ void run(const Call& call, const Tensor& z, bool capped) {
 bool are_logits(Check& check, const Tensor& z, const Tensor& targets, const std::optional<Tensor>& bias) {
   const auto dtype = z.scalar_type();
   return check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "logits are float32 or bfloat16") &&
-         check(z.dim() == 2 && z.size(1) > 0 && (z.size(1) == 1 || z.stride(1) == 1), "logits are (n, V), a row's side by side") &&
+         check(
+             z.dim() == 2 && z.size(1) > 0 && (z.size(1) == 1 || z.stride(1) == 1),
+             "logits are (n, V), a row's side by side") &&
          check(
              targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == z.size(0),
              "targets are int64, one a row of logits, contiguous") &&

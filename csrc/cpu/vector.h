@@ -1,13 +1,15 @@
 // Loops over blocks of a row that compilers vectorise, compiled for any CPU, for AVX2 and for AVX-512.
 //
-// Everything here is forced inline: it takes the instruction set of the function that it ends up in.
+// Everything here is forced inline: it takes the instruction set of the function that it ends up in, which is
+// vectorised()'s choice.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
-#define COMPACT_INLINE inline __attribute__((always_inline))
+#define COMPACT_INLINED __attribute__((always_inline))
+#define COMPACT_INLINE inline COMPACT_INLINED
 
 #if defined(__x86_64__)
 #define COMPACT_AVX2 __attribute__((target("avx2,fma")))
@@ -44,6 +46,28 @@ inline Instructions instructions() {
 #else
   return Instructions::any;
 #endif
+}
+
+#if defined(COMPACT_AVX2)
+template <class Work, class... Arguments>
+COMPACT_AVX2 void with_avx2(const Work& work, const Arguments&... arguments) {
+  work(arguments...);
+}
+
+template <class Work, class... Arguments>
+COMPACT_AVX512 void with_avx512(const Work& work, const Arguments&... arguments) {
+  work(arguments...);
+}
+#endif
+
+// work(arguments…) with the CPU's instructions: a lambda that is forced inline (COMPACT_INLINED), as all that it calls.
+template <class Work, class... Arguments>
+void vectorised(const Work& work, const Arguments&... arguments) {
+#if defined(COMPACT_AVX2)
+  if (instructions() == Instructions::avx512) return with_avx512(work, arguments...);
+  if (instructions() == Instructions::avx2) return with_avx2(work, arguments...);
+#endif
+  work(arguments...);
 }
 
 COMPACT_INLINE void load(const float* from, int64_t count, float* to) {
