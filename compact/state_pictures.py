@@ -74,16 +74,18 @@ def _bars(
 ) -> Figure:
     """A panel a column: each teacher's mean before (grey) and after, with two standard errors."""
     fig = figure(WIDTH, 1.2 + 0.5 * len(teachers))
-    axes = fig.subplots(1, len(columns), sharey=True)
+    axes, drawn = fig.subplots(1, len(columns), sharey=True), {}
     for ax, column, title in zip(axes, columns, titles):
         for y, _ in enumerate(teachers):
             for when, colour, shift in (("before", GREY, -0.15), ("after", ACCENT, 0.15)):
                 own = arrays[f"{column}_{when}"][arrays[f"teacher_{when}"] == y]
                 if len(own):
                     error = 2 * own.std() / np.sqrt(len(own))
-                    ax.errorbar(own.mean(), y + shift, xerr=error, fmt="o", color=colour, markersize=5)
+                    bar = ax.errorbar(own.mean(), y + shift, xerr=error, fmt="o", color=colour, markersize=5)
+                    drawn[f"{when} training"] = bar
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.set_title(title)
     axes[0].set_yticks(range(len(teachers)), [plain(name) for name in teachers])
     axes[0].invert_yaxis()
+    fig.legend(drawn.values(), drawn, loc="outside lower center", ncols=2, fontsize=8)
     return fig

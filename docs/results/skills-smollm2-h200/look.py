@@ -38,8 +38,8 @@ asked = {task: {row["id"]: row for row in rows(data / f"{task}.jsonl")} for task
 prompts = {row["prompt"] for task in asked.values() for row in task.values()}
 print("held-out prompts in training:", len(prompts & trained))
 unfinished = unclosed = differing = total = 0
-for method in ("uniform", "compact"):
-    after = [path / "evaluation" / "after" for path in sorted((study / "cells" / "misleading" / method).iterdir())]
+for method in ("uniform", "uniform_token", "compact", "compact_token", "mind", "single:verbose"):
+    after = [path / "evaluation" / "after" for path in sorted((study / "cells" / "misleading" / method.replace(":", "-")).iterdir())]
     after = [folder for folder in after if folder.exists()]
     for task, questions in asked.items():
         skills, same = defaultdict(list), []
