@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.analyze import versions
-from compact.config import Recipe, read_recipe, save_recipe, to_dict
+from compact.config import Recipe, from_dict, read_recipe, save_recipe, to_dict
 from compact.errors import UserError
 from compact.options import plain
 from compact.results import write_atomically
@@ -24,7 +24,8 @@ from compact.results import write_atomically
 def claim(folder: Path, recipe: Recipe) -> None:
     """Make `folder` this recipe's run, or find that it is already.
 
-    A run that stopped before its first evaluation has nothing to lose: it takes the recipe as it is now.
+    A run that stopped before its first evaluation has nothing to lose: it takes the recipe as it is now. One that has
+    been moved goes on with what was moved along.
 
     Raises:
         UserError: the folder holds another run, or something that is no run, or cannot be written.
@@ -34,8 +35,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
         raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with --run")
     begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
     if stored.exists() and begun:
-        theirs, ours = _leaves(plain(read_recipe(str(stored)))), _leaves(to_dict(recipe))
-        apart = ("run", "demo.arms")  # the folder may have moved; arms are runs of their own
+        theirs, ours = _leaves(stored_recipe(folder)), _leaves(to_dict(recipe))
+        apart = ("run", "demo.arms")  # however the folder is called from here; arms are runs of their own
         differing = [key for key in ours | theirs if key not in apart and theirs.get(key) != ours.get(key)]
         if differing:
             shown = "; ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
@@ -52,6 +53,30 @@ def claim(folder: Path, recipe: Recipe) -> None:
         (folder / "cache" / "questions.json").unlink(missing_ok=True)  # nothing was trained on them
     except OSError as error:
         raise UserError(f"the run's folder {folder} cannot be written: {error}") from error
+
+
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """What RUN/recipe.yaml holds; where the folder has been moved, so has what its paths name, if it is there."""
+    values = plain(read_recipe(str(folder / "recipe.yaml")))
+    old, new = Path(str(values["run"])), folder
+    if old.is_absolute() and old != new.absolute():
+        while old.name == new.name:
+            old, new = old.parent, new.parent
+        here = _moved(values, old, new)
+        if here != values:
+            save_recipe(from_dict(here), folder / "recipe.yaml")
+        return here
+    return values
+
+
+def _moved(value: Any, old: Path, new: Path) -> Any:
+    """The same with those paths below `old` below `new` that exist there."""
+    if isinstance(value, dict):
+        return {key: _moved(item, old, new) for key, item in value.items()}
+    if isinstance(value, str) and Path(value).is_relative_to(old):
+        there = new / Path(value).relative_to(old)
+        return str(there) if there.exists() else value
+    return value
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

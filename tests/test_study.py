@@ -154,6 +154,21 @@ def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(
     assert failure.stat().st_mtime_ns > old
 
 
+def test_a_study_that_was_moved_goes_on_where_it_is(finished, toy, tmp_path):
+    _, folder, _ = finished
+    there = tmp_path / "moved" / "study"
+    shutil.copytree(folder, there)
+    kept = (there / "cells" / "few" / "uniform" / "seed-0" / "report.json").stat().st_mtime_ns
+    shutil.rmtree(there / "cells" / "few" / "compact")
+    path = grid_file(tmp_path / "moved", toy, keep_students=False, methods=["uniform", "compact"])
+    assert study(path) == 0
+    assert json.loads((there / "study.json").read_text())["failed"] == {}
+    assert (there / "cells" / "few" / "uniform" / "seed-0" / "report.json").stat().st_mtime_ns == kept
+    assert (there / "cells" / "few" / "compact" / "seed-0" / "report.json").exists()
+    for cell_folder in (*(there / "cells" / "few").glob("[cu]*/seed-0"), there / "base" / "few"):
+        assert str(folder) not in (cell_folder / "recipe.yaml").read_text()
+
+
 def test_a_price_is_that_of_the_first_cell_times_what_is_missing(finished):
     path, folder, _ = finished
     failure = folder / "cells" / "few" / "single-nobody" / "seed-0" / "failed.txt"

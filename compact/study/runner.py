@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from compact.config import Recipe, from_dict, read_recipe
+from compact.config import Recipe, from_dict
 from compact.errors import UserError
-from compact.options import plain
 from compact.results import write_atomically
-from compact.run_folder import claim
+from compact.run_folder import claim, stored_recipe
 from compact.study.data import plain_student, recipe_of
 from compact.study.grid import Cell, Grid
 
@@ -247,7 +246,7 @@ def _base(recipe: Recipe, folder: Path) -> tuple[Job, Any]:
             folder,
             replace(plain_recipe, student=recipe.student, data=recipe.data, evaluation=recipe.evaluation),
         )
-    stored = from_dict(plain(read_recipe(str(folder / "recipe.yaml"))))
+    stored = from_dict(stored_recipe(folder))
     return Job(f"base of {folder.name}", folder, ["--base"]), _asked(stored)
 
 

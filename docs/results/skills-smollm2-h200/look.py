@@ -39,7 +39,8 @@ prompts = {row["prompt"] for task in asked.values() for row in task.values()}
 print("held-out prompts in training:", len(prompts & trained))
 unfinished = unclosed = differing = total = 0
 for method in ("uniform", "uniform_token", "compact", "compact_token", "mind", "single:verbose"):
-    after = [path / "evaluation" / "after" for path in sorted((study / "cells" / "misleading" / method.replace(":", "-")).iterdir())]
+    cells = study / "cells" / "misleading" / method.replace(":", "-")
+    after = [path / "evaluation" / "after" for path in sorted(cells.iterdir())]
     after = [folder for folder in after if folder.exists()]
     for task, questions in asked.items():
         skills, same = defaultdict(list), []
