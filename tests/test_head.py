@@ -111,7 +111,8 @@ def test_every_mode_is_exact_in_float64(mode, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["by_question", "frozen_head_any_rule", "two_passes_any_rule"])
 def test_scale_softcap_and_temperature_go_through_every_pass(mode, dtype, backend, monkeypatch):
-    problem = make_problem("capped", seed=1)
+    layout = LAYOUT * 4 if dtype == torch.bfloat16 else None  # the rounding of few targets is luck
+    problem = make_problem("capped", seed=1, layout=layout)
     options = run_mode(monkeypatch, mode, problem)
     assert_as_good_as_torch(everything, problem, dtype, **options)
 
@@ -286,13 +287,15 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_tensors_own
     assert_as_good_as_torch(cast, problem, torch.float32, **options)
 
 
-def test_autocast_equals_a_conversion_by_hand(triton_kernels):
+def test_autocast_equals_a_conversion_by_hand(triton_kernels, monkeypatch):
+    if not CUDA:
+        round_bfloat16(monkeypatch)
     problem = make_problem("bias", seed=15).to(torch.float32)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         cast = everything(problem)
     by_hand = everything(problem.to(torch.bfloat16))
     for name, value in by_hand.items():
-        if name in ("dhidden", "dweight", "dbias"):  # rounded (or, by the interpreter, cut off) by hand only
+        if name in ("dhidden", "dweight", "dbias"):  # rounded by hand only
             assert cast[name].dtype == torch.float32
             assert float((value - cast[name]).norm()) <= 2**-8 * float(value.norm()), name
         else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels import Ragged, Statistics, linear_logprob
+from compact_kernels.head import rows as rows_of_heads
 from tests.head_cases import (
     CUDA,
     DEVICE,
@@ -67,6 +68,20 @@ def test_any_vocabulary_and_any_width(vocabulary, width, dtype, backend):
     problem = make_problem("bias", vocabulary, width, layout=layout)
     assert_as_good_as_torch(everything, problem, dtype, divergence_weight=0.3)
     assert_as_good_as_torch(logprob_gradients, problem, dtype)
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU's product rounds the weights of rows")
+def test_a_bias_gets_the_rows_by_weights_that_are_not_rounded(backend, monkeypatch):
+    monkeypatch.setattr(rows_of_heads, "CONVERTED", 2 * 301)  # two rows at a time, in the end one
+    logits = torch.randn(301, generator=torch.Generator().manual_seed(5)).bfloat16().repeat(5, 1)
+    problem = identity_problem(logits, torch.zeros(5, dtype=torch.int64))
+    problem = replace(problem, bias=torch.zeros(301)).to(torch.bfloat16)
+    for weight in torch.linspace(0.4, 1.1, 8):
+        options = {"wants": "hb", "weights": weight[None], "consensus": None}
+        truth = everything(problem.to(torch.float64), implementation="reference", **options)["dbias"]
+        ratio = everything(problem, **options)["dbias"].double() / truth
+        # What columns round alone averages out; a row's rounded weight would be off by up to 2^-8 in all of them.
+        assert abs(float(ratio[1:].mean()) - 1) < 2**-11, float(weight)
 
 
 @pytest.mark.parametrize("rows", [127, 128, 129, 1000] if CUDA else [31, 32, 33, 65])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.rows import CONVERTED_ROWS, Answers, RowStatistics, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, converted_rows, row_buffer
 from compact_kernels.head.torch_rows import decide, folds_divergence, last_product, scale_rows
 from compact_kernels.native import run
 
@@ -112,9 +112,9 @@ def _raw_logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if x.dtype == out.dtype:
         torch.mm(x, weight.t(), out=out)
         return
-    x = x.to(out.dtype)
-    for first in range(0, weight.shape[0], CONVERTED_ROWS):
-        part = slice(first, first + CONVERTED_ROWS)
+    x, size = x.to(out.dtype), converted_rows(weight)
+    for first in range(0, weight.shape[0], size):
+        part = slice(first, first + size)
         torch.mm(x, weight[part].to(out.dtype).t(), out=out[:, part])
 
 

@@ -76,7 +76,7 @@ def row_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | No
     return like.new_empty(rows, stride, dtype=dtype)[:, :vocabulary]
 
 
-CONVERTED_ROWS = 8192  # of a matrix that are converted at a time where a product's factors differ in dtype
+CONVERTED = 1 << 23  # numbers that are converted at a time where a product's factors differ in dtype: 32 MiB
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
@@ -102,10 +102,16 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = 
     return out.add_(result) if accumulate else out.copy_(result)
 
 
+def converted_rows(matrix: Tensor) -> int:
+    """Rows of the matrix that are converted at a time, at least one."""
+    return max(1, CONVERTED // max(1, matrix.shape[1]))
+
+
 def _converted_product(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
     result = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
-    for first in range(0, max(b.shape[0], 1), CONVERTED_ROWS):  # once at least: a product over no rows is 0
-        part = slice(first, first + CONVERTED_ROWS)
+    size = converted_rows(b)
+    for first in range(0, max(b.shape[0], 1), size):  # once at least: a product over no rows is 0
+        part = slice(first, first + size)
         beta = float(first > 0 or (accumulate and result is out))
         torch.addmm(result, a[:, part], b[part].to(a.dtype), beta=beta, out=result)
     if out is None or result is out:

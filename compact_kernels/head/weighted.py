@@ -138,7 +138,9 @@ class WeightedPass:
                     product(rows_c.t(), scaled, out=gradients.weight, accumulate=i > 0)
                 del scaled
             if gradients.bias is not None:
-                factor = (weight_c * inverse * head.slope).to(buffer.dtype)[None]
+                factor = (weight_c * inverse * head.slope)[None]
+                if factor.is_cuda:  # elsewhere it stays in float32: its rounding would be one error in every column
+                    factor = factor.to(buffer.dtype)
                 product(factor, rows_c, out=gradients.bias, accumulate=i > 0)
             if self.norms is not None:
                 cu = ragged.sizes.cu_questions
