@@ -216,7 +216,9 @@ def _stop_at_hidden(
         with packed_rows():
             hidden = model.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **inputs
-            ).last_hidden_state.squeeze(0)
+            ).last_hidden_state
+        # No tensor that autograd knows as a view: FSDP2 hooks what the forward returns, and warns of views.
+        hidden = torch.ops.aten._unsafe_view.default(hidden, hidden.shape[1:])
     finally:
         states, rotary = tap.take() if tap is not None else (None, None)
     query, key = _query_key(model, states, rotary) if states is not None else (None, None)
@@ -227,8 +229,26 @@ def _stop_at_hidden(
         None if tensor is None else tensor.clone() if copied else tensor.view_as(tensor)
         for tensor in (layer.weight, layer.bias)
     )
+    if copied:
+        _run_head(model, hidden)
     used = Head(cast(Tensor, weight), bias, layer.logit_scale, layer.softcap)
     return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float(), used)
+
+
+def _run_head(model: PreTrainedModel, hidden: Tensor) -> None:
+    """Let the head's module see no row, where FSDP2 holds it in one unit with modules that have run.
+
+    accelerate has final norm and head in one unit (and the embedding, if tied). Such a unit ends its forward when all
+    its modules have run: until then torch before 2.13 gathers it no more, in later forwards too, and warns.
+    """
+    module = cast(nn.Module, model.get_output_embeddings())
+    weight = next(module.parameters())
+    if not isinstance(module, FSDPModule) or isinstance(weight, DTensor):
+        return
+    with torch.no_grad():
+        module(hidden[:0].to(weight.dtype))
+    if torch.is_grad_enabled():
+        module.unshard()  # the backward pass needs what the end of its forward may have freed
 
 
 @torch.compiler.disable

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -212,7 +213,9 @@ class CompactTrainer(DistillationMixin, Trainer):
     # ---- logs ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        found = super()._get_grad_norm(model, grad_norm)
+        # FSDP2's is in shards; every rank gathers it, and none waits for its device.
+        self._grad_norm = found.full_tensor() if isinstance(found, DTensor) else found
         return self._grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
