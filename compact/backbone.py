@@ -49,6 +49,13 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+class Detached:
+    """Tensors for a wrapper's hooks to overlook: in bfloat16, FSDP2 casts the floats it finds in a forward's output."""
+
+    def __init__(self, query: Tensor | None, key: Tensor | None, pooled: Tensor, eos_hidden: Tensor) -> None:
+        self.query, self.key, self.pooled, self.eos_hidden = query, key, pooled, eos_hidden
+
+
 @dataclass
 class StudentOutput:
     """What the student's forward returns for a packed batch of S sequences, T tokens, hidden size D.
@@ -58,11 +65,28 @@ class StudentOutput:
     """
 
     hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output
-    query: Tensor | None  # (S, H, d)
-    key: Tensor | None  # (S, H, d), repeated under grouped-query attention
-    pooled: Tensor  # (S, D) mean of `hidden` over each sequence's tokens
-    eos_hidden: Tensor  # (S, D) `hidden` at r_T
     head: Head  # part of the output, so that DDP sees a trained head used; its hooks go by what the forward returns
+    detached: Detached
+
+    @property
+    def query(self) -> Tensor | None:
+        """(S, H, d)"""
+        return self.detached.query
+
+    @property
+    def key(self) -> Tensor | None:
+        """(S, H, d), repeated under grouped-query attention"""
+        return self.detached.key
+
+    @property
+    def pooled(self) -> Tensor:
+        """(S, D) mean of `hidden` over each sequence's tokens"""
+        return self.detached.pooled
+
+    @property
+    def eos_hidden(self) -> Tensor:
+        """(S, D) `hidden` at r_T"""
+        return self.detached.eos_hidden
 
 
 # Pytree nodes, so that DDP and FSDP2 find the tensors in them.
@@ -232,7 +256,8 @@ def _stop_at_hidden(
     if copied:
         _run_head(model, hidden)
     used = Head(cast(Tensor, weight), bias, layer.logit_scale, layer.softcap)
-    return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float(), used)
+    detached = Detached(query, key, _pooled(hidden, ragged), hidden.detach()[last].float())
+    return StudentOutput(hidden, used, detached)
 
 
 def _run_head(model: PreTrainedModel, hidden: Tensor) -> None:

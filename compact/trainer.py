@@ -171,11 +171,15 @@ class CompactTrainer(DistillationMixin, Trainer):
             self.information.measure(step + 1, context.output, result, batch)
 
     def _new_recorder(self, model: nn.Module) -> SampleGradNorms:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
-            what = (
-                "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "fp16's loss scale"
+        refused = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP1": self.is_fsdp_enabled and not self.accelerator.is_fsdp2,
+            "fp16's loss scale": self.args.fp16,
+        }
+        if what := next((name for name, used in refused.items() if used), None):
+            raise UserError(
+                f"gradients.norms: not measured under {what}; set it to off, or train under DDP or FSDP2 in bf16"
             )
-            raise UserError(f"gradients.norms: not measured under {what}; set it to off, or train under DDP in bf16")
         gradients = self.config.gradients
         try:
             return SampleGradNorms(
