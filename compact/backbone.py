@@ -50,7 +50,7 @@ class Head:
 
 
 class Detached:
-    """Tensors for a wrapper's hooks to overlook: in bfloat16, FSDP2 casts the floats it finds in a forward's output."""
+    """Tensors that a wrapper's hooks overlook: in bfloat16, FSDP2 casts the floats it finds in a forward's output."""
 
     def __init__(self, query: Tensor | None, key: Tensor | None, pooled: Tensor, eos_hidden: Tensor) -> None:
         self.query, self.key, self.pooled, self.eos_hidden = query, key, pooled, eos_hidden

@@ -30,6 +30,7 @@ from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
 from compact.norm_cap import LastNormCap
+from compact.randomness import random_state_kept
 from compact.strategies.base import Context
 from compact_kernels import CompatibilityOutput, SampleGradNorms
 
@@ -205,7 +206,8 @@ class CompactTrainer(DistillationMixin, Trainer):
         order = torch.cat(passes)[: math.ceil(epochs * len(dataset))]
         windows = order.split(size * world)
         model = self.model_wrapped.train()
-        with torch.random.fork_rng(), torch.no_grad(), self.compute_loss_context_manager():
+        kept = random_state_kept(device=self.args.device)
+        with kept, torch.no_grad(), self.compute_loss_context_manager():
             for window in tqdm(windows, desc="warm-up", disable=self.args.disable_tqdm or rank > 0):
                 # A last window too small for all ranks repeats itself: all of them must pass through the model.
                 own = window.repeat(math.ceil(world / len(window)))[rank::world]

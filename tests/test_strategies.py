@@ -169,7 +169,7 @@ def test_the_averages_of_ema_follow_slowly():
     assert torch.allclose(strategy._real_losses(later, context), 1.1 * statistics.difficulty)
 
 
-def test_the_warm_up_moves_the_assistant_and_nothing_of_the_student(tmp_path):
+def test_the_warm_up_moves_the_assistant_and_nothing_of_the_student(tmp_path, untouched_gpus):
     trainer = toy_trainer(tmp_path, method={"strategy": "mind"})
     trainer.create_optimizer_and_scheduler(10)
     start, random = parameters(trainer), torch.get_rng_state()
