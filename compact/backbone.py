@@ -49,6 +49,13 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+class Detached:
+    """Tensors that a wrapper's hooks overlook: in bfloat16, FSDP2 casts the floats it finds in a forward's output."""
+
+    def __init__(self, query: Tensor | None, key: Tensor | None, pooled: Tensor, eos_hidden: Tensor) -> None:
+        self.query, self.key, self.pooled, self.eos_hidden = query, key, pooled, eos_hidden
+
+
 @dataclass
 class StudentOutput:
     """What the student's forward returns for a packed batch of S sequences, T tokens, hidden size D.
@@ -58,11 +65,28 @@ class StudentOutput:
     """
 
     hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output
-    query: Tensor | None  # (S, H, d)
-    key: Tensor | None  # (S, H, d), repeated under grouped-query attention
-    pooled: Tensor  # (S, D) mean of `hidden` over each sequence's tokens
-    eos_hidden: Tensor  # (S, D) `hidden` at r_T
     head: Head  # part of the output, so that DDP sees a trained head used; its hooks go by what the forward returns
+    detached: Detached
+
+    @property
+    def query(self) -> Tensor | None:
+        """(S, H, d)"""
+        return self.detached.query
+
+    @property
+    def key(self) -> Tensor | None:
+        """(S, H, d), repeated under grouped-query attention"""
+        return self.detached.key
+
+    @property
+    def pooled(self) -> Tensor:
+        """(S, D) mean of `hidden` over each sequence's tokens"""
+        return self.detached.pooled
+
+    @property
+    def eos_hidden(self) -> Tensor:
+        """(S, D) `hidden` at r_T"""
+        return self.detached.eos_hidden
 
 
 # Pytree nodes, so that DDP and FSDP2 find the tensors in them.
@@ -216,7 +240,9 @@ def _stop_at_hidden(
         with packed_rows():
             hidden = model.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **inputs
-            ).last_hidden_state.squeeze(0)
+            ).last_hidden_state
+        # No tensor that autograd knows as a view: FSDP2 hooks what the forward returns, and warns of views.
+        hidden = torch.ops.aten._unsafe_view.default(hidden, hidden.shape[1:])
     finally:
         states, rotary = tap.take() if tap is not None else (None, None)
     query, key = _query_key(model, states, rotary) if states is not None else (None, None)
@@ -227,8 +253,27 @@ def _stop_at_hidden(
         None if tensor is None else tensor.clone() if copied else tensor.view_as(tensor)
         for tensor in (layer.weight, layer.bias)
     )
+    if copied:
+        _run_head(model, hidden)
     used = Head(cast(Tensor, weight), bias, layer.logit_scale, layer.softcap)
-    return StudentOutput(hidden, query, key, _pooled(hidden, ragged), hidden.detach()[last].float(), used)
+    detached = Detached(query, key, _pooled(hidden, ragged), hidden.detach()[last].float())
+    return StudentOutput(hidden, used, detached)
+
+
+def _run_head(model: PreTrainedModel, hidden: Tensor) -> None:
+    """Let the head's module see no row, where FSDP2 holds it in one unit with modules that have run.
+
+    accelerate has final norm and head in one unit (and the embedding, if tied). Such a unit ends its forward when all
+    its modules have run: until then torch before 2.13 gathers it no more, in later forwards too, and warns.
+    """
+    module = cast(nn.Module, model.get_output_embeddings())
+    weight = next(module.parameters())
+    if not isinstance(module, FSDPModule) or isinstance(weight, DTensor):
+        return
+    with torch.no_grad():
+        module(hidden[:0].to(weight.dtype))
+    if torch.is_grad_enabled():
+        module.unshard()  # the backward pass needs what the end of its forward may have freed
 
 
 @torch.compiler.disable

@@ -86,7 +86,7 @@ def distillation_loss(
             reference = _mean_loss(forward(model, alone), alone, config.workspace_mib)
     hidden = output.hidden
     if config.gradients.cap is not None and config.gradients.cap_by == "hidden":
-        if lm_head.weight.requires_grad:
+        if lm_head.weight.requires_grad and torch.is_grad_enabled():
             raise UserError(
                 "gradients.cap: the output head trains, and its own gradient cannot be capped in the same backward "
                 "pass; set gradients.cap_by to last, train with LoRA, freeze the head, or set gradients.cap to null"

@@ -33,7 +33,7 @@ def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: i
     statistics, ragged = result.statistics, result.statistics.ragged
     values = [getattr(statistics, name) for name in METRICS]
     entropy = segment_sum(torch.special.entr(result.alpha), ragged.cu_questions).sum()
-    questions = result.alpha.new_tensor(float(ragged.num_questions))
+    questions = result.alpha.new_full((), ragged.num_questions)
     spreads = [question_spread(value, ragged)[1].sum() for value in values]
     one_hot = torch.nn.functional.one_hot(teachers, num_teachers).to(result.alpha.dtype)  # (S, teachers)
     later = [torch.zeros_like(result.alpha)] * len(NORMS)

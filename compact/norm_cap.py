@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compact_kernels.ragged import on_device
 from compact_kernels.rule import question_of_sequence
 
 
@@ -43,8 +44,8 @@ class LastNormCap:
 
     def _places(self, batch: Mapping[str, Any]) -> Tensor:
         rows = [self._rows.setdefault(name, len(self._rows)) for name in batch["question_ids"]]
-        on_device = torch.tensor(rows, device=self._norms.device)
-        return on_device[question_of_sequence(batch["ragged"])] * self.teachers + batch["teachers"]
+        places = on_device(rows, torch.int64, self._norms.device)
+        return places[question_of_sequence(batch["ragged"])] * self.teachers + batch["teachers"]
 
     def state_dict(self) -> dict[str, Any]:
         return {"questions": list(self._rows), "norms": self._norms}

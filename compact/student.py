@@ -29,6 +29,7 @@ from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare,
 from compact.compilation import compile_layers
 from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
+from compact.randomness import random_state_kept
 from compact_kernels.ragged import Ragged
 
 logger = logging.get_logger(__name__)
@@ -317,8 +318,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> pe
         target_parameters=fused or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_state_kept(seed=seed):
         try:
             wrapped = peft.get_peft_model(model, settings)
         except ValueError as error:
@@ -345,7 +345,7 @@ def merged(model: nn.Module) -> PreTrainedModel:
     model_class = next(
         c for c in type(inner).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule)
     )
-    with no_init_weights(), torch.random.fork_rng():
+    with no_init_weights(), random_state_kept():
         plain = model_class(copy.deepcopy(inner.config))
         if adapted is not None:
             adapter = copy.deepcopy(adapted.peft_config[adapted.active_adapter])

@@ -123,7 +123,8 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
         if "to be installed" not in str(error):
             raise
         raise UserError(f"training.report_to: {error}") from error
-    example = example_question(train_set, held_out, tokenizer, recipe, report, folder)
+    with _main_process_first():  # the others find its tokens in the run's cache, and write none to the same files
+        example = example_question(train_set, held_out, tokenizer, recipe, report, folder)
     device, dtype = trainer.args.device, compute_dtype(recipe.student)
 
     def look(when: str, student: nn.Module) -> None:

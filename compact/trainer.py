@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -29,6 +30,7 @@ from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
 from compact.norm_cap import LastNormCap
+from compact.randomness import random_state_kept
 from compact.strategies.base import Context
 from compact_kernels import CompatibilityOutput, SampleGradNorms
 
@@ -170,11 +172,15 @@ class CompactTrainer(DistillationMixin, Trainer):
             self.information.measure(step + 1, context.output, result, batch)
 
     def _new_recorder(self, model: nn.Module) -> SampleGradNorms:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
-            what = (
-                "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "fp16's loss scale"
+        refused = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP1": self.is_fsdp_enabled and not self.accelerator.is_fsdp2,
+            "fp16's loss scale": self.args.fp16,
+        }
+        if what := next((name for name, used in refused.items() if used), None):
+            raise UserError(
+                f"gradients.norms: not measured under {what}; set it to off, or train under DDP or FSDP2 in bf16"
             )
-            raise UserError(f"gradients.norms: not measured under {what}; set it to off, or train under DDP in bf16")
         gradients = self.config.gradients
         try:
             return SampleGradNorms(
@@ -200,7 +206,8 @@ class CompactTrainer(DistillationMixin, Trainer):
         order = torch.cat(passes)[: math.ceil(epochs * len(dataset))]
         windows = order.split(size * world)
         model = self.model_wrapped.train()
-        with torch.random.fork_rng(), torch.no_grad(), self.compute_loss_context_manager():
+        kept = random_state_kept(device=self.args.device)
+        with kept, torch.no_grad(), self.compute_loss_context_manager():
             for window in tqdm(windows, desc="warm-up", disable=self.args.disable_tqdm or rank > 0):
                 # A last window too small for all ranks repeats itself: all of them must pass through the model.
                 own = window.repeat(math.ceil(world / len(window)))[rank::world]
@@ -212,7 +219,9 @@ class CompactTrainer(DistillationMixin, Trainer):
     # ---- logs ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        found = super()._get_grad_norm(model, grad_norm)
+        # FSDP2's is in shards; every rank gathers it, and none waits for its device.
+        self._grad_norm = found.full_tensor() if isinstance(found, DTensor) else found
         return self._grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

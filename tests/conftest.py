@@ -23,3 +23,11 @@ def triton_kernels(monkeypatch):
     """Triton's kernels run whatever the device: on a CPU in the interpreter, if it can be."""
     pytest.importorskip("triton", reason="needs Triton")
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
+
+
+@pytest.fixture
+def untouched_gpus(monkeypatch):
+    """Two GPUs, it seems, whose random states nobody may read or set."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("a GPU's random state is touched"))

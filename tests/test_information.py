@@ -23,6 +23,7 @@ from compact_kernels.information import (
     proxy_controls,
     robust_peaks,
 )
+from tests.waiting import nothing_read
 
 
 def dense_hsic(x: Tensor, y: Tensor, scale: float | None) -> Tensor:
@@ -217,6 +218,17 @@ def test_the_noise_scale_recovers_what_was_put_in():
         signals.append(square)
     torch.testing.assert_close(torch.stack(traces).mean(), torch.tensor(sigma**2 * dim).double(), rtol=0.02, atol=0)
     torch.testing.assert_close(torch.stack(signals).mean(), torch.tensor(signal**2).double(), rtol=0.3, atol=0)
+
+
+def test_a_measurement_reads_nothing(tmp_path):
+    teachers = ["a", "b", "c", "d"]
+    with step("step_0.5b_full", TINY, torch.device("cpu")) as prepared:
+        log = InformationLog(tmp_path / "information.jsonl", teachers, CompactConfig())
+        result, context = distillation_loss(prepared.model, prepared.batch, Compact(CompactConfig(), teachers))
+        assert prepared.batch["ragged"].sizes.most_rationales  # a batch's host copy is read once
+        with nothing_read("compact.information"):
+            for number in range(2):  # without a queue, and with one
+                log.measure(number, context.output, result, prepared.batch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

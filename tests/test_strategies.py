@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compact.errors import UserError
-from compact.metrics import read_metrics
+from compact.metrics import batch_metrics, read_metrics
+from compact.norm_cap import LastNormCap
 from compact.strategies import Context, build_strategy
 from compact.strategies.mind import TeachingAssistant, paths_apart
-from compact_kernels import Ragged, Statistics, TokenStatistics
+from compact_kernels import CompatibilityOutput, Ragged, Statistics, TokenStatistics
 from tests.test_trainer import largest_difference, launch, parameters
 from tests.toy_run import toy_config, toy_trainer
+from tests.waiting import nothing_read
 
 
 def batch_of(counts: list[int], width: int = 12, seed: int = 0) -> tuple[Statistics, Context]:
@@ -61,33 +62,33 @@ def test_attention_across_paths_is_what_lets_one_path_change_anothers_score():
         assert (first[:2] != second[:2]).all() == moves and first[2] != second[2]
 
 
-class NothingRead(TorchDispatchMode):
-    """Raises where a GPU would be waited for: numbers read from tensors, or tensors made of the host's numbers."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh"), name
-        if name in ("index", "index_put", "index_put_"):
-            assert all(index is None or index.dtype is not torch.bool for index in args[1]), name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("inertia", ["optimizer", "ema"])
-def test_the_assistant_waits_for_no_device(monkeypatch, inertia):
+def test_the_assistant_waits_for_no_device(inertia):
     strategy = mind(inertia=inertia, accumulation=1)
     statistics, context = batch_of([3, 1, 4])
     strategy.given(context)  # builds it
     assert context.ragged.sizes.most_rationales == 4  # a batch's host copy is read once
 
-    def filled(values, dtype, device):  # in place of on_device, which does not wait on a GPU but looks as if it did
-        return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
-
-    monkeypatch.setattr("compact.strategies.mind.on_device", filled)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("numbers are read"))
-    with NothingRead():
+    with nothing_read("compact.strategies.mind"):
         for _ in range(2):
             strategy.observe(statistics, context, strategy.given(context))
             strategy.step(1.0)
+
+
+def test_given_weights_a_cap_and_the_table_wait_for_no_device(monkeypatch):
+    teachers = ["a", "b", "c", "d"]
+    fixed = build_strategy(toy_config({"strategy": "fixed", "weights": {"fixed": {"a": 1, "b": 2}}}), teachers)
+    statistics, context = batch_of([3, 1, 4])
+    cap = LastNormCap(1.0, 3, 4, torch.device("cpu"))
+    batch = {"question_ids": context.question_ids, "teachers": context.teachers, "ragged": context.ragged}
+    zero, one_hot = torch.zeros(()), torch.nn.functional.one_hot(context.teachers, len(teachers))
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda *_: one_hot)  # reads its input on CPUs alone
+    with nothing_read("compact.strategies.baselines", "compact.norm_cap"):
+        alpha = fixed.given(context)
+        cap.remember(batch, alpha)
+        most = cap.most(batch, 0.5)
+        batch_metrics(CompatibilityOutput(zero, alpha, zero, zero, statistics), context.teachers, len(teachers))
+    assert torch.equal(most[:2], 2 / alpha[:2])
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.97, 1.0])
@@ -169,7 +170,7 @@ def test_the_averages_of_ema_follow_slowly():
     assert torch.allclose(strategy._real_losses(later, context), 1.1 * statistics.difficulty)
 
 
-def test_the_warm_up_moves_the_assistant_and_nothing_of_the_student(tmp_path):
+def test_the_warm_up_moves_the_assistant_and_nothing_of_the_student(tmp_path, untouched_gpus):
     trainer = toy_trainer(tmp_path, method={"strategy": "mind"})
     trainer.create_optimizer_and_scheduler(10)
     start, random = parameters(trainer), torch.get_rng_state()

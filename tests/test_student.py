@@ -532,6 +532,12 @@ def test_merging_keeps_tied_weights_tied():
     assert plain.get_input_embeddings().weight is not model.get_input_embeddings().weight
 
 
+def test_adding_and_merging_lora_leaves_the_random_state_alone(untouched_gpus):
+    model, before = prepare(tiny("llama")), torch.get_rng_state()
+    merged(add_lora(model, LoraConfig(rank=2), seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_ddp_and_fsdp2_give_the_mean_of_the_ranks_gradients():
     """Two gloo processes, LoRA and full fine-tuning, the head tied, untied, sharded: see the module that runs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -539,7 +545,7 @@ def test_ddp_and_fsdp2_give_the_mean_of_the_ranks_gradients():
         [*command, "-m", "tests.distributed_student"], capture_output=True, text=True, timeout=240, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed:") == 7
+    assert done.stdout.count("passed:") == 13
 
 
 def test_weights_without_their_head_or_not_finite_are_refused(folder, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,59 @@ def test_two_processes_run_the_same_command(finished, toy, tmp_path):
     assert one["questions"] == two["questions"] and one["rationales"] == two["rationales"]
     assert [row["questions"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2] * 3
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+
+
+@pytest.mark.parametrize(
+    "options, resumes",
+    [
+        ({"student__lora": "null", "student__lora__rank": None, "gradients__norms": "exact"}, False),
+        ({"student__lora__dropout": 0.0, "strategy": "mind", "information__every": 2}, True),
+    ],
+)
+def test_fsdp2_trains_as_one_process_does(tmp_path, options, resumes):
+    """The real configuration, whose units accelerate cuts: embedding, final norm and head share a weight in one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "recipe.yaml").write_text("strategy: compact\n")
+    save_student(tmp_path / "student", tie_word_embeddings=True)
+    write_rows(tmp_path / "questions.jsonl", toy_rows(20))
+    options = {**options, "training__max_steps": 4, "training__use_cpu": False, "evaluation__limit": 4}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", str(ROOT / "compact" / "recipes" / "accelerate" / "fsdp2.yaml")]
+    words, runs = flags(tmp_path, tmp_path / "two", **options), 1 + resumes
+    for run in range(runs):
+        done = subprocess.run(
+            [*launch, "-m", "tests.distributed_train", *words],
+            env={**environment(tmp_path / "home"), "ACCELERATE_TORCH_DEVICE": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert "Warning" not in done.stderr and "fully_shard" not in done.stderr
+        assert (tmp_path / "two" / "checkpoints" / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()
+        if run + 1 < runs:  # as if it had been killed after two steps
+            (tmp_path / "two").rename(tmp_path / "straight")
+            gone = shutil.ignore_patterns("checkpoint-4", "student", "report.*", "after", "after.json")
+            shutil.copytree(tmp_path / "straight", tmp_path / "two", ignore=gone)
+    if resumes:
+        assert_same_run(tmp_path / "straight", tmp_path / "two")
+
+    options |= {"training__per_device_train_batch_size": 4, "training__use_cpu": True}
+    assert main(flags(tmp_path, tmp_path / "one", **options)) == 0
+    for one, two in zip(table(tmp_path / "one"), table(tmp_path / "two"), strict=True):
+        assert one["questions"] == two["questions"] == 4
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        for name, entry in one["teachers"].items():
+            assert entry == pytest.approx(two["teachers"][name], rel=1e-3)
+    start, one, two = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("student", "one/student", "two/student")
+    )
+    assert start.keys() == one.keys() == two.keys()
+    moved = max((one[name] - start[name]).abs().max() for name in one)
+    assert moved > 1e-3 and max((one[name] - two[name]).abs().max() for name in one) < 1e-2 * moved
+    student, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "student", output_loading_info=True)
+    assert not loading["missing_keys"] and student.config.tie_word_embeddings
 
 
 # ------------------------------------------------------------------------------------------ strategies, real questions

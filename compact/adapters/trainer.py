@@ -23,6 +23,7 @@ from compact.strategies import build_strategy
 from compact.strategies.base import Context, Strategy
 from compact.tokenization import TOKENS
 from compact_kernels import CompatibilityOutput
+from compact_kernels.ragged import on_device
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -155,7 +156,7 @@ class DistillationMixin(_Host):
         if not batch_samples:
             return None
         counts = [Denominators.of(batch["ragged"]) for batch in batch_samples]
-        window = torch.tensor(counts, dtype=torch.float64).sum(0).float().to(device)
+        window = on_device(torch.tensor(counts, dtype=torch.float64).sum(0).tolist(), torch.float32, device)
         return self.accelerator.reduce(window, "sum") / self.get_tp_size()
 
     def _set_signature_columns_if_needed(self) -> None:

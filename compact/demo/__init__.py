@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compact.config import Recipe
 from compact.demo.questions import Problem, draw_problems
 from compact.demo.skills import SKILLS, Pair, document, draw_skill
 from compact.demo.teachers import rationales
 from compact.demo.tiny import build_model, build_tokenizer, pretrain
+from compact.randomness import random_state_kept
 from compact.results import write_atomically
 
 FOLDER = "demo"  # in the run's folder
@@ -87,8 +86,7 @@ def _student(folder: Path, recipe: Recipe) -> Path:
     for problem in draw_problems(rng, 200, held=False):
         sample += [problem.prompt, *(rationale["completion"] for rationale in rationales(problem, rng))]
     tokenizer = build_tokenizer("\n".join(sample))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with random_state_kept(seed=recipe.seed):
         model = build_model(tokenizer)
     pretrain(model, tokenizer, render, seed=recipe.seed, steps=recipe.demo.pretraining_steps)
     aside = folder.with_name(f".{folder.name}.writing")

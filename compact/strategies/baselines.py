@@ -11,6 +11,7 @@ from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
 from compact_kernels import CompatibilityRule, Statistics
+from compact_kernels.ragged import on_device
 from compact_kernels.rule import question_of_sequence, question_softmax, segment_sum
 
 
@@ -54,17 +55,17 @@ class Fixed(Strategy):
         super().__init__(config, teachers)
         fixed = config.weights.fixed or {}
         _check_known("weights.fixed", fixed, teachers)
-        self.table = torch.tensor([float(fixed.get(name, 0.0)) for name in teachers])
-        if (self.table < 0).any() or not (self.table > 0).any():
+        self.table = [float(fixed.get(name, 0.0)) for name in teachers]
+        if any(weight < 0 for weight in self.table) or not any(weight > 0 for weight in self.table):
             raise UserError(f"weights.fixed is {fixed}: weights are not negative and at least one is positive")
 
     def given(self, context: Context) -> Tensor:
         ragged = context.ragged
-        weight = self.table.to(ragged.device)[context.teachers]
+        weight = on_device(self.table, torch.float32, ragged.device)[context.teachers]
         return weight / segment_sum(weight, ragged.cu_questions)[question_of_sequence(ragged)]
 
     def uses_teacher(self, index: int) -> bool:
-        return bool(self.table[index] > 0)
+        return self.table[index] > 0
 
 
 class Single(Uniform):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compact.config import CompactConfig
 from compact.errors import UserError
+from compact.randomness import random_state_kept
 from compact.strategies.base import Context, Strategy
 from compact_kernels import Ragged, Statistics
 from compact_kernels.ragged import on_device
@@ -194,8 +195,7 @@ class Mind(Strategy):
             return _Scored(context, self.net(features.detach().float(), apart), apart)
 
     def _build(self, features: Tensor) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(torch.initial_seed() % 2**32)  # the run's seed, whenever the first batch comes
+        with random_state_kept(seed=torch.initial_seed() % 2**32):  # the run's, whenever the first batch comes
             net = TeachingAssistant(
                 features.shape[1], self.options.width, self.options.heads if self.options.attention else 0
             )
