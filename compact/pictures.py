@@ -124,7 +124,8 @@ def _change(ax: Axes, y: float, points: Sequence[tuple[float, float, float] | No
         ax.plot([value], [y + shift], "o", color=colour, markersize=7)
         above = shift < 0
         ax.annotate(
-            form.format(value).replace("-", "−"), (value, y + shift), (0, 6 if above else -6), ha="center",
+            form.format(value).replace("-", "−"), (value, y + shift), (0, 6 if above else -6),
+            ha="center" if value else "left",  # at 0 it would stand in the task's name
             textcoords="offset points", va="bottom" if above else "top", color=colour, fontsize=9, weight="bold",
         )  # fmt: skip
 

@@ -195,7 +195,10 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "one seed for other questions alone). Bold: the interval is clear of zero.",
     ]
     if content["failed"]:
-        reasons = "\n".join(f"- `{name}`: {why}" for name, why in content["failed"].items())
+        alike: defaultdict[str, list[str]] = defaultdict(list)
+        for name, why in content["failed"].items():
+            alike[why].append(f"`{name}`")
+        reasons = "\n".join(f"- {', '.join(of)}: {why}" for why, of in alike.items())
         parts.append(f"**{len(content['failed'])} cells failed** and are in no number below:\n\n{reasons}")
     for setting in dict.fromkeys(record["setting"] for record in records):
         parts.append(f"## {setting}")
