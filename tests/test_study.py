@@ -163,10 +163,11 @@ def test_a_cell_that_another_grid_meant_otherwise_counts_again_under_its_own(fin
     other, cells, _ = load_grid([str(path), "--set.training.learning_rate", "0.5"])
     runner._jobs(other, cells, folder)
     said = failure.read_text()
+    assert "uniform" not in {entry["method"] for entry in summary._weights(folder, cells)}
     assert "learning_rate" in said and "another folder with --study" in said
     grid, cells, _ = load_grid([str(path)])
     runner._jobs(grid, cells, folder)
-    assert not failure.exists()
+    assert not failure.exists() and "uniform" in {entry["method"] for entry in summary._weights(folder, cells)}
 
 
 def test_cells_that_failed_alike_are_told_together():

@@ -155,8 +155,9 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Mean α of each teacher in the last quarter of training, over seeds, and its entropy."""
     reports: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
-        file = study / "cells" / cell.name / "report.json"
-        if file.exists():
+        folder = study / "cells" / cell.name
+        file = folder / "report.json"
+        if file.exists() and not (folder / "failed.txt").exists():
             reports.setdefault((cell.setting, cell.method), []).append(json.loads(file.read_text()))
     out = []
     for (setting, method), found in reports.items():
