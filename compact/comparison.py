@@ -21,7 +21,8 @@ def comparison(folders: Sequence[str | Path]) -> str:
     """A Markdown table a task: the results of finished runs, and their differences from the first one's.
 
     Differences are paired: the mean over the questions that both runs answered, ± one standard error.
-    Log-probabilities are means per token (natural logarithm), as in a run's report.
+    Log-probabilities are means per token (natural logarithm), as in a run's report. A run is named by as much of the
+    end of its path as tells it from the others.
 
     Raises:
         UserError: a folder without results after training, or no question in common.
@@ -34,7 +35,10 @@ def comparison(folders: Sequence[str | Path]) -> str:
         results[str(folder)] = found
     first = str(folders[0])
     base, _ = load_results(first, "before")
-    blocks = []
+    names = _names(list(results))
+    blocks = [
+        f"Differences are from {names[first]}, question by question; ± is one standard error. log p: nats a token."
+    ]
     for task, reference in results[first].items():
         n = len(reference.predictions)
         lines = [f"**{task}** ({reference.split}, n = {n})", ""]
@@ -43,9 +47,20 @@ def comparison(folders: Sequence[str | Path]) -> str:
         contenders = {"before training": base.get(task)} | {name: found.get(task) for name, found in results.items()}
         for name, result in contenders.items():
             if result is not None:
-                lines.append(f"| {Path(name).name} | {' | '.join(_cells(name, result, reference, name == first))} |")
+                lines.append(
+                    f"| {names.get(name, name)} | {' | '.join(_cells(name, result, reference, name == first))} |"
+                )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _names(folders: Sequence[str]) -> dict[str, str]:
+    parts = {folder: Path(folder).absolute().parts for folder in folders}
+    for count in range(1, max(map(len, parts.values())) + 1):
+        names = {folder: "/".join(of[-count:]) for folder, of in parts.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 def _cells(name: str, result: TaskResult, reference: TaskResult, is_reference: bool) -> list[str]:

@@ -124,7 +124,8 @@ def _change(ax: Axes, y: float, points: Sequence[tuple[float, float, float] | No
         ax.plot([value], [y + shift], "o", color=colour, markersize=7)
         above = shift < 0
         ax.annotate(
-            form.format(value).replace("-", "−"), (value, y + shift), (0, 6 if above else -6), ha="center",
+            form.format(value).replace("-", "−"), (value, y + shift), (0, 6 if above else -6),
+            ha="center" if value else "left",  # at 0 it would stand in the task's name
             textcoords="offset points", va="bottom" if above else "top", color=colour, fontsize=9, weight="bold",
         )  # fmt: skip
 
@@ -173,10 +174,12 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
     panels = {"loss_sft": "Loss on the rationales, Σ α·L_SFT", "loss_mcon": "Disagreement on the answer, Σ α·L_MCon"}
     for ax, (key, title) in zip(fig.subplots(1, 2), panels.items()):
         values = np.array([row.get(key, math.nan) for row in rows], dtype=float)
+        finite = values[np.isfinite(values)]
         ax.plot(steps, values, color=ACCENT, alpha=0.22, linewidth=0.9)
         ax.plot(steps, smooth(values)[0], color=ACCENT)
         ax.set(title=title, xlabel="optimizer step")
-        ax.set_ylim(bottom=min(0.0, float(np.nanmin(values))) if np.isfinite(values).any() else 0)
+        low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
+        ax.set_ylim(low, high + 0.05 * (high - low) or 1)  # from 0, and clear of the frame where little changes
         _span(ax, steps)
     return fig
 

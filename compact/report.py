@@ -128,7 +128,9 @@ def _states(content: Mapping[str, Any]) -> list[str]:
         for when, values in content["trajectories"].items()
     ]
     lines.append(
-        table(["", f"jumps of the evidence above {content['peak']} nats", "largest jump", "whole rise"], rows)
+        table(
+            ["", f"jumps of the evidence above {content['peak']} nats", "largest jump, nats", "whole rise, nats"], rows
+        )
     )
     lines.append(
         "What each metric does to each teacher, after training: mean of its z-score as it enters the score (eq. 7), "
@@ -196,8 +198,10 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         "what adaptability rewards, most of all at thinking tokens.",
         "latent": "Mean states of the same rationales before and after training, in the main plane of those before.",
         "tsne": "The last states of the same rationales, before and after training, by t-SNE.",
-        "metrics": "What each metric adds to a teacher's score (mean z-score, signed as in eq. 7), before and after.",
-        "evidence": "Jumps of the evidence along each teacher's rationales, before and after: how many, how large.",
+        "metrics": "What each metric adds to a teacher's score (mean z-score, signed as in eq. 7), before and after. "
+        "Bars: two standard errors.",
+        "evidence": "Jumps of the evidence along each teacher's rationales, before and after: how many, how large, "
+        "and what all of them come to. Bars: two standard errors.",
         "influence": "Left what the rule gives each teacher, right what moves the student: the norm of the gradient "
         "that flowed through its rationales. The two need not agree.",
         "norms": "A dot is a rationale, after training. Left: the norm of its own loss's gradient against its length. "
@@ -207,7 +211,10 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         "consensus": "The same question's consensus graph: the wider an arrow, the more the rationale at its tail "
         "attends to the one at its head; the larger a node, the more the others agree with it (the number in it).",
     }
-    return [f"![{name}]({path})\n\n*{captions[name]}*" for name, path in pictures.items()]
+    lines = [f"![{name}]({path})\n\n*{captions[name]}*" for name, path in pictures.items()]
+    if "latent" in pictures and "tsne" not in pictures:
+        lines.append("No picture by t-SNE: scikit-learn is not installed (`pip install scikit-learn`).")
+    return lines
 
 
 def _weights_caption(alphas: Mapping[str, float | None]) -> str:

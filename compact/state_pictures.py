@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from compact.pictures import ACCENT, GREY, WIDTH, colours, figure, plain
-from compact.states import SIGNS, pca_shift
+from compact.states import PEAK, SIGNS, pca_shift
 
 
 def figures(arrays: Mapping[str, np.ndarray], teachers: Sequence[str]) -> dict[str, Figure]:
@@ -53,7 +53,8 @@ def metrics(arrays: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figure
 
 def evidence(arrays: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figure:
     """Jumps of the evidence: how many count as peaks, the largest, all together."""
-    return _bars(arrays, teachers, ["peaks", "sharpest", "rise"], ["peaks a rationale", "largest jump", "whole rise"])
+    titles = [f"jumps above {PEAK} nats", "largest jump, nats", "whole rise, nats"]
+    return _bars(arrays, teachers, ["peaks", "sharpest", "rise"], titles)
 
 
 def _clouds(before: np.ndarray, after: np.ndarray, teacher: np.ndarray, teachers: Sequence[str], title: str) -> Figure:

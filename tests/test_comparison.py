@@ -42,6 +42,12 @@ def test_differences_are_paired_question_by_question(tmp_path, capsys):
     assert "| 0.000 ± 0.000 | -50.000 ± 28.868 |" in lines["| before training"]
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = [finished(tmp_path / method / "seed-0", "10", -2.0) for method in ("mine", "theirs")]
+    table = comparison(runs)
+    assert "from mine/seed-0, question" in table and "\n| mine/seed-0 |" in table and "\n| theirs/seed-0 |" in table
+
+
 def test_runs_on_other_questions_or_without_results_are_refused(tmp_path):
     one = finished(tmp_path / "one", "11", -2.0)
     with pytest.raises(UserError, match="no question in common"):

@@ -144,7 +144,7 @@ def test_cells_are_runs_whose_evaluation_before_training_was_made_once(finished)
         assert not (run / "checkpoints").exists()
 
 
-def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(finished):
+def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(finished, capsys):
     path, folder, _ = finished
     before = {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("metrics.jsonl")}
     failure = folder / "cells" / "few" / "single-nobody" / "seed-0" / "failed.txt"
@@ -152,6 +152,29 @@ def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(
     assert len(before) == 2 and study(path) == 1
     assert before == {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("metrics.jsonl")}
     assert failure.stat().st_mtime_ns > old
+    told = capsys.readouterr()
+    assert "3/3 [" in told.err and "1 failed" in told.err  # cells, not what the untrained student was asked
+    assert told.out.endswith(f"{folder / 'study.md'}\n")
+
+
+def test_a_cell_that_another_grid_meant_otherwise_counts_again_under_its_own(finished):
+    path, folder, _ = finished
+    failure = folder / "cells" / "few" / "uniform" / "seed-0" / "failed.txt"
+    other, cells, _ = load_grid([str(path), "--set.training.learning_rate", "0.5"])
+    runner._jobs(other, cells, folder)
+    said = failure.read_text()
+    assert "uniform" not in {entry["method"] for entry in summary._weights(folder, cells)}
+    assert "learning_rate" in said and "another folder with --study" in said
+    grid, cells, _ = load_grid([str(path)])
+    runner._jobs(grid, cells, folder)
+    assert not failure.exists() and "uniform" in {entry["method"] for entry in summary._weights(folder, cells)}
+
+
+def test_cells_that_failed_alike_are_told_together():
+    content = {"study": "s", "cells": 3, "recipe": "r", "seeds": [0], "baseline": "uniform", "records": []}
+    content |= {"weights": [], "seconds": None, "failed": {"a": "no such key", "b": "signal 9", "c": "no such key"}}
+    told = summary._markdown(content, [])
+    assert "**3 cells failed**" in told and "- `a`, `c`: no such key\n- `b`: signal 9" in told
 
 
 def test_a_study_that_was_moved_goes_on_where_it_is(finished, toy, tmp_path):
@@ -367,6 +390,7 @@ def test_two_studies_do_not_write_to_one_folder(tmp_path):
     [
         ({"methods": ["compcat", "uniform"]}, r"grid.yaml:\d+: methods: 'compcat' is no known method.*mean compact\?"),
         ({"methods": {"mine": {"strtegy": "uniform"}, "uniform": None}}, r"grid.yaml:\d+: .*strtegy.*mean strategy"),
+        ({"methods": {"mine": 0.3, "uniform": None}}, r"grid.yaml:\d+: methods.mine: a method is a mapping"),
         ({"sedes": [1]}, r"grid.yaml:\d+: sedes: unknown key.*mean seeds"),
         ({"baseline": "compcat"}, r"grid.yaml:\d+: baseline: 'compcat' is none of the methods"),
         ({"seeds": [0, 0]}, "seeds: .*each once"),

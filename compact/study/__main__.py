@@ -46,9 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compact.study: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ncompact.study: stopped; the same command goes on with it", file=sys.stderr)
+        print(
+            "\ncompact.study: stopped; the same command goes on with it; study.md there has what is finished",
+            file=sys.stderr,
+        )
         return 130
     print((study / "study.md").read_text(encoding="utf-8"))
+    print(study / "study.md")
     return 1 if failed else 0
 
 

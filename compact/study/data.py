@@ -25,20 +25,17 @@ def recipe_of(cell: Cell, study: Path) -> Recipe:
     """The whole recipe of a cell, its data written into the study's folder if it is not there.
 
     Raises:
-        UserError: with the cell's name, what is wrong with its recipe or its data.
+        UserError: what is wrong with its recipe or its data.
     """
     values = plain_tree(cell)
     values["run"] = str(study / "cells" / cell.name)
     data, evaluation = values.setdefault("data", {}), values.setdefault("evaluation", {})
-    try:
-        if cell.skills is not None:
-            _use_skills(cell, study, data, evaluation)
-        if cell.fold is not None:
-            _use_fold(cell, study, data, evaluation)
-        evaluation["seed"] = evaluation.get("seed") or 0  # every seed of the study is asked the same questions
-        return from_dict(values)
-    except UserError as error:
-        raise UserError(f"cell {cell.name}: {error}") from None
+    if cell.skills is not None:
+        _use_skills(cell, study, data, evaluation)
+    if cell.fold is not None:
+        _use_fold(cell, study, data, evaluation)
+    evaluation["seed"] = evaluation.get("seed") or 0  # every seed of the study is asked the same questions
+    return from_dict(values)
 
 
 def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[str, Any]) -> None:

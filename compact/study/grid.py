@@ -119,8 +119,10 @@ def _methods(given: Given) -> dict[str, Given]:
         refuse(given, "methods", "name at least one: a list of names, or name: recipe keys")
     methods = {}
     for name, keys in value.items():
-        if keys.value is not None:
+        if isinstance(keys.value, dict):
             methods[str(name)] = keys
+        elif keys.value is not None:
+            refuse(keys, f"methods.{name}", "a method is a mapping, such as '{weights.temperature: 0.3}'")
         elif name in known:
             methods[name] = known[name]
         elif str(name).startswith("single:"):

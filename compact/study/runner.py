@@ -143,25 +143,29 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
     jobs = _jobs(grid, cells, study)
     waiting = [job for job in jobs if not job.done]
     devices: list[int | None] = [*range(torch.cuda.device_count())] or [None]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="cells", dynamic_ncols=True)
+    failed = len(cells) - sum(bool(job.method) for job in jobs)  # those that are no job: why is in their folders
+    missing = sum(bool(job.method) for job in waiting)  # the untrained student is no cell
+    bar = tqdm(total=len(cells), initial=len(cells) - missing, desc="cells", dynamic_ncols=True)
     workers: list[Worker] = []
-    failed, state, ended = 0, "", True
+    state, ended = "", True
     try:
         while True:
             for worker in [worker for worker in workers if worker.job is not None]:
                 if (code := worker.code()) is not None:
                     assert worker.job is not None
                     failed += not _finish(worker.job, code)
+                    bar.update(bool(worker.job.method))
                     if code not in (0, 2):
                         worker.stop()
                     worker.job, ended = None, True
-                    bar.update()
             if ended:  # what cells took is read when one has ended, not at every look
                 known, most, ended = _known(jobs), grid.parallel or _fitting(jobs), False
             workers = [worker for worker in workers if worker.job is not None or worker.alive]
             busy = [worker.job for worker in workers if worker.job is not None]
             left = deadline - time.monotonic()
             waiting = [job for job in waiting if _expected(job, known, 1) <= left]
+            said, state = state, f"{len(busy)} running, {failed} failed"
+            bar.set_postfix_str(state, refresh=state != said)
             if not waiting and not busy:
                 break
             for device in devices:
@@ -182,8 +186,6 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
                     busy.append(job)
                     _prepare(job)
                     worker.start(job, at_once)
-            said, state = state, f"{len(busy)} running, {failed} failed"
-            bar.set_postfix_str(state, refresh=state != said)
             time.sleep(POLL)
     finally:
         for worker in workers:
@@ -229,8 +231,10 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                 base, asked = bases[key]
                 job.needs = base if asked == _asked(recipe) else None
         except UserError as error:
-            write_atomically(job.error, str(error))
+            write_atomically(job.error, str(error).replace("--run", "--study"))
             continue
+        if job.done:
+            job.error.unlink(missing_ok=True)  # of a grid that meant another recipe by this name
         jobs.append(job)
     return jobs
 

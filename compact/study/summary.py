@@ -155,8 +155,9 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Mean α of each teacher in the last quarter of training, over seeds, and its entropy."""
     reports: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
-        file = study / "cells" / cell.name / "report.json"
-        if file.exists():
+        folder = study / "cells" / cell.name
+        file = folder / "report.json"
+        if file.exists() and not (folder / "failed.txt").exists():
             reports.setdefault((cell.setting, cell.method), []).append(json.loads(file.read_text()))
     out = []
     for (setting, method), found in reports.items():
@@ -195,7 +196,10 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "one seed for other questions alone). Bold: the interval is clear of zero.",
     ]
     if content["failed"]:
-        reasons = "\n".join(f"- `{name}`: {why}" for name, why in content["failed"].items())
+        alike: defaultdict[str, list[str]] = defaultdict(list)
+        for name, why in content["failed"].items():
+            alike[why].append(f"`{name}`")
+        reasons = "\n".join(f"- {', '.join(of)}: {why}" for why, of in alike.items())
         parts.append(f"**{len(content['failed'])} cells failed** and are in no number below:\n\n{reasons}")
     for setting in dict.fromkeys(record["setting"] for record in records):
         parts.append(f"## {setting}")
