@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from compact_kernels import sample_grad_norms
-from tests.distributed_student import whole
+from tests.distributed_student import leave, whole
 from tests.test_sample_norms import batch, fused, gradients, student, truth, uniform
 
 LENGTHS = ((9, 2, 6), (12, 5))
@@ -54,8 +54,7 @@ def main() -> None:
                     torch.testing.assert_close(found, mean[key.removeprefix("module.")], rtol=1e-7, atol=1e-10)
             if rank == 0:
                 print(f"passed: {name}{' lora' if lora else ''} {products} under {kind}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
