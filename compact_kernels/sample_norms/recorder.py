@@ -333,13 +333,17 @@ class SampleGradNorms:
 
     def _new(self, segments: Segments, device: torch.device) -> SampleNorms:
         before = {name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
-        for family in self._families:
-            family.own = self._own_products(family, segments)
-            family.stored = [costs.stored(family.input_width, width, segments) for width in family.widths]
+        plans: dict[tuple, tuple[bool, list[bool]]] = {}
+        for family in self._families:  # a model's layers are alike: what is planned for one holds for all
+            shape = family.input_width, *family.widths, *family.trains
+            if shape not in plans:
+                stored = [costs.stored(family.input_width, width, segments) for width in family.widths]
+                plans[shape] = self._own_products(family, segments), stored
+            family.own, family.stored = plans[shape]
         parts, count, slices = segments.tiles.shape[0], segments.count, segments.slices
-        shape = parts, count, slices, device, [(family.own, *family.stored) for family in self._families]
-        if self._room is None or self._room[0] != shape:
-            self._room = shape, *self._slots(parts, count, slices, device)
+        room = parts, count, slices, device, [(family.own, *family.stored) for family in self._families]
+        if self._room is None or self._room[0] != room:
+            self._room = room, *self._slots(parts, count, slices, device)
         _, slots, names = self._room
         for _, _, slot in slots:
             slot.grad = None
