@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bench.batches import IGNORE
 from bench.shapes import Scale
 from bench.steps import CONFIG, Step, prepare_step
-from bench.targets import MIND, WITHOUT, WITHOUT_MIND
+from bench.targets import INFORMATION, MIND, WITHOUT, WITHOUT_MIND
 from bench.timing import Runner, free_memory, one_line
 from compact.backbone import decoder_layers, unwrap
 from compact.config import CompactConfig, MindConfig
@@ -43,7 +43,6 @@ LONG_WORKSPACE_MIB = 2560  # with norms, a question's logits are there at once w
 WARMUP_SECONDS = 120  # compilation
 LEARNING_RATE = 1e-4  # the student's, which MIND's assistant follows
 OURS = ("compact", WITHOUT)
-INFORMATION = "compact_with_information"
 BY_MODE = {
     "eager": (*OURS, INFORMATION, MIND, WITHOUT_MIND, "opacus_ghost", "opacus_ghost_norms"),
     "compiled": tuple(f"{name}_compiled" for name in OURS),

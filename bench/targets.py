@@ -9,6 +9,7 @@ from bench.records import Record
 
 HEADS = ("151936x896", "128256x2048", "152064x3584")
 WITHOUT = "compact_without_norms"
+INFORMATION = "compact_with_information"
 MIND, WITHOUT_MIND = "compact_with_mind", "compact_without_mind"
 MODES = ("_frozen", "_compiled", "_captured")  # endings of names: contenders of one mode are compared with each other
 
@@ -125,7 +126,7 @@ def _norms(records: list[Record]) -> Iterator[Verdict]:
             yield at.other(work, "compact", "opacus_ghost", f"norms, {label}, against ghost clipping", 0.6)
         if kind == "full":
             promise = f"information at every step, {label}"
-            yield at.other(work, "compact_with_information", WITHOUT, promise, 1.02)
+            yield at.other(work, INFORMATION, WITHOUT, promise, 1.02)
             yield at.other(work, MIND, WITHOUT_MIND, f"MIND's assistant, {label}", 1.03)
 
 

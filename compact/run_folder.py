@@ -21,18 +21,21 @@ from compact.options import plain
 from compact.results import write_atomically
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
+def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
     """Make `folder` this recipe's run, or find that it is already.
 
     A run that stopped before its first evaluation has nothing to lose: it takes the recipe as it is now. One that has
     been moved goes on with what was moved along.
+
+    Args:
+        flag: what the user chooses another folder with.
 
     Raises:
         UserError: the folder holds another run, or something that is no run, or cannot be written.
     """
     stored = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with --run")
+        raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with {flag}")
     begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
     if stored.exists() and begun:
         theirs, ours = _leaves(stored_recipe(folder)), _leaves(to_dict(recipe))
@@ -41,12 +44,12 @@ def claim(folder: Path, recipe: Recipe) -> None:
         if differing:
             shown = "; ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
             raise UserError(
-                f"{folder} holds another run: {shown}. Choose another folder with --run, or remove that one "
+                f"{folder} holds another run: {shown}. Choose another folder with {flag}, or remove that one "
                 "(the same recipe would go on with it)"
             )
         return
     if not stored.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run: choose another folder with --run")
+        raise UserError(f"{folder} is not empty and holds no run: choose another folder with {flag}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, stored)
@@ -60,7 +63,7 @@ def stored_recipe(folder: Path) -> dict[str, Any]:
     values = plain(read_recipe(str(folder / "recipe.yaml")))
     old, new = Path(str(values["run"])), folder
     if old.is_absolute() and old != new.absolute():
-        while old.name == new.name:
+        while old.name and old.name == new.name:
             old, new = old.parent, new.parent
         here = _moved(values, old, new)
         if here != values:

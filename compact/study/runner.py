@@ -223,7 +223,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
             recipe = recipe_of(cell, study)
             recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
-            claim(folder, recipe)
+            claim(folder, recipe, flag="--study")
             if recipe.data.held_out is not None:  # else each seed holds out questions of its own
                 if key not in bases:
                     bases[key] = _base(recipe, study / "base" / key)
@@ -231,7 +231,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                 base, asked = bases[key]
                 job.needs = base if asked == _asked(recipe) else None
         except UserError as error:
-            write_atomically(job.error, str(error).replace("--run", "--study"))
+            write_atomically(job.error, str(error))
             continue
         if job.done:
             job.error.unlink(missing_ok=True)  # of a grid that meant another recipe by this name
@@ -249,6 +249,7 @@ def _base(recipe: Recipe, folder: Path) -> tuple[Job, Any]:
         claim(
             folder,
             replace(plain_recipe, student=recipe.student, data=recipe.data, evaluation=recipe.evaluation),
+            flag="--study",
         )
     stored = from_dict(stored_recipe(folder))
     return Job(f"base of {folder.name}", folder, ["--base"]), _asked(stored)
