@@ -520,15 +520,19 @@ def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(to
     )
     folder = tmp_path / "study"
     command = [sys.executable, "-m", "compact.study", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 240
-    while not (folder / "base" / "few" / "recipe.yaml").exists():  # the worker is on its way
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command goes on" in said
-    with locked(folder):  # no cell is left to hold it
-        assert json.loads((folder / "study.json").read_text())["records"] == []
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        deadline = time.time() + 240
+        while not (folder / "base" / "few" / "recipe.yaml").exists():  # the worker is on its way
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, stop)  # as a terminal does: all that belong to the command
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+        with locked(folder):  # no cell is left to hold it
+            assert json.loads((folder / "study.json").read_text())["records"] == []
+        (folder / "base" / "few" / "recipe.yaml").unlink()
     assert study(path) == 0
     assert json.loads((folder / "study.json").read_text())["failed"] == {}

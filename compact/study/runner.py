@@ -67,8 +67,14 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
             environment.setdefault("OMP_NUM_THREADS", "2")
         command = [sys.executable, "-m", "compact.study.cell", "--serve"]
+        # A session of its own: Ctrl-C is for the study alone, which stops its workers.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[lock]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            pass_fds=[lock],
+            start_new_session=True,
         )
 
     def start(self, job: Job, at_once: int) -> None:
