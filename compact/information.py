@@ -19,7 +19,6 @@ from compact.student import StudentOutput
 from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
 from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls
 from compact_kernels.ragged import on_device
-from compact_kernels.rule import sequence_of_row
 
 BINS = 20  # parts of a rationale's body, whatever its length, that a curve has points for
 CURVES = ("proxy", "phsic")
@@ -83,8 +82,8 @@ class InformationLog:
 
     def _sums(self, curves: Tensor, scalars: Tensor, ragged: Ragged, teachers: Tensor) -> Tensor:
         """What adds up over ranks: by teacher and part of the body, and by teacher."""
-        owner, count = sequence_of_row(ragged), len(self.teachers)
-        step = torch.arange(ragged.num_rows, device=owner.device) - ragged.cu_rows[:-1].long()[owner]
+        owner, count = ragged.sequence_of_row, len(self.teachers)
+        step = ragged.step_of_row
         steps = ragged.body_lengths.long()[owner] + 1  # r_0 … r_B
         inside = step < steps
         part = (step * BINS // steps).clamp_max(BINS - 1)

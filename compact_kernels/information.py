@@ -16,13 +16,7 @@ from torch import Tensor
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, linear_token_stats
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import (
-    AdaptabilityOptions,
-    question_of_sequence,
-    segment_sum,
-    sequence_adaptability,
-    sequence_of_row,
-)
+from compact_kernels.rule import AdaptabilityOptions, segment_sum, sequence_adaptability
 
 BLOCK = 128  # rows of the kernels' matrices that exist at once
 ROWS = 4096  # whose few logits exist at once
@@ -84,7 +78,7 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     of_id = torch.repeat_interleave(counts, output_size=ragged.evidence_ids.numel())
     shares = of_id == torch.arange(ragged.num_sequences, device=counts.device)[:, None]
     shares = shares / counts[:, None]  # (S, E), NaN without ids
-    following = ragged.cu_questions[:-1].long().roll(-1)[question_of_sequence(ragged)]  # a rationale of the next one
+    following = ragged.cu_questions[:-1].long().roll(-1)[ragged.question_of_sequence]  # a rationale of the next one
     change = (shares[following] - shares).to(evidence.dtype)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     asked = replace(
@@ -94,7 +88,7 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     )
     parts = [
         (asked(hidden[rows].to(dtype)) * change[owner]).sum(1)
-        for rows, owner in zip(ragged.rows.split(ROWS), sequence_of_row(ragged).split(ROWS))
+        for rows, owner in zip(ragged.rows.split(ROWS), ragged.sequence_of_row.split(ROWS))
     ]
     return evidence + torch.cat(parts)
 
@@ -102,9 +96,9 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
 def _with_shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Ragged:
     """Thinking flags permuted among the steps 1 … B of each rationale."""
     sizes = ragged.sizes.cu_rows
-    owner = sequence_of_row(ragged)
-    step = torch.arange(ragged.num_rows, device=ragged.device) - ragged.cu_rows[:-1].long()[owner]
-    inside = (step >= 1) & (step <= ragged.body_lengths.long()[owner])
+    owner = ragged.sequence_of_row
+    step = ragged.step_of_row
+    inside = ragged.in_body
     draw = torch.rand(ragged.num_rows, device=ragged.device, generator=generator, dtype=torch.float64)
     # Rows outside the body keep their places: their keys lie apart from all others and in order.
     place = torch.where(inside, owner * 3 + 1 + draw, owner * 3 + 2.5 * (step >= 1) + step / (2 * (sizes[-1] + 1)))
@@ -224,8 +218,8 @@ class InformationQueue:
         """
         states = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         answers = answers.detach().to(states.dtype)
-        owner = sequence_of_row(ragged)
-        question = question_of_sequence(ragged)[owner]  # (N,)
+        owner = ragged.sequence_of_row
+        question = ragged.question_of_sequence[owner]  # (N,)
         rows = states[ragged.rows]
         shape = ragged.num_questions, states.shape[1]
         offsets = ragged.cu_rows[ragged.cu_questions.long()]
