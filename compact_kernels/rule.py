@@ -78,19 +78,22 @@ class CompatibilityRule:
         return question_softmax(score / self.temperature, ragged)
 
 
-def sequence_adaptability(evidence: Tensor, ragged: Ragged, options: AdaptabilityOptions) -> Tensor:
+def sequence_adaptability(
+    evidence: Tensor, ragged: Ragged, options: AdaptabilityOptions, thinking: Tensor | None = None
+) -> Tensor:
     """S_MI of every rationale: Σ_t ReLU(I_t − I_{t−1}) · M_t (eq. 3).
 
     Args:
-        evidence: I_t of every scored row. (N,)
+        evidence: I_t of every scored row. (N,), or (C, N) for C kinds of it
+        thinking: M's flags, where not the batch's own. As `evidence`
 
     Returns:
-        (S,) nats; nats a body token under ``length_norm="mean"``.
+        (S,), or (C, S), nats; nats a body token under ``length_norm="mean"``.
     """
     if ragged.num_rows == 0:
-        return evidence.new_zeros(ragged.num_sequences)
-    jump = torch.relu(evidence - evidence.roll(1))
-    jump = jump.where(ragged.thinking, jump * options.epsilon)
+        return evidence.new_zeros(*evidence.shape[:-1], ragged.num_sequences)
+    jump = torch.relu(evidence - evidence.roll(1, -1))
+    jump = jump.where(ragged.thinking if thinking is None else thinking, jump * options.epsilon)
     counted = ragged.in_body if options.span == "body" else ragged.step_of_row >= 1
     total = segment_sum(jump.where(counted, 0.0), ragged.cu_rows)
     if options.length_norm == "mean":
@@ -110,7 +113,9 @@ def question_slots(ragged: Ragged) -> tuple[Tensor, Tensor]:
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of consecutive segments, deterministic; an empty segment sums to 0. (N,) and (M+1,) give (M,)."""
+    """Sums of consecutive segments, deterministic; an empty one sums to 0. (N,) or (C, N) gives (M,) or (C, M)."""
+    if values.dim() == 2:  # one by one: of a single row a GPU sums a segment by many threads, of several by one
+        return torch.stack([segment_sum(row, offsets) for row in values])
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
