@@ -19,7 +19,6 @@ from compact.student import StudentOutput
 from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
 from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls
 from compact_kernels.ragged import on_device
-from compact_kernels.rule import sequence_of_row
 
 BINS = 20  # parts of a rationale's body, whatever its length, that a curve has points for
 CURVES = ("proxy", "phsic")
@@ -74,27 +73,21 @@ class InformationLog:
         numbers = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]
         embedded = answer_embeddings(head.weight, ragged)
         found = self.queue.measure(output.hidden, embedded, on_device(numbers, torch.int64, device), ragged)
-        curves = torch.stack([evidence.double(), found.curve[ragged.rows].double()])  # (2, N)
-        scalars = torch.stack([*controls, found.scalar]).double()  # (4, S)
-        sums = self._sums(curves, scalars, ragged, batch["teachers"])
-        hsic = found.hsic.double()
-        total = torch.cat([sums, torch.stack([hsic.nan_to_num(), hsic.isfinite().double()])])
+        curves = torch.stack([evidence, found.curve[ragged.rows], torch.ones_like(evidence)])  # (3, N)
+        scalars = torch.stack([*controls, found.scalar])  # (4, S)
+        total = torch.cat([*self._sums(curves, scalars, ragged, batch["teachers"]), *_known(found.hsic[None])])
         self._pending.append((step, clock.stop(), total))
 
-    def _sums(self, curves: Tensor, scalars: Tensor, ragged: Ragged, teachers: Tensor) -> Tensor:
-        """What adds up over ranks: by teacher and part of the body, and by teacher."""
-        owner, count = sequence_of_row(ragged), len(self.teachers)
-        step = torch.arange(ragged.num_rows, device=owner.device) - ragged.cu_rows[:-1].long()[owner]
-        steps = ragged.body_lengths.long()[owner] + 1  # r_0 … r_B
-        inside = step < steps
-        part = (step * BINS // steps).clamp_max(BINS - 1)
-        place = teachers[owner] * BINS + part
-        values = torch.cat([curves, torch.ones_like(curves[:1])]) * inside  # (3, N)
-        by_part = values.new_zeros(3, count * BINS).index_add_(1, place, values)
-        known = scalars.isfinite()
-        both = torch.cat([scalars.nan_to_num(), known.double()])  # (8, S)
-        by_teacher = both.new_zeros(2 * len(INFORMATION), count).index_add_(1, teachers, both)
-        return torch.cat([by_part.flatten(), by_teacher.flatten()])
+    def _sums(self, curves: Tensor, scalars: Tensor, ragged: Ragged, teachers: Tensor) -> tuple[Tensor, Tensor]:
+        """What adds up over ranks: by teacher and part of the body, the last being beyond it, and by teacher."""
+        owner, count = ragged.sequence_of_row, len(self.teachers)
+        steps = (ragged.body_lengths + 1)[owner]  # r_0 … r_B
+        part = (ragged.step_of_row * BINS // steps).clamp_max(BINS)
+        place = teachers[owner] * (BINS + 1) + part
+        by_part = curves.new_zeros(3, count * (BINS + 1), dtype=torch.float64).index_add_(1, place, curves.double())
+        both = torch.cat(_known(scalars))  # (8, S)
+        by_teacher = both.new_zeros(len(both), count).index_add_(1, teachers, both)
+        return by_part.flatten(), by_teacher.flatten()
 
     def flush(self, accelerator: Any) -> dict[str, float]:
         """Write what is waiting, and give the last measurement's scalars for the log. Every rank calls it."""
@@ -113,8 +106,9 @@ class InformationLog:
 
     def _row(self, step: int, seconds: float, sums: Tensor) -> dict[str, Any]:
         count = len(self.teachers)
-        parts = sums[: 3 * count * BINS].view(3, count, BINS)
-        scalars = sums[3 * count * BINS : -2].view(2, len(INFORMATION), count)
+        parts, scalars, hsic = sums.split([3 * count * (BINS + 1), 2 * len(INFORMATION) * count, 2])
+        parts = parts.view(3, count, BINS + 1)[..., :BINS]
+        scalars = scalars.view(2, len(INFORMATION), count)
         teachers = {}
         for i, name in enumerate(self.teachers):
             if not scalars[1, 0, i]:
@@ -124,8 +118,13 @@ class InformationLog:
                 **{curve: _means(parts[j, i], parts[2, i]) for j, curve in enumerate(CURVES)},
                 **dict(zip(INFORMATION, _means(scalars[0, :, i], scalars[1, :, i]))),
             }
-        hsic = _means(sums[-2:-1], sums[-1:])[0]
-        return {"step": step, "hsic": hsic, "seconds": seconds, "teachers": teachers}
+        return {"step": step, "hsic": _means(hsic[:1], hsic[1:])[0], "seconds": seconds, "teachers": teachers}
+
+
+def _known(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, 0 where they are not finite, and whether they are, for sums; float64."""
+    known = values.abs() < math.inf
+    return values.where(known, 0.0).double(), known.double()
 
 
 def _means(sums: Tensor, counts: Tensor) -> list[float | None]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from compact_kernels.ragged import on_device
-from compact_kernels.rule import question_of_sequence
 
 
 class LastNormCap:
@@ -45,7 +44,7 @@ class LastNormCap:
     def _places(self, batch: Mapping[str, Any]) -> Tensor:
         rows = [self._rows.setdefault(name, len(self._rows)) for name in batch["question_ids"]]
         places = on_device(rows, torch.int64, self._norms.device)
-        return places[question_of_sequence(batch["ragged"])] * self.teachers + batch["teachers"]
+        return places[batch["ragged"].question_of_sequence] * self.teachers + batch["teachers"]
 
     def state_dict(self) -> dict[str, Any]:
         return {"questions": list(self._rows), "norms": self._norms}

@@ -18,7 +18,6 @@ from compact_kernels.head.planner import Chunk as HeadChunk
 from compact_kernels.head.rows import RowStatistics, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.torch_rows import capped_slope
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import question_of_sequence
 from compact_kernels.weighting import Decision, Settled
 
 Kind = Literal["kl", "jsd"]
@@ -203,7 +202,7 @@ class DivergencePass:
         """Σ_q upstream_q ∂D_q by hidden (T, D), weight (V, D) and bias (V,): those `wanted`; sums in float32."""
         x, head = self.rows(hidden), self.head.in_dtype(self.head.weight, self.head.bias, self.dtype)
         dtype = torch.promote_types(self.dtype, torch.float32)
-        gain = alpha * upstream.to(dtype)[question_of_sequence(self.ragged)] * head.slope
+        gain = alpha * upstream.to(dtype)[self.ragged.question_of_sequence] * head.slope
         grad_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
         grad_weight = torch.zeros(head.weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
         grad_bias = torch.zeros(head.vocabulary, dtype=dtype, device=hidden.device) if wanted[2] else None

@@ -15,17 +15,11 @@ from torch import Tensor
 
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, linear_token_stats
-from compact_kernels.ragged import Ragged
-from compact_kernels.rule import (
-    AdaptabilityOptions,
-    question_of_sequence,
-    segment_sum,
-    sequence_adaptability,
-    sequence_of_row,
-)
+from compact_kernels.ragged import Ragged, segment_of
+from compact_kernels.rule import AdaptabilityOptions, segment_sum, sequence_adaptability
 
-BLOCK = 128  # rows of the kernels' matrices that exist at once
-ROWS = 4096  # whose few logits exist at once
+BLOCK = 512  # rows of the kernels' matrices that exist at once: a batch and its queue, as a rule
+ROWS = 16384  # whose few logits exist at once
 
 
 # ------------------------------------------------------------------------------------------------ the proxy's controls
@@ -64,15 +58,12 @@ def proxy_controls(
         evidence = linear_token_stats(
             hidden, head_weight, targets, ragged, workspace_mib=workspace_mib, **head
         ).evidence
-    shuffled = _with_shuffled_mask(ragged, generator)
+    kinds, thinking = [evidence, evidence], [ragged.thinking, _shuffled_mask(ragged, generator)]
     if ragged.num_questions > 1:
-        other = _next_answers_evidence(hidden, LinearHead(head_weight, **head), ragged, evidence)
-        wrong = sequence_adaptability(other, ragged, options)
-    else:
-        wrong = torch.full((ragged.num_sequences,), float("nan"), dtype=evidence.dtype, device=evidence.device)
-    return ProxyControls(
-        sequence_adaptability(evidence, ragged, options), sequence_adaptability(evidence, shuffled, options), wrong
-    )
+        kinds.append(_next_answers_evidence(hidden, LinearHead(head_weight, **head), ragged, evidence))
+        thinking.append(ragged.thinking)
+    own, shuffled, *wrong = sequence_adaptability(torch.stack(kinds), ragged, options, torch.stack(thinking))
+    return ProxyControls(own, shuffled, wrong[0] if wrong else torch.full_like(own, float("nan")))
 
 
 def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evidence: Tensor) -> Tensor:
@@ -80,12 +71,11 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
 
     The log-sum-exp is that of the own evidence: what differs are the few logits asked for.
     """
-    counts = ragged.cu_evidence.diff()
-    of_id = torch.repeat_interleave(counts, output_size=ragged.evidence_ids.numel())
-    shares = of_id == torch.arange(ragged.num_sequences, device=counts.device)[:, None]
-    shares = shares / counts[:, None]  # (S, E), NaN without ids
-    following = ragged.cu_questions[:-1].long().roll(-1)[question_of_sequence(ragged)]  # a rationale of the next one
-    change = (shares[following] - shares).to(evidence.dtype)
+    of_id = segment_of(ragged.cu_evidence, ragged.evidence_ids.numel())
+    shares = of_id == torch.arange(ragged.num_sequences, device=of_id.device)[:, None]
+    shares = shares / ragged.cu_evidence.diff()[:, None]  # (S, E), NaN without ids
+    following = ragged.cu_questions[:-1].roll(-1)[ragged.question_of_sequence]  # a rationale of the next one
+    change = (shares.index_select(0, following) - shares).to(evidence.dtype)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     asked = replace(
         head,
@@ -94,25 +84,19 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     )
     parts = [
         (asked(hidden[rows].to(dtype)) * change[owner]).sum(1)
-        for rows, owner in zip(ragged.rows.split(ROWS), sequence_of_row(ragged).split(ROWS))
+        for rows, owner in zip(ragged.rows.split(ROWS), ragged.sequence_of_row.split(ROWS))
     ]
     return evidence + torch.cat(parts)
 
 
-def _with_shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Ragged:
-    """Thinking flags permuted among the steps 1 … B of each rationale."""
-    sizes = ragged.sizes.cu_rows
-    owner = sequence_of_row(ragged)
-    step = torch.arange(ragged.num_rows, device=ragged.device) - ragged.cu_rows[:-1].long()[owner]
-    inside = (step >= 1) & (step <= ragged.body_lengths.long()[owner])
+def _shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Tensor:
+    """Thinking flags (N,) permuted among the steps 1 … B of each rationale, all permutations alike."""
+    # Sorted by where a row's group begins and, within the group, by a draw below 1. A body is one group, any other row
+    # is one of its own: groups keep their places.
+    row = torch.arange(ragged.num_rows, device=ragged.device)
+    first = row - (ragged.step_of_row - 1) * ragged.in_body
     draw = torch.rand(ragged.num_rows, device=ragged.device, generator=generator, dtype=torch.float64)
-    # Rows outside the body keep their places: their keys lie apart from all others and in order.
-    place = torch.where(inside, owner * 3 + 1 + draw, owner * 3 + 2.5 * (step >= 1) + step / (2 * (sizes[-1] + 1)))
-    target = torch.where(inside, owner * 3.0 + 1, owner * 3 + 2.5 * (step >= 1))
-    order, where = place.argsort(), (target + step / (2.0 * (sizes[-1] + 1))).argsort()
-    thinking = torch.empty_like(ragged.thinking)
-    thinking[where] = ragged.thinking[order]
-    return replace(ragged, thinking=thinking)
+    return ragged.thinking[(first + draw).argsort()]
 
 
 # --------------------------------------------------------------------------------------------------------------- HSIC
@@ -142,27 +126,25 @@ def _hsic(
     x: Tensor, y: Tensor, kept: Tensor, scale_x: float | Tensor | None, scale_y: float | Tensor | None
 ) -> Tensor:
     """The same over the pairs that are `kept` (N,); NaN if those are fewer than 4."""
-    weight, count = kept.double(), kept.sum().double()
-    x, y = _centred(x, kept), _centred(y, kept)
-    both = weight.new_zeros(())
-    k, l_ = torch.zeros_like(weight), torch.zeros_like(weight)
+    both = torch.cat([x, y], 1)
+    both = both.to(torch.promote_types(both.dtype, torch.float32))
+    weight = kept.double()
+    count = weight.sum()
+    # Differences of states are small beside their common mean, which is taken away first.
+    both = both - (both * kept[:, None]).sum(0) / count.clamp_min(1)
+    x, y = both.split([x.shape[1], y.shape[1]], 1)
+    parts = []
     for start in range(0, x.shape[0], BLOCK):
         rows = slice(start, start + BLOCK)
         pairs = weight[rows, None] * weight
         pairs.diagonal(start).zero_()  # by indices a number would be put that the device has to wait for
-        a = _kernel(x[rows], x, scale_x).double() * pairs
-        b = _kernel(y[rows], y, scale_y).double() * pairs
-        both = both + (a * b).sum()
-        k[rows], l_[rows] = a.sum(1), b.sum(1)
-    cross = k.sum() * l_.sum() / ((count - 1) * (count - 2)) - 2 / (count - 2) * (k * l_).sum()
-    return torch.where(count >= 4, (both + cross) / (count * (count - 3)), float("nan"))
-
-
-def _centred(x: Tensor, kept: Tensor) -> Tensor:
-    """Differences of states are small beside their common mean, which is taken away first; at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = (x * kept[:, None]).sum(0) / kept.sum().clamp_min(1)
-    return torch.where(kept[:, None], x - mean, 0.0)
+        a, b = _kernel(x[rows], x, scale_x) * pairs, _kernel(y[rows], y, scale_y) * pairs
+        k, l_ = a.sum(1), b.sum(1)
+        parts.append(torch.stack([(a * b).sum(1), k, l_, k * l_]))
+    inner, k, l_, product = torch.cat(parts, 1).sum(1)
+    n, n1, n2, n3 = count - torch.arange(4, device=count.device)
+    found = inner.addcdiv(k * l_, n1 * n2).addcdiv(product, n2, value=-2) / (n * n3)
+    return torch.where(n >= 4, found, float("nan"))
 
 
 def _kernel(a: Tensor, b: Tensor, scale: float | Tensor | None) -> Tensor:
@@ -175,8 +157,8 @@ def _kernel(a: Tensor, b: Tensor, scale: float | Tensor | None) -> Tensor:
 
 def median_distance(x: Tensor, most: int = 256) -> Tensor:
     """The median heuristic for σ, (), from `most` rows at most; 1 where all are equal."""
-    some = _centred(x[:most], torch.ones_like(x[:most, 0], dtype=torch.bool))
-    distance = torch.pdist(some)
+    some = x[:most].to(torch.promote_types(x.dtype, torch.float32))
+    distance = torch.pdist(some - some.mean(0))
     median = distance.median() if distance.numel() else distance.new_ones(())
     return torch.where(median > 0, median, 1.0)
 
@@ -200,18 +182,15 @@ class InformationQueue:
     state and one answer a question: C (ψ − ν) = (1/n) Σ_q ⟨ψ_q − ν, ψ − ν⟩ (Σ_t r_qt − n_q μ).
 
     Args:
-        size: questions remembered. State is size·(D + D_y) float32 numbers.
+        size: questions remembered. State is (size + Q)·(D + D_y) float32 numbers.
     """
 
     def __init__(self, size: int = 256) -> None:
         if size < 4:
             raise ValueError(f"size is {size}; an estimate needs 4 questions at least")
         self.size = size
-        self._rows: Tensor | None = None  # (size, D) Σ_t r_qt
-        self._answers: Tensor | None = None  # (size, D_y)
-        self._counts: Tensor | None = None  # (size,) tokens; 0: an empty place
-        self._ids: Tensor | None = None  # (size,) int64
-        self._next = 0
+        # Σ_t r_qt (M, D), ψ (M, D_y), tokens (M,) and ids (M,) of the last M ≤ size questions, oldest first
+        self._kept: tuple[Tensor, ...] | None = None
 
     @torch.no_grad()
     def measure(self, hidden: Tensor, answers: Tensor, ids: Tensor, ragged: Ragged) -> Information:
@@ -222,59 +201,41 @@ class InformationQueue:
             answers: ψ(a) of every question, for one :func:`answer_embeddings`. (Q, D_y)
             ids: a number that stands for the question, the same at each visit. (Q,) int64
         """
-        states = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
-        answers = answers.detach().to(states.dtype)
-        owner = sequence_of_row(ragged)
-        question = question_of_sequence(ragged)[owner]  # (N,)
-        rows = states[ragged.rows]
-        shape = ragged.num_questions, states.shape[1]
-        offsets = ragged.cu_rows[ragged.cu_questions.long()]
-        sums = torch.segment_reduce(rows, "sum", offsets=offsets.long(), axis=0, unsafe=True, initial=0.0).view(shape)
-        counts = offsets.diff().to(states.dtype)
-        all_rows, all_answers, all_counts, all_ids = self._with(sums, answers, counts, ids)
-        # (Q, M): which questions each one's covariance is made of, and their tokens
-        weight = all_counts * (all_ids != ids[:, None])
+        rows = hidden[ragged.rows].to(torch.promote_types(hidden.dtype, torch.float32))
+        answers = answers.to(rows.dtype)
+        question = ragged.question_of_sequence[ragged.sequence_of_row]  # (N,)
+        members = (question == torch.arange(ragged.num_questions, device=question.device)[:, None]).to(rows.dtype)
+        batch = members @ rows, answers, members.sum(1), ids
+        earlier = tuple(part[:0] for part in batch) if self._kept is None else self._kept
+        everything = tuple(map(torch.cat, zip(earlier, batch)))
+        self._kept = tuple(part[-self.size :] for part in everything)
+        all_rows, all_answers, all_counts, all_ids = everything
+        others = (all_ids != ids[:, None]).to(rows.dtype)  # (Q, M): which questions each one's covariance is made of
+        weight = all_counts * others  # their tokens
         total = weight.sum(1, keepdim=True).clamp_min(1)
         mean_answer = weight @ all_answers / total
-        mean_state = (weight > 0).to(states.dtype) @ all_rows / total
+        mean_state = others @ all_rows / total
         own = answers - mean_answer  # (Q, D_y)
-        alike = own @ all_answers.t() - (own * mean_answer).sum(1, keepdim=True)  # ⟨ψ_q' − ν, ψ − ν⟩
-        alike = alike * (weight > 0)
+        alike = (own @ all_answers.t() - (own * mean_answer).sum(1, keepdim=True)) * others  # ⟨ψ_q' − ν, ψ − ν⟩
         direction = (alike @ all_rows - (alike * weight).sum(1, keepdim=True) * mean_state) / total  # (Q, D)
-        values = (rows * direction[question]).sum(1) - (mean_state * direction).sum(1)[question]
-        curve = states.new_zeros(states.shape[0]).index_copy_(0, ragged.rows, values)
+        values = rows @ direction.t() - (mean_state * direction).sum(1)  # (N, Q): of every question
+        values = values.gather(1, question[:, None]).squeeze(1)
+        curve = rows.new_zeros(hidden.shape[0]).index_copy_(0, ragged.rows, values)
         scalar = segment_sum(values, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)
         pooled = all_rows / all_counts.clamp_min(1)[:, None]
-        # One pair a question: of a question met twice, the newest, which is the batch's.
-        kept = (all_counts > 0) & ~((all_ids[:, None] == all_ids).triu(1) & (all_counts > 0)).any(1)
-        found = _hsic(pooled, all_answers, kept, None, None)
-        self._push(sums, answers, counts, ids)
-        return Information(curve, scalar, found)
-
-    def _with(self, *batch: Tensor) -> list[Tensor]:
-        kept = (self._rows, self._answers, self._counts, self._ids)
-        return [new if old is None else torch.cat([old, new]) for old, new in zip(kept, batch)]
-
-    def _push(self, rows: Tensor, answers: Tensor, counts: Tensor, ids: Tensor) -> None:
-        if self._rows is None:
-            self._rows = rows.new_zeros(self.size, rows.shape[1])
-            self._answers = answers.new_zeros(self.size, answers.shape[1])
-            self._counts, self._ids = counts.new_zeros(self.size), ids.new_full((self.size,), -1)
-        assert self._answers is not None and self._counts is not None and self._ids is not None
-        some = min(len(ids), self.size)
-        place = (torch.arange(some, device=ids.device) + self._next) % self.size
-        for store, new in zip((self._rows, self._answers, self._counts, self._ids), (rows, answers, counts, ids)):
-            store[place] = new[-some:]
-        self._next = (self._next + some) % self.size
+        # One pair a question: of a question met twice, the newest.
+        there = all_counts > 0
+        again = ((all_ids[:, None] == all_ids) & there).triu(1).any(1)
+        return Information(curve, scalar, _hsic(pooled, all_answers, there & ~again, None, None))
 
 
 @torch.no_grad()
 def answer_embeddings(weight: Tensor, ragged: Ragged) -> Tensor:
     """ψ(a) (Q, D): the mean of the answer ids' rows of an embedding or head (V, D), of length 1; zeros without ids."""
-    first = ragged.cu_questions[:-1].long()
     rows = weight[ragged.evidence_ids].to(torch.promote_types(weight.dtype, torch.float32))
-    sums = torch.segment_reduce(rows, "sum", offsets=ragged.cu_evidence.long(), axis=0, unsafe=True, initial=0.0)
-    return torch.nn.functional.normalize(sums.view(ragged.num_sequences, -1)[first], dim=-1)
+    sums = torch.segment_reduce(rows, "sum", offsets=ragged.cu_evidence, axis=0, unsafe=True, initial=0.0)
+    sums = sums.view(ragged.num_sequences, -1).index_select(0, ragged.cu_questions[:-1])  # of a first rationale each
+    return torch.nn.functional.normalize(sums, dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- peaks
@@ -299,7 +260,7 @@ def robust_peaks(
     """
     count = offsets.numel() - 1
     offsets = offsets.long()
-    owner = torch.repeat_interleave(offsets.diff(), output_size=curve.numel())
+    owner = segment_of(offsets, curve.numel())
     step = torch.arange(curve.numel(), device=curve.device) - offsets[owner]
     table = curve.new_full((count, max(longest, 1)), float("inf")).index_put((owner, step), curve)
     centre = _median(table, offsets)

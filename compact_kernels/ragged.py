@@ -227,6 +227,26 @@ class Ragged:
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < below:
                 raise ValueError(f"ragged.{name} must lie in 0 … {below - 1}")
 
+    @cached_property
+    def sequence_of_row(self) -> Tensor:
+        """The rationale that each scored row belongs to, (N,) int64; found once a batch, as what follows."""
+        return segment_of(self.cu_rows, self.num_rows)
+
+    @cached_property
+    def step_of_row(self) -> Tensor:
+        """t of each scored row r_t, (N,) int64."""
+        return torch.arange(self.num_rows, device=self.device) - self.cu_rows[:-1][self.sequence_of_row]
+
+    @cached_property
+    def in_body(self) -> Tensor:
+        """Whether a scored row has just read a body token: r_1 … r_{B_k}, (N,) bool."""
+        return (self.step_of_row >= 1) & (self.step_of_row <= self.body_lengths[self.sequence_of_row])
+
+    @cached_property
+    def question_of_sequence(self) -> Tensor:
+        """The question that each rationale belongs to, (S,) int64."""
+        return segment_of(self.cu_questions, self.num_sequences)
+
     @property
     def device(self) -> torch.device:
         return self.rows.device
@@ -295,6 +315,12 @@ class Ragged:
     def pin_memory(self) -> Ragged:
         """A copy in pinned host memory, for DataLoader's ``pin_memory``."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+
+def segment_of(offsets: Tensor, total: int) -> Tensor:
+    """The segment of each of `total` places, the last offset: (M+1,) gives (total,) int64 in 0 … M−1."""
+    places = torch.arange(total, dtype=offsets.dtype, device=offsets.device)
+    return torch.bucketize(places, offsets[1:], right=True)
 
 
 def on_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:

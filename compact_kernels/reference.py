@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import TokenStatistics, question_slots, sequence_of_row
+from compact_kernels.rule import TokenStatistics, question_slots
 
 
 def token_pass(
@@ -36,7 +36,7 @@ def token_pass(
     last = max(ragged.evidence_ids.numel() - 1, 0)
     ids = ragged.evidence_ids.new_zeros(1) if ragged.evidence_ids.numel() == 0 else ragged.evidence_ids
     answer_ids = ids[(starts[:, None] + slot).clamp_max(last)]  # (S, m)
-    sequence = sequence_of_row(ragged)
+    sequence = ragged.sequence_of_row
 
     def chunk(rows: Tensor, target: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
         logp = head(rows).log_softmax(-1)  # (c, V); z − logsumexp would round at the size of the logits

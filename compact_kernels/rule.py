@@ -78,38 +78,27 @@ class CompatibilityRule:
         return question_softmax(score / self.temperature, ragged)
 
 
-def sequence_adaptability(evidence: Tensor, ragged: Ragged, options: AdaptabilityOptions) -> Tensor:
+def sequence_adaptability(
+    evidence: Tensor, ragged: Ragged, options: AdaptabilityOptions, thinking: Tensor | None = None
+) -> Tensor:
     """S_MI of every rationale: Σ_t ReLU(I_t − I_{t−1}) · M_t (eq. 3).
 
     Args:
-        evidence: I_t of every scored row. (N,)
+        evidence: I_t of every scored row. (N,), or (C, N) for C kinds of it
+        thinking: M's flags, where not the batch's own. As `evidence`
 
     Returns:
-        (S,) nats; nats a body token under ``length_norm="mean"``.
+        (S,), or (C, S), nats; nats a body token under ``length_norm="mean"``.
     """
     if ragged.num_rows == 0:
-        return evidence.new_zeros(ragged.num_sequences)
-    sequence = sequence_of_row(ragged)
-    step = torch.arange(ragged.num_rows, device=evidence.device) - ragged.cu_rows[:-1].long()[sequence]
-    jump = torch.relu(evidence - evidence.roll(1))
-    jump = jump.where(ragged.thinking, jump * options.epsilon)
-    counted = step >= 1
-    if options.span == "body":
-        counted = counted & (step <= ragged.body_lengths.long()[sequence])
+        return evidence.new_zeros(*evidence.shape[:-1], ragged.num_sequences)
+    jump = torch.relu(evidence - evidence.roll(1, -1))
+    jump = jump.where(ragged.thinking if thinking is None else thinking, jump * options.epsilon)
+    counted = ragged.in_body if options.span == "body" else ragged.step_of_row >= 1
     total = segment_sum(jump.where(counted, 0.0), ragged.cu_rows)
     if options.length_norm == "mean":
         total = total / ragged.body_lengths.clamp_min(1)
     return total
-
-
-def sequence_of_row(ragged: Ragged) -> Tensor:
-    """The rationale that each scored row belongs to, (N,) int64."""
-    return _owner(ragged.cu_rows, ragged.num_rows)
-
-
-def question_of_sequence(ragged: Ragged) -> Tensor:
-    """The question that each rationale belongs to, (S,) int64."""
-    return _owner(ragged.cu_questions, ragged.num_sequences)
 
 
 def question_slots(ragged: Ragged) -> tuple[Tensor, Tensor]:
@@ -124,8 +113,10 @@ def question_slots(ragged: Ragged) -> tuple[Tensor, Tensor]:
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of consecutive segments, deterministic; an empty segment sums to 0. (N,) and (M+1,) give (M,)."""
-    return torch.segment_reduce(values, "sum", offsets=offsets.long(), unsafe=True, initial=0.0)
+    """Sums of consecutive segments, deterministic; an empty one sums to 0. (N,) or (C, N) gives (M,) or (C, M)."""
+    if values.dim() == 2:  # one by one: of a single row a GPU sums a segment by many threads, of several by one
+        return torch.stack([segment_sum(row, offsets) for row in values])
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
 def question_spread(values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
@@ -135,7 +126,7 @@ def question_spread(values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
 
 def question_zscore(values: Tensor, ragged: Ragged) -> Tensor:
     """z-score of a metric over the rationales of each question, (S,); 0 where the spread is rounding."""
-    question = question_of_sequence(ragged)
+    question = ragged.question_of_sequence
     centred, mean, std = _centre(values, ragged)
     flat = std <= 1e-6 * mean.abs().clamp_min(1.0)
     return torch.where(flat[question], 0.0, centred / std.where(~flat, 1.0)[question])
@@ -143,22 +134,17 @@ def question_zscore(values: Tensor, ragged: Ragged) -> Tensor:
 
 def question_softmax(scores: Tensor, ragged: Ragged) -> Tensor:
     """softmax over the rationales of each question, (S,)."""
-    question = question_of_sequence(ragged)
-    top = torch.segment_reduce(scores, "max", offsets=ragged.cu_questions.long(), unsafe=True)
+    question = ragged.question_of_sequence
+    top = torch.segment_reduce(scores, "max", offsets=ragged.cu_questions, unsafe=True)
     weight = (scores - top[question]).exp()
     return weight / segment_sum(weight, ragged.cu_questions)[question]
 
 
 def _centre(values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor]:
     """Values without their question's mean (S,), the means (Q,) and the population standard deviations (Q,)."""
-    question, count = question_of_sequence(ragged), ragged.cu_questions.diff()
+    question, count = ragged.question_of_sequence, ragged.cu_questions.diff()
     mean = segment_sum(values, ragged.cu_questions) / count
     centred = values - mean[question]
     # The mean rounds at the size of the values, which may be far more than their spread: take away what is left.
     centred = centred - (segment_sum(centred, ragged.cu_questions) / count)[question]
     return centred, mean, (segment_sum(centred.square(), ragged.cu_questions) / count).sqrt()
-
-
-def _owner(offsets: Tensor, total: int) -> Tensor:
-    counts = offsets.diff().long()
-    return torch.arange(counts.numel(), device=offsets.device).repeat_interleave(counts, output_size=total)

@@ -17,7 +17,6 @@ from compact_kernels.rule import (
     TokenStatistics,
     segment_sum,
     sequence_adaptability,
-    sequence_of_row,
 )
 
 Reduction = Literal["mean", "sum", "token"]
@@ -153,7 +152,7 @@ def given_row_weight(alpha: Tensor, targets_per_rationale: Tensor, ragged: Ragge
     weight = alpha * weighting.normalizer
     if weighting.divide_by_targets:
         weight = weight / targets_per_rationale.clamp_min(1)
-    return weight[sequence_of_row(ragged)]
+    return weight[ragged.sequence_of_row]
 
 
 @torch.no_grad()

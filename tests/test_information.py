@@ -15,7 +15,7 @@ from compact.strategies.compact import Compact
 from compact_kernels import AdaptabilityOptions, Ragged
 from compact_kernels.information import (
     InformationQueue,
-    _with_shuffled_mask,
+    _shuffled_mask,
     answer_embeddings,
     hsic,
     median_distance,
@@ -44,7 +44,7 @@ def normal(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 @pytest.mark.parametrize("scale", [None, 3.0])
-@pytest.mark.parametrize("count", [4, 5, 130, 300])
+@pytest.mark.parametrize("count", [4, 5, 130, 1030])  # and several blocks of rows
 def test_hsic_is_the_dense_formula(count, scale):
     x, y = normal(count, 6) + 100, normal(count, 3, seed=1)
     truth = dense_hsic(x, y, scale)
@@ -88,34 +88,35 @@ def shape_of(questions: int, rationales: int = 2, length: int = 6) -> Ragged:
 
 def test_phsic_is_the_covariance_of_the_other_questions():
     ragged, queue = shape_of(5), InformationQueue(size=7)
-    seen: list[tuple[int, Tensor, Tensor]] = []  # every token: question, state, answer
+    seen: list[list[tuple[int, Tensor, Tensor]]] = []  # by question met, every token: question, state, answer
     for visit in range(3):
         ids = torch.arange(5) + 3 * visit  # questions 3, 4, 6, 7 are met twice
         hidden, answers = normal(int(ragged.cu_seqlens[-1]), 4, seed=visit), normal(5, 3, seed=10 + visit)
-        found = queue.measure(hidden, answers, ids, ragged)
+        given = hidden.clone(), answers.clone(), ids.clone()
+        found = queue.measure(*given, ragged)
+        for tensor in given:
+            tensor.zero_()  # what the queue remembers is its own
         cu_rows, cu_q = ragged.cu_rows.tolist(), ragged.cu_questions.tolist()
         mine = []
         for q in range(5):
-            for row in range(cu_rows[cu_q[q]], cu_rows[cu_q[q + 1]]):
-                mine.append((int(ids[q]), hidden[ragged.rows[row]], answers[q]))
-        everything = seen + mine
-        for row in (0, 7, len(mine) - 1):
-            own, state, answer = mine[row]
-            others = [(r, a) for i, r, a in everything if i != own]
+            rows = ragged.rows[cu_rows[cu_q[q]] : cu_rows[cu_q[q + 1]]]
+            mine.append([(int(ids[q]), hidden[row], answers[q]) for row in rows])
+        met = seen + mine
+        tokens = [token for part in mine for token in part]
+        for row in (0, 7, len(tokens) - 1):
+            own, state, answer = tokens[row]
+            others = [(r, a) for part in met for i, r, a in part if i != own]
             r, a = torch.stack([r for r, _ in others]), torch.stack([a for _, a in others])
             covariance = (r - r.mean(0)).T @ (a - a.mean(0)) / len(others)
             truth = (state - r.mean(0)) @ covariance @ (answer - a.mean(0))
             torch.testing.assert_close(found.curve[ragged.rows[row]], truth, rtol=1e-9, atol=1e-12)
         means = [found.curve[ragged.rows[a:b]].mean() for a, b in zip(cu_rows, cu_rows[1:])]
         torch.testing.assert_close(found.scalar, torch.stack(means), rtol=1e-9, atol=1e-12)
-        blocks = [everything[i : i + len(mine)] for i in range(0, len(everything), len(mine))]
-        per_question = []  # as the queue holds them: by visit and question
-        for block in blocks:
-            for number in dict.fromkeys(i for i, _, _ in block):
-                part = [(i, r, a) for i, r, a in block if i == number]
-                per_question.append(part)
-        kept = per_question[-7:]
-        seen = [entry for part in kept for entry in part]
+        newest = {part[0][0]: part for part in met}  # a question met twice is one pair, the last of it
+        states = torch.stack([torch.stack([r for _, r, _ in part]).mean(0) for part in newest.values()])
+        truth = dense_hsic(states, torch.stack([part[0][2] for part in newest.values()]), None)
+        torch.testing.assert_close(found.hsic, truth, rtol=1e-9, atol=1e-12)
+        seen = met[-7:]
 
 
 def test_an_epiphany_is_found_by_phsic_and_by_its_peak():
@@ -165,7 +166,8 @@ def test_peaks_are_robust_and_apart():
 
 
 @pytest.mark.parametrize("head", [{}, {"bias": normal(17, seed=2), "softcap": 3.0, "logit_scale": 0.7}])
-def test_the_proxys_controls_change_what_they_say_and_nothing_else(head):
+def test_the_proxys_controls_change_what_they_say_and_nothing_else(head, monkeypatch):
+    monkeypatch.setattr("compact_kernels.information.ROWS", 8)  # several chunks of rows
     ragged = Ragged.build(
         sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
         body_lengths=[8, 5, 9], evidence_ids=[[3, 4], [3, 4], [7]],
@@ -187,13 +189,39 @@ def test_the_proxys_controls_change_what_they_say_and_nothing_else(head):
     flat = AdaptabilityOptions(epsilon=1.0)  # a mask of ones: nothing to shuffle
     same = proxy_controls(hidden, weight, targets, ragged, flat, generator, **head)
     torch.testing.assert_close(same.shuffled_mask, same.adaptability)
-    # flags stay within each body, as many as they were
-    moved = _with_shuffled_mask(ragged, generator)
-    for s, (a, b) in enumerate(zip(ragged.cu_rows.tolist(), ragged.cu_rows.tolist()[1:])):
-        body = int(ragged.body_lengths[s])
-        assert moved.thinking[a : a + body + 1].sum() == ragged.thinking[a : a + body + 1].sum()
-        assert torch.equal(moved.thinking[a + body + 1 : b], ragged.thinking[a + body + 1 : b])
-        assert not moved.thinking[a]
+
+
+def test_a_question_alone_has_no_wrong_answer():
+    ragged = Ragged.build(
+        sequence_lengths=[12, 9], prompt_lengths=[2, 2], rationales_per_question=[2], body_lengths=[8, 0],
+        evidence_ids=[[3, 4], [3, 4]],
+    )  # fmt: skip
+    found = proxy_controls(normal(21, 6), normal(17, 6, seed=1), torch.zeros(21, dtype=torch.int64), ragged)
+    assert found.wrong_answer.isnan().all()  # that of a rationale without a body too
+    assert found.adaptability[0] > 0 and found.adaptability[1] == 0
+    assert torch.equal(found.shuffled_mask, found.adaptability)  # no flag is set
+
+
+def test_shuffled_flags_stay_in_their_bodies_and_every_order_is_as_likely():
+    flags = [
+        [True, False, True, False, True, False],
+        [True, True],
+        [True, False, False, True],
+        [False, True, False, True],
+    ]
+    ragged = Ragged.build(
+        sequence_lengths=[8, 4, 6, 6], prompt_lengths=[2] * 4, rationales_per_question=[3, 1],
+        body_lengths=[4, 0, 3, 2], thinking=flags,
+    )  # fmt: skip
+    generator, draws = torch.Generator().manual_seed(0), 6000
+    moved = torch.stack([_shuffled_mask(ragged, generator) for _ in range(draws)])
+    assert torch.equal(moved[:, ~ragged.in_body], ragged.thinking[~ragged.in_body].expand(draws, -1))
+    assert ragged.thinking[~ragged.in_body].any()  # some flags have to stay
+    for s, ways in ((0, 6), (2, 3), (3, 2)):  # 2 flags in a body of 4, 1 of 3, 1 of 2; rationale 1 has no body
+        body = ragged.in_body & (ragged.sequence_of_row == s)
+        assert moved[:, body].sum(1).eq(ragged.thinking[body].sum()).all()
+        seen = moved[:, body].unique(dim=0, return_counts=True)[1]
+        assert len(seen) == ways and (seen - draws / ways).abs().max() < 4 * (draws / ways) ** 0.5
 
 
 def test_answers_are_embedded_once_a_question():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compact_kernels import Ragged
+from compact_kernels.ragged import segment_of
 
 # Two questions; p: prompt, b: body, a: answer, e: end. The rationales: p p b b a e | p p a a e | p b e
 GOOD: dict[str, Any] = {
@@ -48,6 +49,20 @@ def test_a_described_batch_has_these_contents():
     for name in ("cu_seqlens", "cu_questions", "cu_rows", "cu_evidence", "cu_span", "body_lengths"):
         assert getattr(ragged, name).dtype == torch.int32
     assert ragged.thinking.dtype == torch.bool
+
+
+def test_rows_and_rationales_know_where_they_belong():
+    ragged = Ragged.build(**GOOD)
+    assert ragged.sequence_of_row.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert ragged.step_of_row.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+    assert ragged.in_body.tolist() == [False, True, True, False, False, False, False, False, True]
+    assert ragged.question_of_sequence.tolist() == [0, 0, 1]
+    assert ragged.sequence_of_row is ragged.sequence_of_row  # found once
+    assert ragged.questions(1, 2).sequence_of_row.tolist() == [0, 0]  # of a part, not of the whole
+    empty = torch.tensor([0, 0, 2, 2, 3, 3], dtype=torch.int32)
+    assert segment_of(empty, 3).tolist() == [1, 1, 3] and segment_of(empty[:1], 0).tolist() == []
+    for places in (ragged.sequence_of_row, ragged.step_of_row, ragged.question_of_sequence):
+        assert places.dtype == torch.int64
 
 
 def test_a_rationale_without_details_is_all_body_without_an_answer():

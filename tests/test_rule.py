@@ -109,3 +109,5 @@ def test_sums_of_segments_include_empty_ones():
     offsets = torch.tensor([0, 0, 2, 2, 3], dtype=torch.int32)
     assert segment_sum(torch.tensor([1.0, 2.0, 4.0]), offsets).tolist() == [0.0, 3.0, 0.0, 4.0]
     assert segment_sum(torch.zeros(0), torch.tensor([0, 0])).tolist() == [0.0]
+    both = segment_sum(torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]), offsets)
+    assert both.tolist() == [[0.0, 3.0, 0.0, 4.0], [0.0, 24.0, 0.0, 32.0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compact_kernels import AdaptabilityOptions, CompatibilityRule, Ragged, Statistics, TokenStatistics
-from compact_kernels.rule import segment_sum, sequence_adaptability, sequence_of_row
+from compact_kernels.rule import segment_sum, sequence_adaptability
 from tests.head_cases import use_native_cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +70,7 @@ def expected(ragged: Ragged, tensors: dict[str, Any], **options: Any) -> tuple[t
     weight = alpha * options.get("normalizer", 0.25)
     if options.get("divide_by_targets", True):
         weight = weight / per_rationale.clamp_min(1)
-    return alpha, adaptability, loss, per_rationale, weight[sequence_of_row(host)]
+    return alpha, adaptability, loss, per_rationale, weight[host.sequence_of_row]
 
 
 def run(ragged: Ragged, tensors: dict[str, Any], chunks: list[tuple[int, int]] | None = None, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
 from compact_kernels import CompatibilityRule, Statistics
 from compact_kernels.ragged import on_device
-from compact_kernels.rule import question_of_sequence, question_softmax, segment_sum
+from compact_kernels.rule import question_softmax, segment_sum
 
 
 class Uniform(Strategy):
@@ -33,8 +33,8 @@ class LowestLoss(Strategy):
     def weights(self, statistics: Statistics, context: Context) -> Tensor:
         ragged = statistics.ragged
         lowest = torch.segment_reduce(statistics.difficulty, "min", offsets=ragged.cu_questions.long(), unsafe=True)
-        best = (statistics.difficulty == lowest[question_of_sequence(ragged)]).to(statistics.difficulty.dtype)
-        return best / segment_sum(best, ragged.cu_questions)[question_of_sequence(ragged)]
+        best = (statistics.difficulty == lowest[ragged.question_of_sequence]).to(statistics.difficulty.dtype)
+        return best / segment_sum(best, ragged.cu_questions)[ragged.question_of_sequence]
 
 
 class CaMkd(Strategy):
@@ -42,7 +42,7 @@ class CaMkd(Strategy):
 
     def weights(self, statistics: Statistics, context: Context) -> Tensor:
         ragged = statistics.ragged
-        question = question_of_sequence(ragged)
+        question = ragged.question_of_sequence
         others = (ragged.cu_questions.diff() - 1)[question]
         hardness = question_softmax(statistics.difficulty, ragged)
         return ((1 - hardness) / others.clamp_min(1)).where(others > 0, 1.0)
@@ -62,7 +62,7 @@ class Fixed(Strategy):
     def given(self, context: Context) -> Tensor:
         ragged = context.ragged
         weight = on_device(self.table, torch.float32, ragged.device)[context.teachers]
-        return weight / segment_sum(weight, ragged.cu_questions)[question_of_sequence(ragged)]
+        return weight / segment_sum(weight, ragged.cu_questions)[ragged.question_of_sequence]
 
     def uses_teacher(self, index: int) -> bool:
         return self.table[index] > 0

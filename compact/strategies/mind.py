@@ -17,7 +17,7 @@ from compact.randomness import random_state_kept
 from compact.strategies.base import Context, Strategy
 from compact_kernels import Ragged, Statistics
 from compact_kernels.ragged import on_device
-from compact_kernels.rule import question_of_sequence, segment_sum
+from compact_kernels.rule import segment_sum
 
 LEAST_LOG = math.log(1e-30)  # of a target probability
 
@@ -250,7 +250,7 @@ class Mind(Strategy):
 
 def paths_apart(ragged: Ragged) -> Tensor:
     """Which pairs of a batch's rationales are not of one question. (S, S) bool"""
-    question = question_of_sequence(ragged)
+    question = ragged.question_of_sequence
     return question[:, None] != question
 
 
