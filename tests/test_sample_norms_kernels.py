@@ -55,6 +55,42 @@ def test_gram_norms(lengths, widths, biased, dtype):
         )
 
 
+class Kernel:
+    """One that gives away what it compiled, as Triton's do, and counts how often it was asked to."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.bound = kernel, 0
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.bound += 1
+            self.kernel[grid](*arguments, **options)
+            return self.kernel
+
+        return launch
+
+
+def test_a_launch_is_bound_once_for_all_that_triton_compiles_alike(monkeypatch):
+    kernel = Kernel(launch.kernels.gram_kernel)
+    monkeypatch.setattr(launch.kernels, "gram_kernel", kernel)
+    monkeypatch.setattr(launch, "_KEPT", True)
+    monkeypatch.setattr(launch, "_compiled", {})
+    cut, longer = segments((5, 33)), segments((7, 40, 2))
+    odd = torch.cat([cut.cu[:1], cut.cu])[1:]  # not aligned to 16 bytes
+    for bound, cu, batch, width, dtype in (
+        (1, cut.cu, cut, 40, torch.float32), (1, cut.cu, cut, 40, torch.float32),
+        (1, longer.cu, longer, 40, torch.float32), (2, odd, cut, 40, torch.float32),
+        (3, cut.cu, cut, 24, torch.float32), (4, cut.cu, cut, 40, torch.bfloat16),
+    ):  # fmt: skip
+        x, g = matrix(batch.tokens, 48, dtype, bound), matrix(batch.tokens, width, dtype, bound + 1)
+        found = launch.gram_norms(x, [g], 1, cu, batch.tiles)
+        truth = plain.gram_norms(x.double(), [g.double()], 1, cu, batch.tiles)
+        torch.testing.assert_close(
+            by_rationale(found, batch).double(), by_rationale(truth, batch), rtol=TOLERANCE[dtype], atol=0
+        )
+        assert kernel.bound == bound
+
+
 @pytest.mark.parametrize("rest", [0.3, 0.03, 0.004])
 def test_gram_norms_of_cancelling_tokens_err_by_what_was_summed(rest, record_property):
     """A Gram matrix adds large terms to a small norm; the error is of the terms' size, float32's rounding of them."""

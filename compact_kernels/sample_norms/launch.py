@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -67,14 +67,46 @@ def _precision(dtype: torch.dtype) -> tuple[str, bool]:
     return ("ieee" if _INTERPRETED or dtype != torch.float32 else "tf32x3"), _INTERPRETED
 
 
-def _tiled(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    size = matrix.element_size()
-    fits = matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0
-    if not fits or matrix.stride(0) < matrix.shape[1]:
-        count, dim = matrix.shape
-        copy = matrix.new_empty(count, -(-dim * size // 16) * 16 // size)[:, :dim]
+class _Descriptor(TensorDescriptor):
+    def __post_init__(self) -> None:
+        """Nothing to check: :func:`_tiled` makes what Triton asks for."""
+
+
+def _tiled(matrix: Tensor, rows: int, columns: int) -> _Descriptor:
+    size, dim = matrix.element_size(), matrix.shape[1]
+    stride, unit = matrix.stride()
+    if unit != 1 or stride < dim or stride * size % 16 or matrix.data_ptr() % 16:
+        copy = matrix.new_empty(matrix.shape[0], -(-dim * size // 16) * 16 // size)[:, :dim]
         matrix = copy.copy_(matrix)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+        stride = matrix.stride(0)
+    return _Descriptor(matrix, list(matrix.shape), [stride, 1], [rows, columns])
+
+
+# Whether compiled kernels are kept: elsewhere Triton looks at more of a tensor (AMD: its size), or compiles nothing.
+_KEPT = torch.version.cuda is not None and not _INTERPRETED
+_compiled: dict[tuple, Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[Any, ...], scalars: tuple[Any, ...], **options: int
+) -> None:
+    """A kernel of `tensors` (the last is written to) and then `scalars`, constexprs among them.
+
+    Triton finds what it has compiled by binding every argument, which is half of a launch's time on the host. What it
+    compiles anew for is known here: a tensor's dtype and alignment, a scalar's value, options.
+    """
+    kinds = [
+        None if t is None else t.base.dtype if isinstance(t, _Descriptor) else (t.dtype, t.data_ptr() % 16 == 0)
+        for t in tensors
+    ]
+    key = kernel, tensors[-1].get_device(), *kinds, *scalars, *options.values()
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *scalars)
+        return
+    compiled = kernel[grid](*tensors, *scalars, **options)
+    if _KEPT:
+        _compiled[key] = compiled
 
 
 def _unit(matrix: Tensor) -> Tensor:
@@ -121,13 +153,15 @@ def _gram(
     parts = gram_parts(count, *widths)
     out = torch.empty(parts, count, dtype=torch.float32, device=grads[0].device)
     precision, upcast = _precision(dtype)
-    kernels.gram_kernel[(count, parts)](
-        given, ids if ids is not None else cu, *padded, factor if factor is not None else out, cu, tiles, out,
-        widths[0], *dims, ignored,
-        INPUT=mode.value, LAYERS=len(grads), BIASED=biased, HAS_FACTOR=factor is not None,
-        PARTS=parts, SPLIT_INPUT=widths[0] > widths[1], BLOCK=BLOCK, BLOCK_K=block_k,
-        PRECISION=precision, UPCAST=upcast, num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
+    constants = mode.value, len(grads), biased, factor is not None, parts, widths[0] > widths[1], BLOCK, block_k
+    _launch(
+        kernels.gram_kernel,
+        (count, parts, 1),
+        (given, ids if ids is not None else cu, *padded, factor if factor is not None else out, cu, tiles, out),
+        (widths[0], *dims, ignored, *constants, precision, upcast),
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -163,10 +197,13 @@ def _stored_product(a: Tensor, b: Tensor, weights: Tensor | None, offsets: list[
         torch.bmm(left.transpose(1, 2), right, **given, out=products[first : first + count])
     parts = stored_parts(m, n)
     norms = torch.empty(parts, rationales, dtype=torch.float32, device=a.device)
-    kernels.stored_kernel[(parts,)](
-        products, weights if weights is not None else norms, total, norms, m * n, rationales,
-        HAS_WEIGHTS=weights is not None, BLOCK=STORED_BLOCK, num_warps=4,
-    )  # fmt: skip
+    _launch(
+        kernels.stored_kernel,
+        (parts, 1, 1),
+        (products, weights if weights is not None else norms, total, norms),
+        (m * n, rationales, weights is not None, STORED_BLOCK),
+        num_warps=4,
+    )
     return total, norms
 
 
@@ -206,13 +243,16 @@ def _product(
 ) -> None:
     a, b = _unit(a), _unit(b.to(a.dtype))
     precision, upcast = _precision(a.dtype)
-    kernels.product_kernel[(product_parts(a.shape[1], b.shape[1]), splits)](
-        a, b, cu, weights if weights is not None else norms, total if total is not None else norms, norms,
-        a.stride(0), b.stride(0), a.shape[1], b.shape[1], cu.shape[0] - 1,
-        HAS_WEIGHTS=weights is not None, HAS_SUM=total is not None, COLUMNS=columns, SPLITS=splits,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, PRECISION=precision, UPCAST=upcast,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    m, n = a.shape[1], b.shape[1]
+    constants = weights is not None, total is not None, columns, splits, tile.m, tile.n, tile.k
+    _launch(
+        kernels.product_kernel,
+        (product_parts(m, n), splits, 1),
+        (a, b, cu, weights if weights is not None else norms, total if total is not None else norms, norms),
+        (a.stride(0), b.stride(0), m, n, cu.shape[0] - 1, *constants, precision, upcast),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: str, eps: float) -> Tensor:
@@ -220,12 +260,17 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
     tokens, heads, dim = gradient.shape
     out = torch.empty(cu.shape[0] - 1, slices, dim, dtype=torch.float32, device=x.device)
     block, rows, warps = _scale_tile(dim)
-    kernels.scale_kernel[(out.shape[0] * slices,)](
-        x, gradient, cu, out, x.stride(0), x.stride(1), gradient.stride(0), gradient.stride(1),
-        heads, dim, slices, eps,
-        KIND={"rms": 0, "layer": 1, "ones": 2}[kind], SLICE=SLICE, ROWS=rows, BLOCK_D=block, num_warps=warps,
-    )  # fmt: skip
+    _launch(
+        kernels.scale_kernel,
+        (out.shape[0] * slices, 1, 1),
+        (x, gradient, cu, out),
+        (*x.stride()[:2], *gradient.stride()[:2], heads, dim, slices, eps, KINDS.index(kind), SLICE, rows, block),
+        num_warps=warps,
+    )
     return out
+
+
+KINDS = "rms", "layer", "ones"  # of the scale kernel
 
 
 @functools.cache
@@ -252,10 +297,13 @@ def token_rows(
     precision, upcast = _precision(hidden.dtype)
     block_t, block_d = (16, 32) if _INTERPRETED else (64, 128)
     blocks = triton.cdiv(longest, block_t)
-    kernels.token_rows_kernel[((cu.shape[0] - 1) * blocks, triton.cdiv(dim, block_d))](
-        gradient, factor if factor is not None else hidden, hidden, cu_rows, ids, cu, out,
-        gradient.stride(0), hidden.stride(0), dim, first, gradient.shape[1], blocks,
-        HAS_FACTOR=factor is not None, BLOCK_T=block_t, BLOCK_R=32, BLOCK_D=block_d,
-        PRECISION=precision, UPCAST=upcast, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    constants = factor is not None, block_t, 32, block_d
+    _launch(
+        kernels.token_rows_kernel,
+        ((cu.shape[0] - 1) * blocks, triton.cdiv(dim, block_d), 1),
+        (gradient, factor if factor is not None else hidden, hidden, cu_rows, ids, cu, out),
+        (gradient.stride(0), hidden.stride(0), dim, first, gradient.shape[1], blocks, *constants, precision, upcast),
+        num_warps=4,
+        num_stages=2,
+    )
     return out

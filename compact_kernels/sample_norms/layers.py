@@ -1,10 +1,16 @@
 """How layers give the norms of their rationales' gradients: as the gradients of tensors that are never read.
 
-A layer takes a *slot*, a leaf whose gradient is defined to be (parts of) the squared norms; autograd then brings
-them wherever it brings gradients: through checkpoints, compiled graphs, autocast and data-parallel wrappers. Layers
-with one input share a node: it gives each of them a *carrier*, an expanded scalar in the shape of the layer's output
-whose value nobody looks at and whose gradient is the output's. When all are there, the node is run, and sees every G
-at once.
+A layer has a *slot*, a leaf whose gradient is defined to be (parts of) the squared norms. There are two ways to it:
+
+By a hook (:mod:`compact_kernels.sample_norms.hooks`), for linear and norm layers that run eagerly: it sees the
+gradient of the layer's output, has kept the layer's input, and puts what it makes of them into the slot's ``grad``.
+Layers with one input wait for each other's gradients.
+
+By a Function of autograd's that takes the slot, wherever a hook will not do: autograd then brings norms wherever it
+brings gradients, through compiled graphs and hooks of saved tensors (checkpoints that are not reentrant), and a
+Function can make the weight's gradient too. Linear layers with one input share a node: it gives each of them a
+*carrier*, an expanded scalar in the shape of the layer's output whose value nobody looks at and whose gradient is the
+output's. When all are there, the node is run, and sees every G at once.
 
 Nothing here changes what a layer computes, nor its ordinary gradients; but for its neighbour's
 :class:`~compact_kernels.sample_norms.linear.OwnProduct`, which makes the weight's gradient from the same pass as the
@@ -13,8 +19,7 @@ norms. Here: norm layers, embeddings, and the head tied to one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,34 +27,32 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from compact_kernels.sample_norms import ops
+from compact_kernels.sample_norms import hooks, ops
 from compact_kernels.sample_norms.plain import row_products
 
 if TYPE_CHECKING:
     from compact_kernels.sample_norms.recorder import SampleGradNorms
+    from compact_kernels.sample_norms.segments import Segments
 
 
 def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-@contextmanager
-def detached(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """A layer's parameters without their gradients, which whoever asks for this makes."""
-    parameters = dict(module._parameters)
-    if wanted:
-        for key, parameter in parameters.items():
-            module._parameters[key] = None if parameter is None else parameter.detach()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if wanted:
-            module._parameters.update(parameters)
-
-
 def original(module: nn.Module, before: Callable | None, *args: Any, **kwargs: Any) -> Tensor:
     """The layer's own output."""
     return before(*args, **kwargs) if before is not None else type(module).forward(module, *args, **kwargs)
+
+
+def detached(module: nn.Module, before: Callable | None, *args: Any, **kwargs: Any) -> Tensor:
+    """The same, without its parameters' gradients, which whoever asks for this makes."""
+    parameters = dict(module._parameters)
+    for key, parameter in parameters.items():
+        module._parameters[key] = None if parameter is None else parameter.detach()  # type: ignore[assignment]
+    try:
+        return original(module, before, *args, **kwargs)
+    finally:
+        module._parameters.update(parameters)
 
 
 # -------------------------------------------------------------------------------------------------------- norm layers
@@ -97,17 +100,21 @@ class ScaleTap(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, cu = ctx.saved_tensors
-        g, x = by_token(gradient), by_token(x)
-        weight = bias = None
-        if ctx.needs_input_grad[2]:
-            weight = ops.scale_gradients(x, g, cu, ctx.slices, ctx.kind, ctx.eps)
-        if ctx.needs_input_grad[3]:
-            bias = ops.scale_gradients(g, g, cu, ctx.slices, "ones", 0.0)
+        weight, bias = scale_gradients(x, gradient, cu, ctx.slices, ctx.kind, ctx.eps, ctx.needs_input_grad[2:4])
         own: list[Tensor | None] = [None, None]
         if ctx.scales is not None:
             for i, (parts, dtype) in enumerate(zip((weight, bias), ctx.dtypes)):
                 own[i] = None if parts is None else (ctx.scales @ parts.sum(1).to(ctx.scales.dtype)).to(dtype)
         return gradient, None, weight, bias, None, None, None, None, *own
+
+
+def scale_gradients(
+    x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: str, eps: float, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias, rationale by rationale."""
+    g = by_token(gradient)
+    weight = ops.scale_gradients(by_token(x), g, cu, slices, kind, eps) if wanted[0] else None
+    return weight, ops.scale_gradients(g, g, cu, slices, "ones", 0.0) if wanted[1] else None
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -124,16 +131,44 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
         return original(self, member.before, x, *args, **kwargs)
-    with detached(self, recorder.unweighted):
-        y = original(self, member.before, x, *args, **kwargs)
+    y = (detached if recorder.unweighted else original)(self, member.before, x, *args, **kwargs)
     heads_first = x.dim() == 4 and x.shape[1] != recorder.segments.tokens
     if heads_first:  # (1, h, T, D): some architectures transpose before they normalise
-        x, y = x.transpose(1, 2), y.transpose(1, 2)
+        x = x.transpose(1, 2)
     recorder.check_rows(self, x)
     recorder.note(member)
+    source = None if recorder.unweighted else hooks.source(y)
+    if source is not None:
+        node, place = source
+        node.register_prehook(scale_hook(member, recorder.segments, x, y.shape, heads_first, place))
+        return y
     own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
+    if heads_first:
+        y = y.transpose(1, 2)
     y = ScaleTap.apply(y, x, member.slot, member.bias_slot, recorder.segments.cu, member.kind, member.eps, *own)
     return y.transpose(1, 2) if heads_first else y
+
+
+def scale_hook(
+    member: ScaleMember, segments: Segments, x: Tensor, shape: torch.Size, heads_first: bool, place: int
+) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """What gives a norm layer's norms when the gradient of its output is there, (…) of `shape`."""
+    kept, slots, cu, slices = hooks.Kept(x), (member.slot, member.bias_slot), segments.cu, segments.slices
+
+    def arrived(grads: tuple[Tensor | None, ...]) -> None:
+        gradient = grads[place]
+        if gradient is None or kept.tensor is None or not hooks.accumulates(torch._C._current_graph_task_id()):
+            return
+        gradient = gradient.reshape(shape)
+        if heads_first:
+            gradient = gradient.transpose(1, 2)
+        found = scale_gradients(kept.get(), gradient, cu, slices, member.kind, member.eps, member.trains)
+        for slot, parts in zip(slots, found):
+            if slot is not None and parts is not None:
+                hooks.give(slot, parts)
+        kept.release()
+
+    return arrived
 
 
 # --------------------------------------------------------------------------------------------------------- embeddings
@@ -204,8 +239,7 @@ def embedding_forward(self: nn.Module, ids: Tensor) -> Tensor:
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
         return original(self, member.before, ids)
-    with detached(self, recorder.unweighted):
-        y = original(self, member.before, ids)
+    y = (detached if recorder.unweighted else original)(self, member.before, ids)
     recorder.check_rows(self, y)
     recorder.note(member)
     segments = recorder.segments

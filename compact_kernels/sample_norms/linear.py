@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from compact_kernels.sample_norms import ops
+from compact_kernels.sample_norms import hooks, ops
 from compact_kernels.sample_norms.layers import flat, original
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ class Family:
     slots: list[Tensor] = field(default_factory=list)  # (M,), one a member: of the norms that it opens
     own: bool = False  # whether members make their weight's gradient themselves
     stored: list[bool] = field(default_factory=list)  # whether each does so by products that are stored
-    opened: Tensor | None = None  # the input of the node that is waiting for further members
+    awaited: Awaited | None = None  # by hooks: the input that further members may have too
+    opened: Tensor | None = None  # by Functions: the input of the node that is waiting for further members
     carriers: tuple[Tensor, ...] = ()
     first: int = 0  # member that opened it
 
@@ -46,8 +49,63 @@ class Family:
             self.first, self.opened = index, None if last else x
         found = self.carriers[index - self.first]
         if last:
-            self.opened, self.carriers = None, ()
+            self.close()
         return found
+
+    def watch(self, index: int, x: Tensor, node: Node, place: int) -> None:
+        """Await the gradient that comes to the `place` of `node`, that of member `index`'s output."""
+        awaited = self.awaited
+        if awaited is None or awaited.input.tensor is not x or index in awaited.trains:
+            awaited = self.awaited = Awaited(self, self.slots[index], x)
+        awaited.trains[index] = self.trains[index]
+        node.register_prehook(partial(awaited.arrived, index, place))
+        if index == len(self.widths) - 1:
+            self.close()
+
+    def close(self) -> None:
+        """No member is called on this input any more."""
+        self.awaited, self.opened, self.carriers = None, None, ()
+
+
+class Awaited:
+    """An input, until the gradients of what members of a family made of it are there: their norms are one launch.
+
+    An output that is not used has no gradient: what has come by the end of the pass is then all there is.
+    """
+
+    def __init__(self, family: Family, slot: Tensor, x: Tensor) -> None:
+        assert family.recorder.segments is not None
+        self.segments, self.probes, self.slot = family.recorder.segments, family.recorder.probes, slot
+        self.input = hooks.Kept(x)
+        self.trains: dict[int, tuple[bool, bool]] = {}  # by member
+        self.task = -1  # the pass that the gradients are of
+        self.grads: dict[int, Tensor | None] = {}
+
+    def arrived(self, index: int, place: int, grads: tuple[Tensor | None, ...]) -> None:
+        task = torch._C._current_graph_task_id()
+        if self.input.tensor is None or not hooks.accumulates(task):  # None: autograd is about to say so
+            return
+        if self.task != task:  # what a pass that failed has left is not of this one
+            self.task, self.grads = task, {}
+            if len(self.trains) > 1:
+                torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+        self.grads[index] = grads[place]
+        if len(self.grads) == len(self.trains):
+            self.give()
+            self.input.release()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """At the end of a pass. The input stays: another pass may come to the other outputs."""
+        with torch.cuda.device_of(self.slot):
+            self.give()
+
+    def give(self) -> None:
+        grads, self.grads = self.grads, {}
+        pairs = [(gradient, self.trains[index]) for index, gradient in sorted(grads.items()) if gradient is not None]
+        if pairs:
+            x = self.input.get()
+            hooks.give(self.slot, shared_norms(x, pairs, self.segments.cu, self.segments.tiles, self.probes))
 
 
 @dataclass(eq=False)
@@ -83,24 +141,28 @@ class SharedInput(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, cu, tiles = ctx.saved_tensors
-        both: list[Tensor] = []
-        weights: list[Tensor] = []
-        biases: list[Tensor] = []
-        for gradient, (weight, bias) in zip(grads, ctx.trains):
-            if gradient is not None:
-                kind = both if weight and bias else weights if weight else biases
-                kind.append(flat(gradient))
-        norms: Tensor | None = None
-        if ctx.probes:
-            norms = estimate(flat(x), both + weights, both + biases, cu, ctx.probes)
-            return None, norms, None, None, None, None, None, None
-        if both or weights:
-            first = (both + weights)[0]
-            norms = ops.gram_norms(flat(x).to(first.dtype), both + weights, len(both), cu, tiles)
-        if biases:
-            alone = ops.gram_norms(None, biases, 0, cu, tiles)
-            norms = alone if norms is None else norms + alone
+        pairs = [(gradient, trains) for gradient, trains in zip(grads, ctx.trains) if gradient is not None]
+        norms = shared_norms(x, pairs, cu, tiles, ctx.probes)
         return None, norms, None, None, None, None, None, None
+
+
+def shared_norms(
+    x: Tensor, pairs: list[tuple[Tensor, tuple[bool, bool]]], cu: Tensor, tiles: Tensor, probes: int
+) -> Tensor:
+    """Norms of layers with the input x, by their outputs' gradients and whether weight and bias train."""
+    both: list[Tensor] = []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    for gradient, (weight, bias) in pairs:
+        kind = both if weight and bias else weights if weight else biases
+        kind.append(flat(gradient))
+    if probes:
+        return estimate(flat(x), both + weights, both + biases, cu, probes)
+    if not both and not weights:
+        return ops.gram_norms(None, biases, 0, cu, tiles)
+    first = (both + weights)[0]
+    norms = ops.gram_norms(flat(x).to(first.dtype), both + weights, len(both), cu, tiles)
+    return norms + ops.gram_norms(None, biases, 0, cu, tiles) if biases else norms
 
 
 def estimate(x: Tensor, weights: list[Tensor], biases: list[Tensor], cu: Tensor, probes: int) -> Tensor:
@@ -189,18 +251,23 @@ class OwnProduct(Function):
 def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
     """Takes the place of a linear layer's forward."""
     member: LinearMember = self._sample_norms  # type: ignore[assignment]
-    recorder = member.family.recorder
+    family = member.family
+    recorder = family.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
         return original(self, member.before, x)
     recorder.check_rows(self, x)
-    if member.family.own:
+    if family.own:
         recorder.note(member)
         segments = recorder.segments
-        offsets = segments.offsets if member.family.stored[member.index] else None
+        offsets = segments.offsets if family.stored[member.index] else None
         return OwnProduct.apply(
             x, self.weight, self.bias, member.slot, member.bias_slot, segments.cu, offsets, recorder.scales,
             member.transposed,
         )  # fmt: skip
     y = original(self, member.before, x)
     recorder.note(member)
-    return Tap.apply(y, member.family.carrier(member.index, x, y))
+    source = hooks.source(y)
+    if source is None:
+        return Tap.apply(y, family.carrier(member.index, x, y))
+    family.watch(member.index, x, *source)
+    return y

@@ -114,7 +114,7 @@ class SampleGradNorms:
         self.skipped: list[str] = []
         self._cut: tuple[Ragged, Segments, Segments | None] | None = None
         self._room: tuple[object, list[tuple[str, str, Tensor]], dict[int, list[str]]] | None = None
-        self._counts: dict[int, int] = {}
+        self._called: set[int] = set()  # members of this pass, by id
         self._members: list[tuple[Any, nn.Module, list[str]]] = []
         self._families: list[Family] = []
         self._plan(model, uncovered)
@@ -141,7 +141,7 @@ class SampleGradNorms:
             dtype = torch.promote_types(next(iter(self.parameters.values())).dtype, torch.float32)
             self.scales = torch.full((segments.count,), float("nan"), dtype=dtype, device=ragged.device)
         result = self._new(segments, ragged.device)
-        self._counts.clear()
+        self._called.clear()
         self.segments = segments
         _active.append(self)
         try:
@@ -150,7 +150,7 @@ class SampleGradNorms:
             _active.remove(self)
             self.segments = self.row_segments = self.ids = self.ragged = self.scales = None
             for family in self._families:
-                family.opened, family.carriers = None, ()
+                family.close()
 
     def remove(self) -> None:
         """Give the layers their own forwards back."""
@@ -211,10 +211,10 @@ class SampleGradNorms:
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return
-        count = self._counts[id(member)] = self._counts.get(id(member), 0) + 1
-        if count > 1:
+        if id(member) in self._called:
             name = next((names[0] for m, _, names in self._members if m is member), self.head_name)
             raise RuntimeError(f"{name} is used twice in one forward pass, which per-rationale norms do not cover")
+        self._called.add(id(member))
 
     # ---- plan ----
 

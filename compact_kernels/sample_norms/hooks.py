@@ -1,0 +1,80 @@
+"""How an eager layer gives its norms: by a hook on the node that its output's gradient comes to.
+
+A hook costs a tenth of a Function's time on the host. What a Function has from autograd is done here: an input is
+kept until it has been used, and longer where the graph is retained; one that was changed in place is an error; a slot
+is a leaf, which a pass that only returns gradients (torch.autograd.grad) leaves as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+
+def source(y: Tensor) -> tuple[Node, int] | None:
+    """The node that the gradient of `y` comes to, and its place among what comes there; None where no hook will do.
+
+    Compiled graphs have no hooks of ours, and what is packed by hooks of saved tensors (checkpoints that are not
+    reentrant, activations moved to the host) has to be saved by a Function. A view's node is not run once the view
+    is changed in place: its base's is.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    base = y._base
+    if base is not None:
+        alike = base.numel() == y.numel() and base.shape[-1] == y.shape[-1]
+        if not (alike and base.is_contiguous() and y.is_contiguous()):
+            return None
+        y = base
+    node = y.grad_fn
+    return None if node is None else (node, y.output_nr)
+
+
+class Kept:
+    """A layer's input, for as long as autograd would keep it."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+        self.version = tensor._version
+
+    def get(self) -> Tensor:
+        """
+        Raises:
+            RuntimeError: it is not what the layer saw.
+        """
+        assert self.tensor is not None
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "the input of a layer whose norms are recorded has been modified by an inplace operation: it is at "
+                f"version {self.tensor._version}; expected version {self.version}"
+            )
+        return self.tensor
+
+    def release(self) -> None:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.tensor = None
+
+
+@functools.lru_cache(maxsize=8)
+def accumulates(task: int) -> bool:
+    """Whether the pass `task`, in which a hook is running, leaves gradients in leaves or returns them."""
+    nodes = [torch._C._current_autograd_node()]
+    for node in nodes:
+        if node.name() == "torch::autograd::AccumulateGrad":
+            try:
+                return torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # its gradient is one that is returned
+                return False
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    raise AssertionError("a layer that is recorded has parameters that train")
+
+
+def give(slot: Tensor, norms: Tensor) -> None:
+    """What autograd does with a leaf's gradient."""
+    norms = norms.to(slot.dtype)
+    slot.grad = norms if slot.grad is None else slot.grad + norms

@@ -1,0 +1,228 @@
+"""Norms by hooks, as eager layers give them: what a node of autograd's would do, they do."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from compact_kernels import Ragged, SampleGradNorms
+from compact_kernels.sample_norms import hooks, ops, plain
+from compact_kernels.sample_norms.linear import Family
+
+LENGTHS = (3, 2, 4)
+
+
+class Siblings(nn.Module):
+    """A norm layer, and layers with one input: two with biases (their outputs are views), one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 4, bias=False)
+        self.o_proj = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.norm(x)
+        return self.q_proj(x), self.k_proj(x), self.o_proj(self.v_proj(x).tanh())
+
+
+def setting() -> tuple[Siblings, Tensor, Ragged]:
+    torch.manual_seed(0)
+    ragged = Ragged.build(sequence_lengths=LENGTHS, prompt_lengths=[1] * 3, rationales_per_question=[3])
+    return Siblings().double(), torch.randn(1, sum(LENGTHS), 6, dtype=torch.float64), ragged
+
+
+def recorder_of(model: Siblings) -> SampleGradNorms:
+    return SampleGradNorms(model, products="gram", groups=lambda name: "all")  # q, k and v are a family
+
+
+def rows(*outputs: Tensor) -> Tensor:
+    """A loss for every token, (T,)."""
+    return sum(y.square().sum((0, 2)) for y in outputs)
+
+
+def truth(model: nn.Module, losses: Callable[[], Tensor], ragged: Ragged) -> Tensor:
+    cu, squared = ragged.cu_seqlens.tolist(), []
+    for a, b in zip(cu, cu[1:]):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(losses()[a:b].sum(), parameters, allow_unused=True)
+        squared.append(sum(g.square().sum() for g in grads if g is not None))
+    return torch.stack(squared)
+
+
+def all_of(model: Siblings, x: Tensor) -> Tensor:
+    return rows(*model(x))
+
+
+def without_k(model: Siblings, x: Tensor) -> Tensor:
+    q, _, o = model(x)
+    return rows(q, o)
+
+
+def changed_in_place(model: Siblings, x: Tensor) -> Tensor:
+    x = model.norm(x)
+    q, v = model.q_proj(x), model.v_proj(x)
+    return rows(q.mul_(3.0), model.o_proj(v.add_(1.0)).view(1, -1, 3)[..., :2].exp_())
+
+
+def transposed(model: Siblings, x: Tensor) -> Tensor:
+    """Heads before tokens, and the gradient of a sum, which has one element."""
+    heads = torch.cat([x, 2 * x, x.flip(-1)]).transpose(0, 1)[None].transpose(1, 2)  # (1, 3, T, 6)
+    return model.norm(heads).sum((0, 1, 3)) + model.q_proj(x).sum((0, 2))
+
+
+def regrouped(model: Siblings, x: Tensor) -> Tensor:
+    """A gradient that another hook has changed: weights and norms see it as it is then."""
+    q, k, o = model(x)
+    for y in (q, k, o):
+        y.register_hook(lambda gradient: gradient * 2)
+    return rows(q, k, o)
+
+
+CASES = [all_of, without_k, changed_in_place, transposed, regrouped]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_norms_by_hooks_are_those_of_a_backward_pass_per_rationale(monkeypatch, case):
+    model, x, ragged = setting()
+    expected = truth(model, lambda: case(model, x), ragged)
+    recorder = recorder_of(model)
+    monkeypatch.setattr(Family, "carrier", lambda *_: pytest.fail("a Function is taken"))
+    with recorder.record(ragged) as norms:
+        losses = case(model, x)
+    losses.sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+
+
+def test_a_family_is_one_launch(monkeypatch):
+    layers = []
+
+    def counted(x, grads, *rest):
+        layers.append(len(grads))
+        return plain.gram_norms(x, grads, *rest)
+
+    monkeypatch.setattr(ops, "_gram_norms", counted)
+    model, x, ragged = setting()
+    recorder = recorder_of(model)
+    with recorder.record(ragged):
+        all_of(model, x).sum().backward()
+    assert sorted(layers) == [1, 3]
+
+
+@pytest.mark.parametrize("case", [all_of, without_k])
+@pytest.mark.parametrize("way", ["saved on the host", "reentrant", "not reentrant"])
+def test_where_saved_tensors_have_hooks_norms_are_the_same(case, way):
+    model, x, ragged = setting()
+    x.requires_grad_()
+    expected = truth(model, lambda: case(model, x), ragged)
+    around: AbstractContextManager = save_on_cpu() if way == "saved on the host" else nullcontext()
+    recorder = recorder_of(model)
+    with recorder.record(ragged) as norms, around:
+        if way == "saved on the host":
+            losses = case(model, x)
+        else:
+            losses = checkpoint(case, model, x, use_reentrant=way == "reentrant")
+        losses.sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+
+
+def test_passes_over_one_graph_add_up_whether_or_not_they_share_outputs():
+    model, x, ragged = setting()
+    model.norm.requires_grad_(False)  # a norm layer's gradients add up before they are squared
+    expected = truth(model, lambda: all_of(model, x), ragged)
+    recorder = recorder_of(model)
+    with recorder.record(ragged) as norms:
+        total = all_of(model, x).sum()
+        total.backward(retain_graph=True)
+        torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+        total.backward()
+        torch.testing.assert_close(norms.squared, 2 * expected, rtol=1e-9, atol=0)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            total.backward()
+    apart = [lambda h: model.q_proj(h), lambda h: model.k_proj(h), lambda h: model.v_proj(h)]
+    fixed = model.norm(x).detach()
+    expected = sum(truth(model, lambda part=part: rows(part(fixed)), ragged) for part in apart)
+    with recorder.record(ragged) as norms:
+        outputs = [part(fixed) for part in apart]
+        for y in outputs:
+            rows(y).sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+
+
+def test_a_pass_that_returns_gradients_leaves_norms_alone():
+    model, x, ragged = setting()
+    x.requires_grad_()
+    recorder = recorder_of(model)
+    with recorder.record(ragged) as norms:
+        total = all_of(model, x).sum()
+        for inputs in ([x], [model.q_proj.weight], list(model.parameters())):
+            torch.autograd.grad(total, inputs, retain_graph=True)
+        with pytest.raises(RuntimeError, match="no norms yet"):
+            norms.squared.sum()
+        total.backward()
+    torch.testing.assert_close(norms.squared, truth(model, lambda: all_of(model, x), ragged), rtol=1e-9, atol=0)
+
+
+def test_what_a_failed_pass_has_left_is_not_of_the_next():
+    model, x, ragged = setting()
+    expected = truth(model, lambda: rows(*model(x)[:1]), ragged)
+    recorder = recorder_of(model)
+    with recorder.record(ragged) as norms:
+        hidden = model.norm(x)
+        q = model.q_proj(hidden)
+        broken = q.clone()
+        broken.register_hook(lambda gradient: 1 / 0)
+        k = model.k_proj(hidden)  # what is made last has its gradient first
+        with pytest.raises(ZeroDivisionError):
+            (rows(broken) + rows(k)).sum().backward(retain_graph=True)
+        model.zero_grad()
+        rows(q).sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_inputs_are_let_go_when_they_have_been_used_or_never_will_be(backward):
+    model, x, ragged = setting()
+    recorder = recorder_of(model)
+    seen = []
+    for module in (model.norm, model.q_proj, model.o_proj):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    with recorder.record(ragged):
+        losses = all_of(model, x + 1)
+        assert all(ref() is not None for ref in seen)
+        if backward:
+            losses.sum().backward()  # the graph itself stays
+        else:
+            del losses
+        assert [ref() for ref in seen] == [None] * 3
+    if backward:
+        assert losses.grad_fn is not None
+
+
+def test_an_input_that_was_changed_is_an_error_though_autograd_has_a_copy():
+    _, x, ragged = setting()
+    norm = nn.Sequential(LlamaRMSNorm(6)).bfloat16()
+    recorder = SampleGradNorms(norm)
+    x = x.bfloat16()
+    with recorder.record(ragged):
+        losses = rows(norm(x))
+        x.add_(1.0)
+        with pytest.raises(RuntimeError, match="a layer whose norms are recorded has been modified by an inplace"):
+            losses.sum().backward()
+
+
+def test_no_hook_where_it_would_miss_the_gradient():
+    y = nn.Linear(4, 4)(torch.randn(2, 3, 4))
+    assert hooks.source(y) is not None
+    assert hooks.source(y[:1]) is None and hooks.source(y.transpose(1, 2)) is None
+    assert hooks.source(torch.randn(2, 2)) is None
+    with save_on_cpu():
+        assert hooks.source(y) is None
