@@ -173,14 +173,21 @@ def test_attention_that_cannot_be_traced_is_refused():
 def test_on_a_gpu_half_precision_shares_graphs_too(monkeypatch, attention):
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     model = student("qwen3", attention=attention).to("cuda", torch.bfloat16)
-    truth = [step(model, lengths)[1] for lengths in SHAPES]
+    exact = student("qwen3")
+    exact.load_state_dict(model.state_dict())  # the same rounded weights, in float32 on the CPU
+    truth = [step(exact, lengths)[1] for lengths in SHAPES]
+    eager = [step(model, lengths)[1] for lengths in SHAPES]
     compile_layers(model)
-    seen = []
-    for lengths, expected in zip(SHAPES, truth):
-        found = step(model, lengths)[1]
-        for name, gradient in found.items():
-            assert (gradient - expected[name]).norm() <= 0.05 * expected[name].norm().clamp_min(1e-2), name
+    compiled, seen = [], []
+    for lengths in SHAPES:
+        compiled.append(step(model, lengths)[1])
         seen.append(graphs())
+    for name in truth[0]:
+        ours, theirs = (
+            sum((found[name].cpu().float() - right[name]).square().sum() for found, right in zip(run, truth))
+            for run in (compiled, eager)
+        )
+        assert ours.sqrt() <= 2 * theirs.sqrt(), name
     assert 0 < seen[0] and seen[-1] <= GRAPHS
     if attention == "compact_varlen":
         assert seen[-1] <= 4
