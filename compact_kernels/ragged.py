@@ -6,7 +6,7 @@ asks the device for a size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +25,11 @@ class Sizes(NamedTuple):
     most_rationales: int  # the largest K
     longest_answer: int  # the largest m
     evidence_range: tuple[int, int] | None  # least and greatest of the answers' ids
+
+
+def _once(found: Callable[[Ragged], Tensor]) -> cached_property[Tensor]:
+    """A property found once a batch, outside of inference mode: what that makes can be in no later graph."""
+    return cached_property(torch.inference_mode(False)(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,22 +232,22 @@ class Ragged:
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < below:
                 raise ValueError(f"ragged.{name} must lie in 0 … {below - 1}")
 
-    @cached_property
+    @_once
     def sequence_of_row(self) -> Tensor:
-        """The rationale that each scored row belongs to, (N,) int64; found once a batch, as what follows."""
+        """The rationale that each scored row belongs to, (N,) int64."""
         return segment_of(self.cu_rows, self.num_rows)
 
-    @cached_property
+    @_once
     def step_of_row(self) -> Tensor:
         """t of each scored row r_t, (N,) int64."""
         return torch.arange(self.num_rows, device=self.device) - self.cu_rows[:-1][self.sequence_of_row]
 
-    @cached_property
+    @_once
     def in_body(self) -> Tensor:
         """Whether a scored row has just read a body token: r_1 … r_{B_k}, (N,) bool."""
         return (self.step_of_row >= 1) & (self.step_of_row <= self.body_lengths[self.sequence_of_row])
 
-    @cached_property
+    @_once
     def question_of_sequence(self) -> Tensor:
         """The question that each rationale belongs to, (S,) int64."""
         return segment_of(self.cu_questions, self.num_sequences)

@@ -11,6 +11,7 @@ import torch
 
 from compact_kernels import Ragged
 from compact_kernels.ragged import segment_of
+from compact_kernels.rule import question_softmax
 
 # Two questions; p: prompt, b: body, a: answer, e: end. The rationales: p p b b a e | p p a a e | p b e
 GOOD: dict[str, Any] = {
@@ -63,6 +64,16 @@ def test_rows_and_rationales_know_where_they_belong():
     assert segment_of(empty, 3).tolist() == [1, 1, 3] and segment_of(empty[:1], 0).tolist() == []
     for places in (ragged.sequence_of_row, ragged.step_of_row, ragged.question_of_sequence):
         assert places.dtype == torch.int64
+
+
+def test_what_was_found_in_inference_mode_may_be_in_a_graph():
+    ragged = Ragged.build(**GOOD)
+    found = ("sequence_of_row", "step_of_row", "in_body", "question_of_sequence")
+    with torch.inference_mode():
+        assert not any(getattr(ragged, name).is_inference() for name in found)
+    scores = torch.zeros(3, requires_grad=True)
+    question_softmax(scores, ragged)[0].backward()
+    assert scores.grad.tolist() == [0.25, -0.25, 0.0]
 
 
 def test_a_rationale_without_details_is_all_body_without_an_answer():
