@@ -157,6 +157,19 @@ def test_passes_over_one_graph_add_up_whether_or_not_they_share_outputs():
     torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
 
 
+def test_a_second_pass_where_autograd_keeps_nothing_is_an_error_and_not_a_norm_that_is_missing():
+    model, x, ragged = setting()
+    for layer in (model.norm, model.q_proj):
+        layer.weight.requires_grad_(False)
+    recorder = recorder_of(model)
+    with recorder.record(ragged) as norms:
+        total = model.q_proj(x).sum()
+        total.backward()
+        torch.testing.assert_close(norms.squared, 5 * torch.tensor(LENGTHS).double().square())
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            total.backward()
+
+
 def test_a_pass_that_returns_gradients_leaves_norms_alone():
     model, x, ragged = setting()
     x.requires_grad_()

@@ -45,9 +45,13 @@ class Kept:
     def get(self) -> Tensor:
         """
         Raises:
-            RuntimeError: it is not what the layer saw.
+            RuntimeError: it is not what the layer saw, or has been let go.
         """
-        assert self.tensor is not None
+        if self.tensor is None:  # autograd has kept nothing either, or (of a bias that trains alone) does without
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, in which the input of a layer whose norms are "
+                "recorded has been freed: specify retain_graph=True the first time"
+            )
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "the input of a layer whose norms are recorded has been modified by an inplace operation: it is at "

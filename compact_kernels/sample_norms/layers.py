@@ -157,7 +157,7 @@ def scale_hook(
 
     def arrived(grads: tuple[Tensor | None, ...]) -> None:
         gradient = grads[place]
-        if gradient is None or kept.tensor is None or not hooks.accumulates(torch._C._current_graph_task_id()):
+        if gradient is None or not hooks.accumulates(torch._C._current_graph_task_id()):
             return
         gradient = gradient.reshape(shape)
         if heads_first:

@@ -83,7 +83,7 @@ class Awaited:
 
     def arrived(self, index: int, place: int, grads: tuple[Tensor | None, ...]) -> None:
         task = torch._C._current_graph_task_id()
-        if self.input.tensor is None or not hooks.accumulates(task):  # None: autograd is about to say so
+        if not hooks.accumulates(task):
             return
         if self.task != task:  # what a pass that failed has left is not of this one
             self.task, self.grads = task, {}
