@@ -91,6 +91,21 @@ def test_a_launch_is_bound_once_for_all_that_triton_compiles_alike(monkeypatch):
         assert kernel.bound == bound
 
 
+def test_no_more_launches_are_kept_than_it_says(monkeypatch):
+    kernel = Kernel(launch.kernels.scale_kernel)
+    monkeypatch.setattr(launch.kernels, "scale_kernel", kernel)
+    monkeypatch.setattr(launch, "_KEPT", True)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "MOST_KEPT", 2, raising=False)
+    for tokens in (3, 4, 5, 6, 6):  # heads before tokens: a stride goes with their number
+        cut = segments((tokens,))
+        x, g = (matrix(2 * tokens, 8, torch.float32, seed).view(2, tokens, 8).transpose(0, 1) for seed in (0, 1))
+        found = launch.scale_gradients(x, g, cut.cu, 1, "ones", 0.0)
+        torch.testing.assert_close(found[0, 0], g.sum((0, 1)))
+        assert len(launch._compiled) <= 2
+    assert kernel.bound == 4
+
+
 @pytest.mark.parametrize("rest", [0.3, 0.03, 0.004])
 def test_gram_norms_of_cancelling_tokens_err_by_what_was_summed(rest, record_property):
     """A Gram matrix adds large terms to a small norm; the error is of the terms' size, float32's rounding of them."""

@@ -85,6 +85,7 @@ def _tiled(matrix: Tensor, rows: int, columns: int) -> _Descriptor:
 # Whether compiled kernels are kept: elsewhere Triton looks at more of a tensor (AMD: its size), or compiles nothing.
 _KEPT = torch.version.cuda is not None and not _INTERPRETED
 _compiled: dict[tuple, Any] = {}
+MOST_KEPT = 4096  # launches: strides and counts may go with a batch's length
 
 
 def _launch(
@@ -106,6 +107,8 @@ def _launch(
         return
     compiled = kernel[grid](*tensors, *scalars, **options)
     if _KEPT:
+        if len(_compiled) >= MOST_KEPT:
+            _compiled.clear()
         _compiled[key] = compiled
 
 
