@@ -514,13 +514,28 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}
 
 
+def test_a_second_ctrl_c_leaves_no_cell_that_was_not_told_to_end(monkeypatch):
+    def interrupted(worker):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Worker, "stop", interrupted)
+    workers = []
+    for _ in range(2):
+        worker = runner.Worker.__new__(runner.Worker)
+        worker.job, worker.process = runner.Job("", Path(), []), subprocess.Popen(["sleep", "600"])
+        workers.append(worker)
+    with pytest.raises(KeyboardInterrupt):
+        runner.stop_all(workers)
+    assert [worker.process.wait(60) for worker in workers] == [-signal.SIGTERM] * 2
+
+
 def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(toy, tmp_path):
     path = grid_file(
         tmp_path, toy, methods=["uniform"], settings={"few": {"skills": {"questions": 16, "held_out": 2}}}
     )
     folder = tmp_path / "study"
     command = [sys.executable, "-m", "compact.study", str(path)]
-    for stop in (signal.SIGTERM, signal.SIGINT):
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )

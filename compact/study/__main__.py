@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         there = {path.name for path in study.iterdir()} - {".lock"} if study.is_dir() else set()
         if there and "grid.yaml" not in there:
             raise UserError(f"{study} is not empty and holds no study: choose another folder with --study")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends this process ends its cells
+        for number in (signal.SIGTERM, signal.SIGHUP):  # what ends this process ends its cells
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, signal.default_int_handler)
         with locked(study) as lock:
             write_file(plain(tree), study / "grid.yaml")
             try:

@@ -194,9 +194,17 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
                     worker.start(job, at_once)
             time.sleep(POLL)
     finally:
-        for worker in workers:
-            worker.stop()
+        stop_all(workers)
         bar.close()
+
+
+def stop_all(workers: Sequence[Worker]) -> None:
+    """All are told before one is waited for, which another Ctrl-C may cut short."""
+    for worker in workers:
+        if worker.job is not None:
+            worker.process.terminate()
+    for worker in workers:
+        worker.stop()
 
 
 def _known(jobs: Sequence[Job]) -> list[tuple[str, float, int | None]]:
