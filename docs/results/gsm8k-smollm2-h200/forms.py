@@ -1,4 +1,7 @@
-"""python forms.py STUDY/cells/gsm8k METHOD …: in what form held-out questions are answered, and how many right."""
+"""python forms.py STUDY/cells/gsm8k METHOD …: in what form held-out questions are answered, and how many right.
+
+Before training too.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,17 @@ def form(text: str) -> str:
     return "lines" if "\n" in body else "paragraph"
 
 
-for method in sys.argv[2:]:
-    folders = sorted((Path(sys.argv[1]) / method).glob("seed-0-fold-*/evaluation/after"))
-    found = [json.loads(line) for folder in folders for line in (folder / "held_out.jsonl").read_text().splitlines()]
-    print(f"{method}: {len(found)} answers, {sum(row['correct'] for row in found)} right")
+def tell(title: str, files: list[Path]) -> None:
+    found = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    print(f"{title}: {len(found)} answers, {sum(row['correct'] for row in found)} right")
     print(f"  unfinished {sum(not row['finished'] for row in found) / len(found):.1%}")
     for name in ("lines", "paragraph", "equations"):
         some = [row["correct"] for row in found if form(row["text"]) == name]
         print(f"  {name} {len(some) / len(found):.1%}, {sum(some)} right")
+
+
+cells = Path(sys.argv[1])
+base = cells.parent.parent / "base"
+tell("before training", sorted(base.glob(f"{cells.name}-fold-*/evaluation/before/held_out.jsonl")))
+for method in sys.argv[2:]:
+    tell(method, sorted((cells / method).glob("seed-0-fold-*/evaluation/after/held_out.jsonl")))

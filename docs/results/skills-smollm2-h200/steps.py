@@ -3,7 +3,8 @@
 A question's derivation is drawn again by the study's generator, and every written step is held against the step that
 is due: its operation and both numbers, where a result of an earlier step stands for what the student wrote there. Of
 each method it says, in % of the answers, how often all steps are set up so, and how often they are but the answer
-stops before the last; and the paired differences from the baseline. `order` is left out: its steps calculate nothing.
+stops before the last; and the paired differences from the baseline. `order`, whose steps calculate nothing, is in no
+total; of it there are the right answers alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compact.skills.questions import HELD_OUT_WORDING, TAUGHT, TRAINED_WORDINGS,
 from compact.study.statistics import crossed
 
 STEP = re.compile(r"(\w+) ([-+*]) (\d+) = (\w+)")  # also "Monday + 3 = Thursday"
+KINDS = "right", "set up", "stops early"
 DRAWN = {
     "held_out": ("test", TAUGHT, TRAINED_WORDINGS),
     "wordings": ("test wordings", TAUGHT, (HELD_OUT_WORDING,)),
@@ -51,6 +53,8 @@ def fits(step: tuple[str, ...], wanted: tuple[str, str, str], results: list[str]
 
 
 def judged(question: Question, row: dict) -> dict[str, bool]:
+    if question.skill == "order":
+        return {"right": row["correct"]}
     steps, wanted = STEP.findall(row["text"]), due(question)
     results = [step[3] for step in steps]
     right = all(fits(step, want, results) for step, want in zip(steps, wanted))
@@ -66,9 +70,10 @@ def main(cells: Path, methods: list[str]) -> None:
         drawn = draw_questions(random.Random(state), 500, part="test", skills=skills, wordings=wordings)
         asked = {f"{task}-{number}": question for number, question in enumerate(drawn, 1)}
         found = {method: answers(cells / method, task, asked) for method in methods}
-        show(task, found, lambda skill: True)
-        for name in sorted({q.skill for q in drawn} - {"order"}):
-            show(f"{task}, {name}", found, lambda skill, name=name: skill == name)
+        show(task, found, lambda skill: skill != "order")
+        for name in sorted({q.skill for q in drawn}):
+            kinds = KINDS[:1] if name == "order" else KINDS
+            show(f"{task}, {name}", found, lambda skill, name=name: skill == name, kinds)
 
 
 def answers(method: Path, task: str, asked: dict[str, Question]) -> list[list[tuple[str, dict[str, bool]]]]:
@@ -78,16 +83,16 @@ def answers(method: Path, task: str, asked: dict[str, Question]) -> list[list[tu
         rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
         assert all(asked[row["id"]].prompt == row["prompt"] for row in rows), "questions of another generator"
         told = [(asked[row["id"]], row) for row in rows]
-        runs.append([(question.skill, judged(question, row)) for question, row in told if question.skill != "order"])
+        runs.append([(question.skill, judged(question, row)) for question, row in told])
     return runs
 
 
-def show(title: str, found: dict[str, list], kept: Callable[[str], bool]) -> None:
+def show(title: str, found: dict[str, list], kept: Callable[[str], bool], kinds: tuple[str, ...] = KINDS) -> None:
     baseline = next(iter(found))
     print(f"\n{title}")
-    for what in ("right", "set up", "stops early"):
+    for what in kinds:
         tables = {
-            method: np.array([[100.0 * kinds[what] for skill, kinds in run if kept(skill)] for run in runs])
+            method: np.array([[100.0 * is_so[what] for skill, is_so in run if kept(skill)] for run in runs])
             for method, runs in found.items()
         }
         for method, table in tables.items():
