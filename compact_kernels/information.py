@@ -59,7 +59,7 @@ def proxy_controls(
             hidden, head_weight, targets, ragged, workspace_mib=workspace_mib, **head
         ).evidence
     kinds, thinking = [evidence, evidence], [ragged.thinking, _shuffled_mask(ragged, generator)]
-    if ragged.num_questions > 1:
+    if ragged.num_questions > 1 and ragged.evidence_ids.numel():
         kinds.append(_next_answers_evidence(hidden, LinearHead(head_weight, **head), ragged, evidence))
         thinking.append(ragged.thinking)
     own, shuffled, *wrong = sequence_adaptability(torch.stack(kinds), ragged, options, torch.stack(thinking))

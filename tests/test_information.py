@@ -202,6 +202,12 @@ def test_a_question_alone_has_no_wrong_answer():
     assert torch.equal(found.shuffled_mask, found.adaptability)  # no flag is set
 
 
+def test_a_batch_without_answers_has_no_wrong_answer():
+    ragged = Ragged.build(sequence_lengths=[12, 9], prompt_lengths=[2, 2], rationales_per_question=[1, 1])
+    found = proxy_controls(normal(21, 6), normal(17, 6, seed=1), torch.zeros(21, dtype=torch.int64), ragged)
+    assert found.wrong_answer.isnan().all() and (found.adaptability == 0).all()
+
+
 def test_shuffled_flags_stay_in_their_bodies_and_every_order_is_as_likely():
     flags = [
         [True, False, True, False, True, False],

@@ -59,6 +59,7 @@ class SampleGradNorms:
     A norm is of what flows: a loss term that mixes rationales (eq. 9's divergence) counts in each rationale it flows
     through. Under data parallelism norms are of the rank's own rationales and own loss; a GradScaler's factor is in
     them. Two uses of one layer in one forward pass, sequences split over ranks, and mixtures of experts are refused.
+    A pass that gives only some parameters their gradients (``backward(inputs=…)``) may give norms of others too.
 
     Args:
         model: any wrapper of it too. Parameters that require gradients now are those measured.
