@@ -112,7 +112,11 @@ class DifficultyConfig:
     """Eq. 6."""
 
     weight: float = option(1.0, "β3; 0 switches the metric off", ge=0)
-    kind: Literal["loss", "ifd"] = option("loss", "loss (paper); ifd: over the loss without the question")
+    kind: Literal["loss", "log_loss", "ifd"] = option(
+        "loss",
+        "loss (paper); log_loss: its logarithm, so that one rationale far harder than the others does not hide how "
+        "these differ; ifd: over the loss without the question",
+    )
 
 
 @dataclass

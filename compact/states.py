@@ -109,9 +109,10 @@ def _measure(
         keep("pooled", context.pooled)
         keep("last", forward(model, batch).eos_hidden)
         keep("alpha", compact.weights(statistics, context))
+        compared = compact.compared(statistics)
         for name, sign in SIGNS.items():
             keep(name, getattr(statistics, name))
-            keep(f"z_{name}", sign * question_zscore(getattr(statistics, name), ragged))
+            keep(f"z_{name}", sign * question_zscore(getattr(compared, name), ragged))
         rationales = [rationale for item in few for rationale in item["rationales"]]
         keep("teacher", [rationale["teacher"] for rationale in rationales])
         keep("wrong", [rationale["wrong"] for rationale in rationales])

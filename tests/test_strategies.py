@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -237,3 +239,21 @@ def test_ca_mkd_weighs_the_hard_less():
 def test_what_the_assistant_cannot_be_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         toy_config(options)
+
+
+def test_by_its_logarithm_a_far_harder_rationale_does_not_hide_how_the_others_losses_differ():
+    statistics, context = batch_of([4, 4])
+    losses = torch.tensor([0.03, 0.09, 0.03, 0.63, 0.0, 0.0, 0.0, 0.0])
+    statistics = replace(statistics, difficulty=losses)
+    alone = {"adaptability": {"weight": 0}, "consensus": {"weight": 0}}
+    alphas = {}
+    for kind in ("loss", "log_loss"):
+        strategy = build_strategy(toy_config(alone | {"difficulty": {"kind": kind}}), list("abcd"))
+        alphas[kind] = strategy.bind(context)(statistics)
+        assert torch.equal(alphas[kind], strategy.weights(statistics, context))
+    z = losses[:4].log()
+    z = (z - z.mean()) / z.std(correction=0)
+    torch.testing.assert_close(alphas["log_loss"][:4], (-z).softmax(0))
+    ratio = {kind: alpha[0] / alpha[1] for kind, alpha in alphas.items()}
+    assert ratio["loss"] < 1.3 and ratio["log_loss"] > 2
+    assert torch.allclose(alphas["log_loss"][4:], torch.full((4,), 0.25))  # known alike

@@ -210,6 +210,7 @@ def test_each_metric_switched_off_leaves_the_weights(tmp_path):
     "method",
     [
         {"difficulty": {"kind": "ifd"}},
+        {"difficulty": {"kind": "log_loss"}},
         {"consensus": {"affinity": "cosine", "temperature": 0.1}},
         {"consensus": {"centrality": "pagerank"}},
         {"consensus": {"centrality": "eigenvector"}},
