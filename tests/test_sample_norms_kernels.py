@@ -96,7 +96,7 @@ def test_no_more_launches_are_kept_than_it_says(monkeypatch):
     monkeypatch.setattr(launch.kernels, "scale_kernel", kernel)
     monkeypatch.setattr(launch, "_KEPT", True)
     monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "MOST_KEPT", 2, raising=False)
+    monkeypatch.setattr(launch, "MOST_KEPT", 2)
     for tokens in (3, 4, 5, 6, 6):  # heads before tokens: a stride goes with their number
         cut = segments((tokens,))
         x, g = (matrix(2 * tokens, 8, torch.float32, seed).view(2, tokens, 8).transpose(0, 1) for seed in (0, 1))

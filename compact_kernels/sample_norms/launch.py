@@ -39,6 +39,7 @@ GRAM_FLOAT32 = GramTile(block_k=32, warps=4, stages=2)
 GRAM_PROGRAMS = 396
 PROGRAMS = 264  # of a product
 NARROW_PROGRAMS = 528  # of one that is bound by what it reads
+KINDS = "rms", "layer", "ones"  # of the scale kernel
 STORED_BLOCK = 512 if _INTERPRETED else 4096  # entries of stored products that one program adds up
 
 
@@ -271,9 +272,6 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
         num_warps=warps,
     )
     return out
-
-
-KINDS = "rms", "layer", "ones"  # of the scale kernel
 
 
 @functools.cache
