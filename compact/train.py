@@ -6,6 +6,7 @@ Without arguments: the embedded default. The same command goes on with an interr
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import sys
@@ -263,6 +264,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if PartialState().is_main_process:
         print(f"report: {Path(recipe.run) / 'report.md'}")
+    # torch leaves this to the program: a thread of gloo's that outlives the interpreter can abort the process.
+    gc.collect()  # a wrapped model holds the group too, in a cycle
+    PartialState().destroy_process_group()
     return 0
 
 
