@@ -32,7 +32,7 @@ class LowestLoss(Strategy):
 
     def weights(self, statistics: Statistics, context: Context) -> Tensor:
         ragged = statistics.ragged
-        lowest = torch.segment_reduce(statistics.difficulty, "min", offsets=ragged.cu_questions.long(), unsafe=True)
+        lowest = torch.segment_reduce(statistics.difficulty, "min", offsets=ragged.cu_questions, unsafe=True)
         best = (statistics.difficulty == lowest[ragged.question_of_sequence]).to(statistics.difficulty.dtype)
         return best / segment_sum(best, ragged.cu_questions)[ragged.question_of_sequence]
 

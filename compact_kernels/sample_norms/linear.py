@@ -184,7 +184,7 @@ def estimate(x: Tensor, weights: list[Tensor], biases: list[Tensor], cu: Tensor,
         samples = ops.column_norms(x.to(like.dtype), projected, cu).to(dtype)
         total = total + torch.stack([samples.mean(1), samples.var(1) / probes])
     for gradient in biases:
-        sums = torch.segment_reduce(gradient.to(dtype), "sum", offsets=cu.long(), axis=0, unsafe=True, initial=0.0)
+        sums = torch.segment_reduce(gradient.to(dtype), "sum", offsets=cu, axis=0, unsafe=True, initial=0.0)
         total = total + torch.stack([sums.square().sum(1), torch.zeros_like(total[0])])
     return total
 
