@@ -17,7 +17,7 @@ from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
 from compact.student import StudentOutput, add_lora, load_student, merged, prepare, unwrap
 from tests.architectures import tiny, token_ids
-from tests.test_student import assert_same_gradients, gradients, ragged
+from tests.student_cases import assert_same_gradients, gradients, ragged
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_model
 

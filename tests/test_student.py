@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-import gguf
-import peft
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from compact import student
 from compact.backbone import _last_attention, _tap
-from compact.config import LoraConfig, StudentConfig, from_dict
+from compact.config import LoraConfig
 from compact.errors import UserError
-from compact.student import StudentOutput, add_lora, check, head, load_student, merged, prepare
-from compact_kernels.ragged import Ragged
+from compact.student import add_lora, check, prepare
 from tests.architectures import CONFIGS, MORE, tiny, token_ids
-from tests.toy import toy_tokenizer
+from tests.student_cases import LENGTHS, assert_same_gradients, directions, gradients, ragged, run, stir
 
-LENGTHS = (9, 2, 6, 12)
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def ragged(*lengths: int) -> Ragged:
-    return Ragged.build(
-        sequence_lengths=lengths, prompt_lengths=[1] * len(lengths), rationales_per_question=[len(lengths)]
-    )
-
-
-def run(model: nn.Module, *lengths: int) -> StudentOutput:
-    return model(input_ids=torch.cat(token_ids(*lengths), dim=1), compact=ragged(*lengths))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    assert one.keys() == other.keys() and one
-    for name in one:
-        scale = max(other[name].abs().max().item(), 1e-3)
-        assert (one[name] - other[name]).abs().max().item() <= tolerance * scale, name
-
-
-def directions(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=[*CONFIGS, *MORE])
@@ -152,14 +118,6 @@ def test_live_lora_is_part_of_query_and_key():
     assert (after.query - before.query).abs().max() > 0.05
 
 
-def stir(model: nn.Module) -> None:
-    """Give LoRA's second matrices, which start at zero, values."""
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_B" in name:
-                parameter.copy_(0.1 * directions(*parameter.shape))
-
-
 def test_without_projections_there_is_no_query():
     output = run(prepare(tiny("llama"), projections=False), *LENGTHS)
     assert output.query is None and output.key is None
@@ -181,53 +139,6 @@ def test_unknown_projections_name_the_option_that_replaces_them():
         prepare(
             transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
         )
-
-
-@pytest.mark.parametrize("name", [*CONFIGS, *MORE])
-def test_lora_covers_every_linear_layer_of_attention_and_feed_forward_and_no_other(name):
-    model = add_lora(prepare(tiny(name)), LoraConfig(rank=2, dropout=0.0))
-    inner = model.get_base_model()
-    adapted = {
-        path.removesuffix(".base_layer")
-        for path, module in inner.named_modules()
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
-    }
-    layers = dict(inner.named_modules())
-    for path, module in inner.named_modules():
-        if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and "lora_" not in path:
-            path = path.removesuffix(".base_layer")
-            assert (path in adapted) == (layers[path] is not inner.get_output_embeddings()), path
-    for path, parameter in inner.named_parameters():
-        if "experts" in path and parameter.ndim == 3 and "lora_" not in path:
-            assert any(other.startswith(path.split(".experts")[0] + ".experts") for other in adapted), path
-        assert parameter.requires_grad == ("lora_" in path), path
-    stir(model)
-    output = run(model, *LENGTHS)
-    truth = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in token_ids(*LENGTHS)])
-    torch.testing.assert_close(output.head(output.hidden), truth, rtol=1e-3, atol=1e-3)
-
-
-def test_a_list_of_lora_targets_overrides_and_a_wrong_one_is_named():
-    model = add_lora(tiny("llama"), LoraConfig(targets=["q_proj"]))
-    assert {n.split(".lora_")[0].split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == {"q_proj"}
-    with pytest.raises(UserError, match="c_attn"):
-        add_lora(tiny("llama"), LoraConfig(targets=["c_attn"]))
-
-
-def test_dropout_on_fused_experts_is_refused_with_the_way_out():
-    with pytest.raises(UserError, match="student.lora.dropout=0"):
-        add_lora(tiny("mixtral"), LoraConfig(dropout=0.1))
-
-
-def test_loras_first_weights_follow_the_seed_and_leave_the_global_state_alone():
-    models = [tiny("llama") for _ in range(3)]
-    before = torch.get_rng_state()
-    one, two, other = (
-        add_lora(model, LoraConfig(rank=2), seed=seed).state_dict() for model, seed in zip(models, (3, 3, 4))
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -308,24 +219,17 @@ def test_compiled_models_give_the_same_states():
     torch.testing.assert_close(output.query, expected.query)
 
 
-# ------------------------------------------------------------------------------------------------------ head, check
+def test_ddp_and_fsdp2_give_the_mean_of_the_ranks_gradients():
+    """Two gloo processes, LoRA and full fine-tuning, the head tied, untied, sharded: see the module that runs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed_student"], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed:") == 13
 
 
-def test_a_lora_adapter_on_the_head_is_refused():
-    model = add_lora(prepare(tiny("llama")), LoraConfig(targets=["q_proj", "lm_head"], dropout=0.0))
-    with pytest.raises(UserError, match="adapter"):
-        head(model)
-
-
-def test_a_head_that_peft_trains_in_full_is_the_trained_copy():
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(prepare(tiny("llama")), config)
-    with torch.no_grad():
-        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
-    assert head(model).weight.requires_grad
-    output = run(model, *LENGTHS)
-    truth = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in token_ids(*LENGTHS)])
-    torch.testing.assert_close(output.head(output.hidden), truth, rtol=1e-4, atol=1e-4)
+# ----------------------------------------------------------------------------------------------------------- check
 
 
 class Louder(transformers.LlamaForCausalLM):
@@ -367,200 +271,3 @@ def test_the_load_balancing_loss_is_left_out_with_a_warning(caplog):
     prepare(model)
     assert any("load-balancing" in message for message in messages)
     assert torch.equal(run(model, *LENGTHS).hidden, run(prepare(tiny("mixtral")), *LENGTHS).hidden)
-
-
-# ------------------------------------------------------------------------------------------------- loading, merging
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("student")
-    config = copy.deepcopy(CONFIGS["llama"])
-    config.vocab_size = 384
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    toy_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-@pytest.mark.parametrize("version", [2, 3, 4])
-def test_a_flash_attention_that_is_not_here_is_an_error_that_names_it(folder, version):
-    if torch.cuda.is_available():
-        pytest.skip("it may be here")
-    name = f"flash_attention_{version}"
-    recipe = from_dict({"student": {"attention": name, "model": folder}})
-    with pytest.raises(UserError, match=f"^student.attention={name}: FlashAttention{version} .*installed"):
-        load_student(recipe.student, seed=0)
-
-
-def test_a_folder_loads_with_lora_ready_to_train(folder):
-    model, tokenizer = load_student(StudentConfig(model=folder, dtype="float32", gradient_checkpointing=True), seed=1)
-    model.train()
-    output = run(model, *LENGTHS)
-    output.hidden.sum().backward()
-    assert isinstance(model, peft.PeftModel) and gradients(model)
-    assert tokenizer.pad_token_id is not None
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-
-
-def test_weights_that_train_are_float32_and_frozen_ones_in_the_dtype_asked_for(folder):
-    full, _ = load_student(StudentConfig(model=folder, dtype="bfloat16", lora=None), seed=1)
-    assert type(full) is transformers.LlamaForCausalLM and full.dtype == torch.float32
-    assert all(parameter.requires_grad for parameter in full.parameters())
-    lora, _ = load_student(StudentConfig(model=folder, dtype="bfloat16"), seed=1)
-    assert {p.dtype for p in lora.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in lora.parameters() if not p.requires_grad} == {torch.bfloat16}
-
-
-def test_students_that_cannot_be_loaded_are_named_with_the_way_out(folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="nowhere"):
-        load_student(StudentConfig(model=str(tmp_path / "nowhere")), seed=0)
-    with pytest.raises(UserError, match="no such file"):
-        load_student(StudentConfig(model=str(tmp_path / "nowhere.gguf")), seed=0)
-    (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="some.gguf"):
-        load_student(StudentConfig(model=str(tmp_path / "some.gguf")), seed=0)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gguf"):
-        load_student(StudentConfig(model=str(tmp_path / "some.gguf")), seed=0)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="no_such_attention"):
-        load_student(StudentConfig(model=folder, attention="no_such_attention"), seed=0)
-
-
-def write_gguf(
-    path: Path, model: transformers.LlamaForCausalLM, tokenizer: transformers.PreTrainedTokenizerFast
-) -> None:
-    """A float32 GGUF file as llama.cpp's converter writes it: other names, and rotary halves interleaved."""
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    vocabulary = tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in tokenizer.all_special_tokens else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads is not None:
-            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        if name != "lm_head.weight":  # tied
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_becomes_an_ordinary_model_with_its_own_tokenizer(tmp_path):
-    config = copy.deepcopy(CONFIGS["llama"])
-    config.vocab_size, config.attention_bias, config.tie_word_embeddings = 384, False, True
-    torch.manual_seed(0)
-    original, wanted = transformers.LlamaForCausalLM(config).eval(), toy_tokenizer(chat_template=True)
-    write_gguf(tmp_path / "tiny.gguf", original, wanted)
-    model, tokenizer = load_student(
-        StudentConfig(model=str(tmp_path / "tiny.gguf"), dtype="float32", lora=None), seed=0
-    )
-    ids = token_ids(9)[0]
-    assert type(model) is transformers.LlamaForCausalLM and not hasattr(model.config, "quantization_config")
-    assert torch.equal(model(ids).logits, original(ids).logits)
-    for name in ("bos", "eos", "pad"):
-        assert getattr(tokenizer, f"{name}_token_id") == getattr(wanted, f"{name}_token_id"), name
-    assert tokenizer.chat_template == wanted.chat_template
-    # smollm splits digits off before words, so newlines before one stay together: "\n\n" | "4" | "8".
-    words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("is:\n\n48")]
-    assert words == ["is", ":", "ĊĊ", "4", "8"]
-    merged(model).save_pretrained(tmp_path / "saved")
-    tokenizer.save_pretrained(tmp_path / "saved")
-    again, tokenizer = load_student(StudentConfig(model=str(tmp_path / "saved"), dtype="float32", lora=None), seed=0)
-    assert torch.equal(again(ids).logits, original(ids).logits)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (wanted.bos_token_id, wanted.eos_token_id)
-    assert [w for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("is:\n\n48")] == words
-
-
-def test_a_tokenizer_without_eos_or_with_too_many_tokens_is_refused(folder):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = toy_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="EOS"):
-        student._settle_tokens(model, tokenizer, "it")
-    tokenizer = toy_tokenizer()
-    tokenizer.add_tokens([f"<extra {i}>" for i in range(400)])
-    with pytest.raises(UserError, match="the model embeds 384"):
-        student._settle_tokens(model, tokenizer, "it")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "gemma3", "phi3"])
-def test_a_merged_model_is_plain_and_saves_and_the_trained_one_goes_on(name, tmp_path):
-    model = add_lora(prepare(tiny(name)), LoraConfig(rank=4, dropout=0.0))
-    stir(model)
-    ids = token_ids(9)[0]
-    expected, before = model(input_ids=ids).logits, copy.deepcopy(model.state_dict())
-    plain = merged(model)
-    assert type(plain) is type(model.get_base_model()) and "forward" not in vars(plain)
-    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    plain.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(again(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    run(model, *LENGTHS).hidden.sum().backward()
-    assert gradients(model)
-
-
-def test_merging_keeps_tied_weights_tied():
-    model = prepare(tiny("gpt2"))
-    plain = merged(model)
-    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
-    assert plain.get_input_embeddings().weight is not model.get_input_embeddings().weight
-
-
-def test_adding_and_merging_lora_leaves_the_random_state_alone(untouched_gpus):
-    model, before = prepare(tiny("llama")), torch.get_rng_state()
-    merged(add_lora(model, LoraConfig(rank=2), seed=3))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_ddp_and_fsdp2_give_the_mean_of_the_ranks_gradients():
-    """Two gloo processes, LoRA and full fine-tuning, the head tied, untied, sharded: see the module that runs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.distributed_student"], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed:") == 13
-
-
-def test_weights_without_their_head_or_not_finite_are_refused(folder, tmp_path):
-    model = transformers.LlamaForCausalLM.from_pretrained(folder)
-    toy_tokenizer().save_pretrained(tmp_path)
-    model.model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"lack lm_head\.weight, which would be random"):
-        load_student(StudentConfig(model=str(tmp_path)), seed=0)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not finite"):
-        load_student(StudentConfig(model=str(tmp_path)), seed=0)
-
-
-def test_a_folder_that_is_not_there_is_said_to_be_missing():
-    with pytest.raises(UserError, match=r"\./nowhere: no such folder"):
-        load_student(StudentConfig(model="./nowhere"), seed=0)
