@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compact_kernels import sample_grad_norms
 from tests.distributed_student import leave, whole
-from tests.test_sample_norms import batch, fused, gradients, student, truth, uniform
+from tests.norm_cases import batch, fused, student, truth, uniform
+from tests.student_cases import gradients
 
 LENGTHS = ((9, 2, 6), (12, 5))
 

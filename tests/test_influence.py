@@ -12,7 +12,7 @@ from compact.information import BINS
 from compact.metrics import read_metrics
 from compact.student import add_lora
 from compact_kernels.sample_norms.cap import capped
-from tests.test_sample_norms import batch
+from tests.norm_cases import batch
 from tests.test_trainer import launch
 from tests.toy_run import toy_config, toy_model, toy_trainer
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from compact_kernels import Ragged, SampleGradNorms, sample_grad_norms
 from compact_kernels.sample_norms import costs
-from tests.test_sample_norms import batch, fused, student, truth, uniform
+from tests.norm_cases import batch, fused, student, truth, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,0 +1,113 @@
+"""The recorder of norms: how it plans a batch, groups, estimates, and what it refuses by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compact_kernels import Ragged, SampleGradNorms, sample_grad_norms
+from compact_kernels.sample_norms import costs
+from compact_kernels.sample_norms.segments import Segments
+from tests.architectures import tiny
+from tests.norm_cases import batch, fused, recorded, student
+
+
+def cut(*lengths: int) -> Segments:
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    return Segments.of(torch.tensor(offsets, dtype=torch.int32), offsets)
+
+
+RAGGED = (1500, 2500, 1501, 2499, 2047, 2049, 4000, 288)  # tokens in all as eight of 2048
+
+
+@pytest.mark.parametrize(
+    ("lengths", "own", "stored"),  # of 896 → 2 × 4864; of weights of 4864, 896, 128 and 16 outputs
+    [
+        ((256,) * 32, False, [False, False, False, False]),
+        ((512,) * 8, False, [False, False, False, False]),
+        ((2048,) * 8, True, [True, True, False, False]),
+        (RAGGED, True, [True, False, False, False]),  # one rationale's small product would leave a device idle
+        ((2048,) * 40, True, [False, True, True, False]),  # 4864 outputs are 665 MiB
+    ],
+)
+def test_long_rationales_have_their_products_stored_where_that_is_less_work(lengths, own, stored):
+    segments = cut(*lengths)
+    assert costs.own(896, [4864, 4864], segments) is own
+    assert [costs.stored(896, outputs, segments) for outputs in (4864, 896, 128, 16)] == stored
+    assert costs.own(896, [16], segments)
+
+
+@pytest.mark.parametrize("products", ["auto", "own", "gram"])
+def test_a_recorder_plans_each_batch_by_its_lengths(products):
+    model = nn.Sequential(nn.Linear(896, 4864))
+    recorder = SampleGradNorms(model, products=products)
+    for lengths, own in (((2048,) * 8, True), ((256,) * 4, False), ((2048,) * 8, True)):
+        ragged = Ragged.build(
+            sequence_lengths=lengths, prompt_lengths=[1] * len(lengths), rationales_per_question=[len(lengths)]
+        )
+        with recorder.record(ragged):
+            (family,) = recorder._families
+            assert family.own is (own if products == "auto" else products == "own")
+            assert family.stored == [own]
+
+
+def test_groups_add_up_and_name_the_parts():
+    model = student("gpt2")
+    ids, targets, ragged = batch()
+    with sample_grad_norms(model, ragged) as norms:
+        fused(model, ids, targets, ragged).backward()
+    groups = norms.by_group
+    assert set(groups) == {"wte", "wpe", "ln_1", "attn", "ln_2", "mlp", "ln_f"}
+    torch.testing.assert_close(sum(groups.values()), norms.squared)
+    by_layer = lambda name: "first" if ".0." in name else "rest"  # noqa: E731
+    with sample_grad_norms(model, ragged, groups=by_layer) as norms:
+        fused(model, ids, targets, ragged).backward()
+    assert set(norms.by_group) == {"first", "rest"}
+
+
+def test_hutchinson_is_unbiased_and_knows_its_error():
+    model = student("llama", lora=False)
+    ids, targets, ragged = batch()
+    exact = recorded(model, lambda: fused(model, ids, targets, ragged), ragged)
+    torch.manual_seed(0)
+    estimates, errors = [], []
+    recorder = SampleGradNorms(model, method="hutchinson", probes=8)
+    for _ in range(40):
+        with recorder.record(ragged) as norms:
+            fused(model, ids, targets, ragged).backward()
+        estimates.append(norms.squared)
+        errors.append(norms.standard_error)
+    mean, spread = torch.stack(estimates).mean(0), torch.stack(estimates).std(0)
+    assert ((mean - exact).abs() < 4 * spread / 40**0.5).all()
+    assert (spread > 0).all()
+    torch.testing.assert_close(torch.stack(errors).square().mean(0).sqrt(), spread, rtol=0.5, atol=0)
+
+
+class _Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x)) * self.gain
+
+
+def test_what_is_not_covered_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"gain trains, but its norm is not covered.*no rule for a _Odd"):
+        SampleGradNorms(_Odd())
+    model = _Odd()
+    recorder = SampleGradNorms(model, uncovered="skip")
+    assert recorder.skipped == ["gain"]
+    ragged = Ragged.build(sequence_lengths=[2, 3], prompt_lengths=[1, 1], rationales_per_question=[2])
+    with recorder.record(ragged), pytest.raises(RuntimeError, match="layer.weight is used twice"):
+        model(torch.randn(5, 4))
+    with recorder.record(ragged), pytest.raises(RuntimeError, match="called on 6 rows, the batch has 5"):
+        model(torch.randn(6, 4))
+    with pytest.raises(ValueError, match="no rule for a MixtralTopKRouter"):
+        SampleGradNorms(tiny("mixtral"))
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].weight = shared[0].weight
+    with pytest.raises(ValueError, match=r"0\.weight trains.*shared with 1\.weight"):
+        SampleGradNorms(shared)
