@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from compact_kernels import dispatch  # noqa: E402
 
 dispatch.INTERPRETED = False  # kernels run where a test asks for them; CPU tensors stay in torch elsewhere
-pytest.register_assert_rewrite("tests.student_cases")  # a helper's asserts tell values, as a test's own do
+pytest.register_assert_rewrite("tests.student_cases", "tests.train_cases")  # their asserts tell values too
 
 
 @pytest.fixture

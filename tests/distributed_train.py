@@ -1,4 +1,4 @@
-"""``python -m compact.train`` for tests/test_train.py, under ``accelerate launch`` with fsdp2.yaml, on CPUs.
+"""``python -m compact.train`` for tests/train/test_resume.py, under ``accelerate launch`` with fsdp2.yaml, on CPUs.
 
 accelerate shards on accelerators alone: gloo's processes pass for such here. All else is its own.
 """

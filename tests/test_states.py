@@ -15,8 +15,8 @@ from compact.controls import controlled
 from compact.drift import token_divergences
 from compact.states import auc, linear_cka, pca_shift
 from compact.train import main
-from tests.test_train import flags, save_student, write_rows
-from tests.toy_run import toy_model, toy_rows, toy_trainer
+from tests.toy_run import save_student, toy_model, toy_rows, toy_trainer, write_rows
+from tests.train_cases import flags
 
 
 def test_cka_is_one_for_a_rotation_and_small_for_what_has_nothing_to_do_with_it():

@@ -29,8 +29,8 @@ from compact.study.data import recipe_of
 from compact.study.grid import Cell, embedded_grids, load_grid
 from compact.study.runner import locked
 from compact.study.statistics import crossed, t_quantile
-from tests.test_train import ROOT, save_student, write_rows
-from tests.toy_run import toy_rows
+from tests.toy_run import save_student, toy_rows, write_rows
+from tests.train_cases import ROOT
 
 SMALL = {
     "recipe": "skills",

@@ -40,6 +40,12 @@ def toy_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """JSON lines; what is text already is written as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
 def toy_questions(count: int, seed: int = 0) -> datasets.Dataset:
     return load_questions(datasets.Dataset.from_list(toy_rows(count, seed)))[0]
 
@@ -49,6 +55,12 @@ def toy_model(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 384}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings}))
+
+
+def save_student(folder: Path, **settings: Any) -> Path:
+    toy_model(**settings).save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def toy_trainer(
