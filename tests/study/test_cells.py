@@ -1,0 +1,148 @@
+"""The runner of cells: which are started, workers that break or die, one study a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compact.errors import UserError
+from compact.study import cell, runner
+from compact.study.grid import load_grid
+from compact.study.runner import locked
+from tests.study_cases import grid_file
+
+
+def test_fewer_cells_at_once_are_expected_to_take_less_and_the_slowest_of_a_kind_speaks_for_it(tmp_path):
+    job = runner.Job("mine", tmp_path, [], method="mine")
+    known = [("mine", 100.0, 8), ("mine", 60.0, 4), ("other", 1000.0, 1)]
+    assert runner._expected(job, known, 8) == 100 and runner._expected(job, known, 4) == 75
+    assert runner._expected(job, [("other", 90.0, None)], 8) == 90 and runner._expected(job, [], 8) == 0
+
+
+def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tmp_path, monkeypatch):
+    """Of four at once each would take 16 s and of two 12 s: with 13 s left, two are begun."""
+
+    class Started:
+        alive, names = True, []
+
+        def __init__(self, device, lock):
+            self.device, self.job = device, None
+
+        def start(self, job, at_once):
+            self.job = job
+            self.names.append(job.name)
+
+        def code(self):
+            return 2
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(runner, "Worker", Started)
+    path = grid_file(tmp_path, toy, methods=["uniform"], parallel=4)
+    grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2, 3, 4]"])
+    monkeypatch.setattr(runner, "_known", lambda jobs: [("uniform", 16.0, 4)])
+    monkeypatch.setattr(runner, "_jobs", lambda *_: [runner.Job(c.name, tmp_path, [], method=c.method) for c in cells])
+    first_round = iter([0.0, 0.0])
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(first_round, 1e9))
+    runner.run_cells(grid, cells, 0, minutes=13 / 60)
+    assert Started.names == [c.name for c in cells[:2]]
+
+
+def test_a_worker_runs_cell_after_cell_until_one_breaks_it(tmp_path, monkeypatch, capfd):
+    def main(arguments):
+        print("at work on", arguments[1])
+        if arguments[1] == "2":
+            raise MemoryError("all of it")
+        return 0
+
+    asked = [[str(tmp_path / number), number] for number in "123"]
+    for folder, _ in asked:
+        Path(folder).mkdir()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(cell, "main", main)
+            patch.setattr(sys, "stdin", [json.dumps(words) for words in asked])
+            for number, name in enumerate(("stdout", "stderr"), 1):
+                patch.setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            assert cell.serve() == 1
+    finally:
+        for number, old in enumerate(kept, 1):
+            os.dup2(old, number)
+            os.close(old)
+    assert capfd.readouterr().out == "0\n1\n"
+    assert (tmp_path / "1" / "log.txt").read_text() == "at work on 1\n"
+    assert "MemoryError: all of it" in (tmp_path / "2" / "log.txt").read_text()
+    assert not (tmp_path / "3" / "log.txt").exists()
+
+
+def test_a_worker_that_dies_costs_its_cell_and_no_other(toy, tmp_path, monkeypatch):
+    stub = tmp_path / "python"  # what the runner starts in place of Python: it dies of the second cell
+    stub.write_text(
+        f"""#!/bin/sh
+echo >> {tmp_path}/started
+while read -r line; do
+    folder=$(echo "$line" | sed 's/^."//; s/".*//')
+    case $folder in *seed-1) kill -9 $$;; esac
+    echo '{{"seconds": 1, "peak_reserved": 0}}' > "$folder/cell.json"
+    echo 0
+done
+"""
+    )
+    stub.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(stub))
+    path = grid_file(tmp_path, toy, methods=["uniform"], parallel=1)
+    grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2]"])
+    with locked(Path(grid.study)) as lock:
+        runner.run_cells(grid, cells, lock)
+    assert (tmp_path / "started").read_text().count("\n") == 2
+    reasons = [tmp_path / "study" / "cells" / one.name / "failed.txt" for one in cells]
+    assert [file.exists() for file in reasons] == [False, True, False]
+    assert "signal 9" in reasons[1].read_text()
+
+
+@pytest.mark.parametrize(
+    "code, log, expected",
+    [
+        (2, "compact.study: no such teacher\n", "no such teacher"),
+        (1, "Traceback\nMemoryError: all of it\n", "it ended with status 1 .*after: MemoryError: all of it"),
+        (-9, "", "it ended with signal 9 .*after: nothing"),
+    ],
+)
+def test_a_failed_cell_says_why(tmp_path, code, log, expected):
+    job = runner.Job("cell", tmp_path, [])
+    (tmp_path / "log.txt").write_text(log)
+    assert not runner._finish(job, code)
+    assert re.match(expected, job.error.read_text())
+
+
+def test_two_studies_do_not_write_to_one_folder(tmp_path):
+    with locked(tmp_path / "study"):
+        with pytest.raises(UserError, match="another study is writing to it.*--study"):
+            with locked(tmp_path / "study"):
+                pass
+    with locked(tmp_path / "study"):
+        pass
+
+
+def test_a_second_ctrl_c_leaves_no_cell_that_was_not_told_to_end(monkeypatch):
+    def interrupted(worker):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Worker, "stop", interrupted)
+    workers = []
+    for _ in range(2):
+        worker = runner.Worker.__new__(runner.Worker)
+        worker.job, worker.process = runner.Job("", Path(), []), subprocess.Popen(["sleep", "600"])
+        workers.append(worker)
+    with pytest.raises(KeyboardInterrupt):
+        runner.stop_all(workers)
+    assert [worker.process.wait(60) for worker in workers] == [-signal.SIGTERM] * 2

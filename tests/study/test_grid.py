@@ -1,0 +1,95 @@
+"""Grids of studies: their mistakes, their cells in order, folds, and the grids of the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compact.errors import UserError
+from compact.study import runner
+from compact.study.data import recipe_of
+from compact.study.grid import embedded_grids, load_grid
+from tests.study_cases import grid_file
+from tests.toy_run import toy_rows, write_rows
+
+
+def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
+    path = grid_file(tmp_path, toy, methods=["uniform", "compact"], seeds=[1, 0], order="methods")
+    names = [one.name for one in load_grid([str(path)])[1]]
+    assert names == [f"few/{method}/seed-{seed}" for method in ("uniform", "compact") for seed in (1, 0)]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"methods": ["compcat", "uniform"]}, r"grid.yaml:\d+: methods: 'compcat' is no known method.*mean compact\?"),
+        ({"methods": {"mine": {"strtegy": "uniform"}, "uniform": None}}, r"grid.yaml:\d+: .*strtegy.*mean strategy"),
+        ({"methods": {"mine": 0.3, "uniform": None}}, r"grid.yaml:\d+: methods.mine: a method is a mapping"),
+        ({"sedes": [1]}, r"grid.yaml:\d+: sedes: unknown key.*mean seeds"),
+        ({"baseline": "compcat"}, r"grid.yaml:\d+: baseline: 'compcat' is none of the methods"),
+        ({"seeds": [0, 0]}, "seeds: .*each once"),
+        ({"recipe": "skils"}, "skils: no such file.*mean skills"),
+        ({"settings": {"a": {"skills": {"questoins": 9}}}}, "skills.questoins: unknown key.*skills.questions"),
+        ({"settings": {"a.skills.questions": 9}}, r"settings.a.skills.questions: a setting is a mapping"),
+        ({"settings": {"a": {"folds": 1}}}, "folds: 1 is not a whole number of at least 2"),
+        ({"methods": []}, "methods: name at least one"),
+    ],
+)
+def test_a_mistaken_grid_is_named_with_its_line(toy, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_grid([str(grid_file(tmp_path, toy, **changes))])
+
+
+def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
+    methods = {"uniform": None, "broken": {"weights.temperature": -1}}
+    grid, cells, _ = load_grid([str(grid_file(tmp_path, toy, methods=methods))])
+    jobs = runner._jobs(grid, cells, Path(grid.study))
+    assert [job.name for job in jobs] == ["base of few", "few/uniform/seed-0"]
+    other, _, _ = load_grid([str(grid_file(tmp_path, toy, methods=["no_consensus", "uniform"])), "--seeds", "[5]"])
+    again = runner._jobs(other, load_grid([str(tmp_path / "grid.yaml"), "--seeds", "[5]"])[1], Path(grid.study))
+    assert [job.name for job in again] == ["base of few", "few/no_consensus/seed-5", "few/uniform/seed-5"]
+    assert all(job.needs is again[0] for job in again[1:])  # whatever methods and seeds come later
+    said = (Path(grid.study) / "cells" / "few" / "broken" / "seed-0" / "failed.txt").read_text()
+    assert "weights.temperature: -1 is out of range" in said
+
+
+def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):
+    path = grid_file(tmp_path, toy, methods={"uniform": None, "hot": {"weights": {"temperature": 3}}})
+    grid, cells, _ = load_grid([str(path), "--seeds", "[3, 4]", "--set.training.learning_rate", "0.5"])
+    assert [cell.name for cell in cells] == [f"few/{m}/seed-{s}" for s in (3, 4) for m in ("uniform", "hot")]
+    recipe = recipe_of(cells[1], tmp_path / "study")
+    assert recipe.weights.temperature == 3 and recipe.training["learning_rate"] == 0.5 and recipe.seed == 3
+    assert Path(recipe.data.train).name == "train-3.jsonl"
+    held_out = Path(recipe.data.held_out).read_bytes()
+    assert held_out == Path(recipe_of(cells[3], tmp_path / "study").data.held_out).read_bytes()
+
+
+def test_folds_hold_every_question_out_once(toy, tmp_path):
+    write_rows(tmp_path / "questions.jsonl", toy_rows(11))
+    path = grid_file(
+        tmp_path,
+        toy,
+        settings={"f": {"folds": 3}},
+        methods=["uniform"],
+        set={"data.train": str(tmp_path / "questions.jsonl")},
+    )
+    _, cells, _ = load_grid([str(path)])
+    held = []
+    for one in cells:
+        recipe = recipe_of(one, tmp_path / "study")
+        parts = [
+            [json.loads(line)["prompt"] for line in Path(file).read_text().splitlines()]
+            for file in (recipe.data.train, recipe.data.held_out)
+        ]
+        assert not set(parts[0]) & set(parts[1]) and len(parts[0]) + len(parts[1]) == 11
+        held += parts[1]
+    assert len(cells) == 3 and sorted(held) == sorted(row["prompt"] for row in toy_rows(11))
+
+
+@pytest.mark.parametrize("name", embedded_grids())
+def test_the_grids_of_the_package_are_grids(name, tmp_path):
+    flags = ["--set.student.model", "x", "--set.data.train", "y.jsonl"]
+    _, cells, _ = load_grid([name, *flags])
+    assert cells and all(cell.tree.value["student"].value["model"].value == "x" for cell in cells)

@@ -1,0 +1,61 @@
+"""A study's numbers: what counts once, intervals that allow for seeds and questions, failures told together."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from compact.results import TaskResult, store_results
+from compact.study import summary
+from compact.study.grid import Cell
+from compact.study.statistics import crossed, t_quantile
+
+
+def test_cells_that_failed_alike_are_told_together():
+    content = {"study": "s", "cells": 3, "recipe": "r", "seeds": [0], "baseline": "uniform", "records": []}
+    content |= {"weights": [], "seconds": None, "failed": {"a": "no such key", "b": "signal 9", "c": "no such key"}}
+    told = summary._markdown(content, [])
+    assert "**3 cells failed**" in told and "- `a`, `c`: no such key\n- `b`: signal 9" in told
+
+
+def test_what_every_fold_was_asked_counts_once_and_a_failed_fold_takes_its_seed_along(tmp_path):
+    made = [Cell("s", "m", seed, fold, None, None, 2, 0) for seed in (0, 1) for fold in (0, 1)]
+    for at in made:
+        folder = tmp_path / "cells" / at.name
+        answer = {"id": "x", "correct": at.fold == 0, "strict_correct": True, "answer_logprob": None, "options": 1}
+        answer |= {"solution_logprob": None, "finished": True, "tokens": 1}
+        results = {split: TaskResult(split, split, "number", [answer]) for split in ("id", "forgetting")}
+        store_results(results, {}, folder, "after")
+        (folder / "report.json").write_text("{}")
+    (tmp_path / "cells" / made[3].name / "failed.txt").write_text("it ended with signal 9")
+    found = summary._by_seed(tmp_path, made, "after")
+    held_out, forgotten = ("id", "id", "accuracy"), ("forgetting", "forgetting", "accuracy")
+    assert found == {0: {held_out: {"0/x": 100.0, "1/x": 0.0}, forgotten: {"x": 50.0}}}
+
+
+def test_quantiles_are_student_s():
+    # From printed tables.
+    for dof, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (100, 1.984)):
+        assert t_quantile(0.975, dof) == pytest.approx(expected, abs=2e-3)
+
+
+def test_intervals_of_crossed_samples_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    hits, naive = 0, 0
+    for _ in range(300):
+        table = rng.normal(0, 0.5, (5, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 1, (5, 40))
+        estimate = crossed(table)
+        low, high = estimate.interval()
+        hits += low < 0 < high
+        half = 1.96 * table.std() / math.sqrt(table.size)
+        naive += abs(table.mean()) < half
+    assert 0.92 <= hits / 300 <= 1 and naive / 300 < 0.8
+
+
+def test_one_seed_or_one_question_leaves_an_ordinary_mean():
+    values = np.array([[1.0, 2.0, 4.0]])
+    assert crossed(values).se == pytest.approx(values.std(ddof=1) / 3**0.5)
+    assert crossed(values.T).se == crossed(values).se
+    assert crossed(np.ones((1, 1))).se is None and crossed(np.ones((3, 4))).interval() == [1, 1]
