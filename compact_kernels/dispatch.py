@@ -1,9 +1,12 @@
-"""Whether an op's kernels can run on a tensor: one predicate a kind, for the ops and their tests."""
+"""Whether an op's kernels can run on a tensor: one predicate a kind, for the ops and their tests. And where they run."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +14,9 @@ from torch import Tensor
 from compact_kernels.native import LIBRARY, cuda_trouble
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 # Kernels run on CPUs in Triton's interpreter, slowly, if that is asked for before this is imported.
@@ -37,3 +43,22 @@ def native_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
 def native_cuda_applies(tensor: Tensor) -> bool:
     """True for float32, bfloat16 and float16 on a GPU that the native library has code for."""
     return tensor.is_cuda and tensor.dtype in DTYPES and not cuda_trouble(tensor.get_device())
+
+
+def on_its_device(op: Callable[P, R]) -> Callable[P, R]:
+    """The op with the GPU of its first tensor as the current one, on which Triton launches wherever tensors are.
+
+    A backward pass needs no such care: autograd sees to it. Nor does a compiled graph.
+    """
+
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return op(*args, **kwargs)
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is None or not first.is_cuda:
+            return op(*args, **kwargs)
+        with torch.cuda.device_of(first):
+            return op(*args, **kwargs)
+
+    return run

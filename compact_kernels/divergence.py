@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels import arguments, divergence_torch
-from compact_kernels.dispatch import native_applies, triton_applies
+from compact_kernels.dispatch import native_applies, on_its_device, triton_applies
 from compact_kernels.head import native_rows
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
@@ -23,6 +23,7 @@ from compact_kernels.weighting import Decision, Settled
 Kind = Literal["kl", "jsd"]
 
 
+@on_its_device
 def answer_divergence(
     hidden: Tensor,
     head_weight: Tensor,
@@ -130,7 +131,9 @@ def add_to_rows(
     place = (ragged, decision.alpha, chunk.first_question, chunk.last_question, first, weighting.divergence)
     scores = torch.empty(ragged.span_rows.numel(), dtype=e.sums.dtype, device=x.device)
     divergence_torch.span_divergence(e.buffer, e.sums, *place, (divergence, scores))
-    counted = decision.targets_per_rationale if weighting.divide_by_targets else torch.ones_like(decision.alpha)
+    counted = torch.ones_like(decision.alpha)
+    if weighting.divide_by_targets:
+        counted = decision.targets_per_rationale.clamp_min(1)  # as a row's weight is divided
     ratio = weighting.divergence_weight * weighting.divergence_normalizer / weighting.normalizer
     divergence_torch.replace_by_gradient_(e.buffer, e.sums, *place, scores, counted * ratio)
     if e.slope is not None:

@@ -57,6 +57,7 @@ def span_divergence(
         per_question, scores = out
     if last_question <= first_question:
         return per_question, scores
+    alpha = alpha.contiguous()
     largest, longest, first_span, last_span = _sizes(ragged, first_question, last_question)
     width, splits, tiles = _tiles(buffer, largest)
     questions = last_question - first_question
@@ -136,6 +137,7 @@ def add_span_gradient_(
     """
     if last_question <= first_question:
         return
+    alpha = alpha.contiguous()
     largest, longest, first_span, _ = _sizes(ragged, first_question, last_question)
     width, splits, tiles = _tiles(buffer, largest)
     if longest == 0 or (largest == 1 and not replace):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels import arguments, native_cuda, reference
-from compact_kernels.dispatch import native_cuda_applies, triton_applies
+from compact_kernels.dispatch import native_cuda_applies, on_its_device, triton_applies
 from compact_kernels.divergence import answer_divergence
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
@@ -34,6 +34,7 @@ class CompatibilityOutput(NamedTuple):
     statistics: Statistics
 
 
+@on_its_device
 def compatibility_loss(
     hidden: Tensor,
     head_weight: Tensor,
@@ -148,6 +149,7 @@ def compatibility_loss(
     return CompatibilityOutput(loss, decision.alpha, sft, mixed, statistics)
 
 
+@on_its_device
 @torch.no_grad()
 def linear_token_stats(
     hidden: Tensor,
@@ -175,6 +177,7 @@ def linear_token_stats(
     return token_logprobs(rows, head, row_targets, ragged, ignore_index, workspace_mib)
 
 
+@on_its_device
 def linear_logprob(
     hidden: Tensor,
     head_weight: Tensor,
@@ -212,6 +215,7 @@ def linear_logprob(
     return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
+@on_its_device
 @torch.no_grad()
 def question_consensus(
     query: Tensor,
@@ -233,6 +237,8 @@ def question_consensus(
     Returns:
         (S,) float32 (float64 for float64 input), without a gradient; 0 for a rationale alone.
     """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
     if torch.compiler.is_compiling():
         shape, host = ragged.tensors(), ragged.host.tensors()
         return torch.ops.compact_kernels.question_consensus(query, key, shape, host, temperature, centrality)

@@ -54,6 +54,9 @@ def decide(
         return
     rule = CompatibilityRule() if rule is None else rule
     largest = triton.next_power_of_2(ragged.sizes.most_rationales)
+    consensus, difficulty_reference, weights = (
+        None if vector is None else vector.contiguous() for vector in (consensus, difficulty_reference, weights)
+    )
     _decide_kernel[(last_question - first_question,)](
         logprob,
         evidence,

@@ -115,3 +115,10 @@ def test_sizes_that_do_not_fit_are_named():
     ragged = make_ragged((3,))
     with pytest.raises(ValueError, match=r"query \(2, 8\).*3 rationales"):
         question_consensus(torch.zeros(2, 8), torch.zeros(2, 8), ragged)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_none_is_an_error(temperature):
+    ragged = Ragged.build(sequence_lengths=[2, 2], prompt_lengths=[1, 1], rationales_per_question=[2])
+    with pytest.raises(ValueError, match="temperature is .*; it must be above 0"):
+        question_consensus(torch.randn(2, 3), torch.randn(2, 3), ragged, temperature=temperature)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compact_kernels import Ragged, Statistics, linear_logprob
+from compact_kernels import Ragged, Statistics, answer_divergence, compatibility_loss, linear_logprob
 from compact_kernels.head import rows as rows_of_heads
 from tests.head_cases import (
     CUDA,
@@ -392,3 +392,48 @@ def test_a_forbidden_target_has_an_infinite_loss(backend):
     problem.bias[problem.targets[row]] = -torch.inf
     logprob, _ = logprob_of(problem.to(torch.float32))
     assert logprob[row] == -torch.inf
+
+
+# ---- layouts in memory --------------------------------------------------------------------------------------------
+
+
+def spread(vector: Tensor) -> Tensor:
+    """The same numbers, a column of a matrix."""
+    return torch.stack([vector, vector.flip(0), vector.flip(0)], 1)[:, 0]
+
+
+def alike(vector: Tensor) -> Tensor:
+    """One of the numbers, expanded: so is the gradient of a sum."""
+    return vector[-1:].expand_as(vector)
+
+
+@pytest.mark.parametrize("laid", [spread, alike])
+@pytest.mark.parametrize("trains", [True, False])
+def test_vectors_are_read_as_they_lie_in_memory(backend, laid, trains):
+    problem = make_problem("bias", ignored=0.0).to(torch.float32)
+    ragged = problem.ragged
+    vectors = {
+        "targets": problem.targets,
+        "bias": problem.bias,
+        "alpha": torch.linspace(0.4, 1.1, ragged.num_sequences, device=DEVICE),
+        "consensus": problem.consensus.float(),
+        "upstream": torch.linspace(-1, 1, problem.targets.numel(), device=DEVICE),
+    }
+
+    def results(lay: Any) -> list[Tensor]:
+        v = {name: lay(vector) for name, vector in vectors.items()}
+        hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_(trains)
+        head = (hidden, weight, v["targets"])
+        given = compatibility_loss(*head, ragged, weights=v["alpha"], bias=v["bias"], divergence_weight=0.1)
+        ruled = compatibility_loss(
+            *head, ragged, consensus=v["consensus"], difficulty_reference=v["alpha"], bias=v["bias"]
+        )
+        tokens = linear_logprob(*head, bias=v["bias"])
+        apart = answer_divergence(hidden, weight, ragged, v["alpha"], bias=v["bias"])
+        outputs = [given.loss, ruled.loss, *tokens, apart]
+        upstream = [None, None, v["upstream"], v["upstream"], torch.ones_like(apart)]
+        leaves = [hidden, weight] if trains else [hidden]
+        return [*outputs, given.alpha, ruled.alpha, *torch.autograd.grad(outputs, leaves, upstream)]
+
+    for found, expected in zip(results(laid), results(lambda vector: laid(vector).contiguous()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -35,7 +35,7 @@ class LinearHead:
 
     def in_dtype(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LinearHead:
         """The same head with these tensors, in the dtype that computes."""
-        return replace(self, weight=in_rows(weight, dtype), bias=None if bias is None else bias.to(dtype))
+        return replace(self, weight=in_rows(weight, dtype), bias=None if bias is None else bias.to(dtype).contiguous())
 
     @property
     def vocabulary(self) -> int:

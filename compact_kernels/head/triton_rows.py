@@ -76,6 +76,7 @@ def statistics(
     n, vocabulary = x.shape[0], head.vocabulary
     if n == 0:
         return
+    targets = targets.contiguous()
     table = table[:, first_row : first_row + n]
     tiles = _tiles(x.dtype, x.device)
     parts = triton.cdiv(vocabulary, tiles.n)
@@ -124,6 +125,7 @@ def gradient_block(
     n, width = block.shape
     if n == 0:
         return
+    targets = targets.contiguous()
     curve = None if curve is None else curve * LN2
     _product(x, head, block, targets, None, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
     kernels.target_kernel[(triton.cdiv(n, 128),)](
@@ -159,6 +161,7 @@ def scale_rows(
 ) -> Tensor:
     """out[place[i]] = source[i]·first[i]·second[i]·constant, rounded once to out's dtype."""
     n, dim = source.shape
+    first = first.contiguous()  # the gradient of a sum is one number, expanded
     if n:
         kernels.scale_rows_kernel[(n,)](
             source, first, second, place, out, dim, source.stride(0), out.stride(0), constant,
