@@ -125,19 +125,19 @@ class Ragged:
                     f"rationale {s}: thinking has {len(thinking[s])} flags, its completion has {count} tokens"
                 )
             first_row = int(cu_seqlens[s]) + prompt_lengths[s] - 1
-            rows.append(torch.arange(first_row, first_row + count))
+            rows.append(torch.arange(first_row, first_row + count, device="cpu"))
             # Row t has just read completion token t - 1; row 0 has read the prompt, which is never a thinking token.
-            flags.append(torch.tensor([False, *thinking[s][:-1]], dtype=torch.bool))
-            span_rows.append(torch.arange(start, start + length) + int(cu_rows[s]))
+            flags.append(_host_tensor([False, *thinking[s][:-1]], torch.bool))
+            span_rows.append(torch.arange(start, start + length, device="cpu") + int(cu_rows[s]))
             spans.append(length)
         return cls(
             cu_seqlens=cu_seqlens,
             cu_questions=_offsets(rationales_per_question),
             rows=_concatenate(rows, torch.int64),
             cu_rows=cu_rows,
-            body_lengths=torch.tensor(list(body_lengths), dtype=torch.int32),
+            body_lengths=_host_tensor(list(body_lengths), torch.int32),
             thinking=_concatenate(flags, torch.bool),
-            evidence_ids=torch.tensor([token for ids in evidence_ids for token in ids], dtype=torch.int64),
+            evidence_ids=_host_tensor([token for ids in evidence_ids for token in ids], torch.int64),
             cu_evidence=_offsets([len(ids) for ids in evidence_ids]),
             span_rows=_concatenate(span_rows, torch.int64),
             cu_span=_offsets(spans),
@@ -158,19 +158,19 @@ class Ragged:
         labels, cu_seqlens, cu_questions = labels.reshape(-1).cpu(), cu_seqlens.cpu().int(), cu_questions.cpu().int()
         _check_offsets("cu_seqlens", cu_seqlens, labels.numel(), "tokens")
         _check_offsets("cu_questions", cu_questions, cu_seqlens.numel() - 1, "rationales")
-        scored = torch.zeros(labels.numel() + 1, dtype=torch.bool)
+        scored = labels.new_zeros(labels.numel() + 1, dtype=torch.bool)
         scored[: labels.numel()] = labels != ignore_index
         scored[cu_seqlens.long()] = False  # the first token of a sequence is nobody's target
         rows = scored[1:].nonzero().squeeze(1)
         cu_rows = torch.searchsorted(rows, cu_seqlens.long()).int()
-        empty, zeros = torch.empty(0, dtype=torch.int64), torch.zeros_like(cu_seqlens)
+        empty, zeros = labels.new_empty(0, dtype=torch.int64), torch.zeros_like(cu_seqlens)
         return cls(
             cu_seqlens=cu_seqlens,
             cu_questions=cu_questions,
             rows=rows,
             cu_rows=cu_rows,
             body_lengths=cu_rows.diff(),
-            thinking=torch.zeros(rows.numel(), dtype=torch.bool),
+            thinking=torch.zeros_like(rows, dtype=torch.bool),
             evidence_ids=empty,
             cu_evidence=zeros,
             span_rows=empty,
@@ -330,19 +330,24 @@ def segment_of(offsets: Tensor, total: int) -> Tensor:
 
 def on_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host's on a device, by a copy that waits for nothing: on a GPU from pinned memory."""
-    host = torch.tensor(values, dtype=dtype)
+    host = _host_tensor(values, dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 _TENSORS = tuple(f.name for f in fields(Ragged) if f.name not in ("max_seqlen", "_host"))
 
 
+def _host_tensor(values: list, dtype: torch.dtype) -> Tensor:
+    """On the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def _offsets(counts: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *counts], dtype=torch.int64).cumsum(0).int()
+    return _host_tensor([0, *counts], torch.int64).cumsum(0).int()
 
 
 def _concatenate(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)
+    return torch.cat(parts).to(dtype) if parts else _host_tensor([], dtype)
 
 
 def _check_count(name: str, values: Sequence[object], expected: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compact_kernels import CompatibilityRule, Ragged, SampleGradNorms, compatibility_loss, sample_grad_norms
@@ -172,3 +174,58 @@ def test_a_whole_compiled_step_with_a_trained_head_gives_the_same_norms(name, di
     found = recorded(model, torch.compile(loss, backend="aot_eager"), ragged)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
     torch._dynamo.reset()
+
+
+class Headed(nn.Module):
+    """An embedding and a head with a bias, tied or not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.body, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def loss(self, ids: Tensor, ragged: Ragged, targets: Tensor, **options: Any) -> Tensor:
+        hidden = self.body(self.embed(ids)).tanh()
+        options |= {"bias": self.lm_head.bias, "weights": torch.tensor([0.4, 0.6]), "normalizer": 1.0}
+        return compatibility_loss(hidden, self.lm_head.weight, targets, ragged, **options).loss
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_a_bias_gives_its_norms(tied):
+    torch.manual_seed(0)
+    model = Headed(tied).double()
+    ids, targets = torch.tensor([1, 4, 4, 2, 1, 4, 8]), torch.tensor([4, 4, -100, 1, 4, 8, -100])
+    ragged = Ragged.build(sequence_lengths=[3, 4], prompt_lengths=[1, 1], rationales_per_question=[2])
+    expected = []
+    for own in (slice(0, 3), slice(3, 7)):
+        only = torch.full_like(targets, -100)
+        only[own] = targets[own]
+        model.zero_grad()
+        model.loss(ids, ragged, only, implementation="reference").backward()
+        expected.append(sum(p.grad.square().sum() for p in model.parameters()))
+    with sample_grad_norms(model, ragged) as norms:
+        model.loss(ids, ragged, targets).backward()
+    torch.testing.assert_close(norms.squared, torch.stack(expected), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_rationale_without_a_target_takes_part_in_the_divergence_as_without_a_recorder(request, kernels):
+    if kernels == "triton":
+        request.getfixturevalue("triton_kernels")
+    torch.manual_seed(0)
+    model, ids = Headed(False), torch.tensor([1, 4, 4, 2, 1, 8])
+    targets = torch.tensor([1, 2, 3, -100, -100, -100])
+    ragged = Ragged.build(
+        sequence_lengths=[3, 3], prompt_lengths=[1, 1], rationales_per_question=[2], answer_spans=[(0, 1)] * 2
+    )
+    model.loss(ids, ragged, targets, divergence_weight=0.5).backward()
+    plain = gradients(model)
+    model.zero_grad()
+    with sample_grad_norms(model, ragged) as norms:
+        model.loss(ids, ragged, targets, divergence_weight=0.5).backward()
+    torch.testing.assert_close(gradients(model), plain)
+    assert norms.norms.min() > 0

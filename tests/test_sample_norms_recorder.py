@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compact_kernels import Ragged, SampleGradNorms, sample_grad_norms
 from compact_kernels.sample_norms import costs
+from compact_kernels.sample_norms.result import SampleNorms
 from compact_kernels.sample_norms.segments import Segments
 from tests.architectures import tiny
 from tests.norm_cases import batch, fused, recorded, student
@@ -50,6 +51,53 @@ def test_a_recorder_plans_each_batch_by_its_lengths(products):
             (family,) = recorder._families
             assert family.own is (own if products == "auto" else products == "own")
             assert family.stored == [own]
+
+
+def test_norms_of_one_batch_are_never_anothers():
+    model, ragged = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double(), batch()[2]
+    recorder = SampleGradNorms(model, products="gram")
+    x = torch.randn(1, int(ragged.cu_seqlens[-1]), 6, dtype=torch.float64)
+
+    def step(scale: float) -> tuple[SampleNorms, Tensor]:
+        with recorder.record(ragged) as norms:
+            return norms, model(scale * x).square().sum()
+
+    first, loss = step(1.0)
+    loss.backward()
+    one = first.squared
+    second, loss = step(2.0)
+    with pytest.raises(RuntimeError, match="norms of an earlier batch"):
+        _ = first.squared
+    loss.backward()
+    two = second.squared
+    (later, loss), (last, other) = step(1.0), step(2.0)  # two forward passes, then their backward passes
+    other.backward()
+    loss.backward()
+    torch.testing.assert_close(later.squared, one)
+    torch.testing.assert_close(last.squared, two)
+
+
+def test_parameters_that_train_or_freeze_later_are_an_error():
+    model, ragged = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), batch()[2]
+    model[0].weight.requires_grad_(False)
+    recorder = SampleGradNorms(model)
+    for name, parameter in (("0.weight trains now", model[0].weight), ("1.bias trains no more", model[1].bias)):
+        parameter.requires_grad_(not parameter.requires_grad)
+        with pytest.raises(RuntimeError, match=name), recorder.record(ragged):
+            pass
+        parameter.requires_grad_(not parameter.requires_grad)
+    with recorder.record(ragged):
+        pass
+
+
+def test_a_recorder_that_cannot_be_made_leaves_no_layer_changed():
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False))
+    recorder = SampleGradNorms(model[2])
+    with pytest.raises(ValueError, match="2.weight's layer has a recorder already"):
+        SampleGradNorms(model)
+    recorder.remove()
+    assert not any("_sample_norms" in layer.__dict__ or "forward" in layer.__dict__ for layer in model)
+    SampleGradNorms(model)
 
 
 def test_groups_add_up_and_name_the_parts():

@@ -28,6 +28,12 @@ def trained(path: str, module: nn.Module) -> list[str]:
     return [f"{path}.{key}" if path else key for key, parameter in own if parameter.requires_grad]
 
 
+def is_trained(module: nn.Module, key: str) -> bool:
+    """Whether a module has such a parameter of its own, and it trains."""
+    parameter = module._parameters.get(key)
+    return parameter is not None and parameter.requires_grad
+
+
 def is_linear(module: nn.Module) -> bool:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return True
@@ -57,6 +63,9 @@ def normalisation(module: nn.Module) -> tuple[str, float]:
 
 def reason_against(module: nn.Module) -> str | None:
     """Why a layer's norms are not covered; None if they are."""
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if (more := own - {"weight", "bias"}) and (is_linear(module) or isinstance(module, nn.Embedding)):
+        return f"no rule for a {type(module).__name__}'s {', '.join(sorted(more))}"
     if is_linear(module):
         return None
     if isinstance(module, nn.Embedding):
@@ -66,11 +75,12 @@ def reason_against(module: nn.Module) -> str | None:
         if type(module).forward is not nn.Embedding.forward and not scaled:
             return f"{type(module).__name__} is an embedding of its own kind"
         return None
-    own = {name for name, _ in module.named_parameters(recurse=False)}
     if own and own <= {"weight", "bias"} and all(p.dim() == 1 for p in module.parameters(recurse=False)):
-        if isinstance(module, nn.LayerNorm):
+        if type(module).forward is nn.LayerNorm.forward:
             return None
         name = type(module).__name__
+        if isinstance(module, nn.LayerNorm):
+            return None if _behaves(module) else f"{name} is not (x − mean) / std times its weight, plus its bias"
         if isinstance(module, nn.RMSNorm) or (name.endswith("RMSNorm") and "bias" not in own):
             return None if _behaves(module) else f"{name} is not x / rms(x) times its weight (or 1 + weight)"
     return f"no rule for a {type(module).__name__} with {', '.join(sorted(own))}"
@@ -78,21 +88,21 @@ def reason_against(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _behaves(module: nn.Module) -> bool:
-    """Whether an RMSNorm does what its name says, tried on two rows where its weight is at hand."""
+    """Whether a norm layer does what its name says, tried on two rows where its weight is at hand."""
     weight = module.weight
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         return True
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[0], generator=generator, dtype=torch.float64).to(weight.device, weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, weight.shape[0], generator=generator, dtype=torch.float64, device="cpu").to(weight)
     try:
         found = type(module).forward(module, x)
     except Exception:  # a gate, a second input
         return False
     truth = normalized(x, *normalisation(module))
     tolerance = 0.05 if weight.dtype.itemsize == 2 else 1e-4
-    return any(
-        torch.allclose(found.to(truth.dtype), truth * w, rtol=tolerance, atol=tolerance) for w in (weight, 1 + weight)
-    )
+    bias = getattr(module, "bias", None)
+    found = found.to(truth.dtype) if bias is None else found.to(truth.dtype) - bias
+    return any(torch.allclose(found, truth * w, rtol=tolerance, atol=tolerance) for w in (weight, 1 + weight))
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

@@ -80,5 +80,5 @@ def accumulates(task: int) -> bool:
 
 def give(slot: Tensor, norms: Tensor) -> None:
     """What autograd does with a leaf's gradient."""
-    norms = norms.to(slot.dtype)
+    norms = norms.detach().to(slot.dtype)
     slot.grad = norms if slot.grad is None else slot.grad + norms

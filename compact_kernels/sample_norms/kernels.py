@@ -244,7 +244,7 @@ def scale_kernel(
     total = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     for k in range(start * heads, end * heads, ROWS):
         row = k + tl.arange(0, ROWS)
-        token, head = (row // heads).to(tl.int64), row % heads
+        token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
         mask = (row < end * heads)[:, None] & d_in[None, :]
         g_at = g_ptr + token[:, None] * g_token + head[:, None] * g_head + d[None, :]
         g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)

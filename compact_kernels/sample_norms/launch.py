@@ -129,7 +129,7 @@ def gram_norms(
 
 
 def token_norms(ids: Tensor, gradient: Tensor, cu: Tensor, tiles: Tensor, ignored: int) -> Tensor:
-    return _gram(None, ids, [gradient], 0, cu, tiles, None, ignored)
+    return _gram(None, ids.contiguous(), [gradient], 0, cu, tiles, None, ignored)
 
 
 def _gram(
@@ -292,7 +292,7 @@ def token_rows(
     first: int,
     longest: int,
 ) -> Tensor:
-    hidden = _unit(hidden)
+    hidden, ids = _unit(hidden), ids.contiguous()
     dim = hidden.shape[1]
     out = torch.zeros(ids.shape[0], dim, dtype=torch.float32, device=hidden.device)
     precision, upcast = _precision(hidden.dtype)

@@ -132,10 +132,10 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     if recorder.segments is None or not torch.is_grad_enabled():
         return original(self, member.before, x, *args, **kwargs)
     y = (detached if recorder.unweighted else original)(self, member.before, x, *args, **kwargs)
-    heads_first = x.dim() == 4 and x.shape[1] != recorder.segments.tokens
-    if heads_first:  # (1, h, T, D): some architectures transpose before they normalise
+    heads_first = x.dim() == 4 and _heads_first(x, recorder.segments.tokens)
+    if heads_first:
         x = x.transpose(1, 2)
-    recorder.check_rows(self, x)
+    recorder.check_rows(self, x.shape[: 2 if x.dim() == 4 else -1].numel())
     recorder.note(member)
     source = None if recorder.unweighted else hooks.source(y)
     if source is not None:
@@ -147,6 +147,13 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
         y = y.transpose(1, 2)
     y = ScaleTap.apply(y, x, member.slot, member.bias_slot, recorder.segments.cu, member.kind, member.eps, *own)
     return y.transpose(1, 2) if heads_first else y
+
+
+def _heads_first(x: Tensor, tokens: int) -> bool:
+    """Whether x is (1, h, T, D), as some architectures transpose before they normalise, and not (1, T, h, D)."""
+    if x.shape[1] == x.shape[2] == tokens:
+        return x.stride(1) < x.stride(2)
+    return x.shape[1] != tokens
 
 
 def scale_hook(
@@ -234,13 +241,13 @@ class TokenTap(Function):
         return gradient, norms, None, None, None, None, None, None, own
 
 
-def embedding_forward(self: nn.Module, ids: Tensor) -> Tensor:
+def embedding_forward(self: nn.Module, input: Tensor) -> Tensor:
     member: TokenMember = self._sample_norms  # type: ignore[assignment]
-    recorder = member.recorder
+    recorder, ids = member.recorder, input
     if recorder.segments is None or not torch.is_grad_enabled():
         return original(self, member.before, ids)
     y = (detached if recorder.unweighted else original)(self, member.before, ids)
-    recorder.check_rows(self, y)
+    recorder.check_rows(self, y.shape[:-1].numel())
     recorder.note(member)
     segments = recorder.segments
     own = (recorder.scales, self.weight) if recorder.unweighted else ()
@@ -248,6 +255,12 @@ def embedding_forward(self: nn.Module, ids: Tensor) -> Tensor:
     if member.tied:
         member.carrier, recorder.ids = carrier, ids
     return y
+
+
+UNSEEN_IDS = (
+    "the head is tied to an embedding that was not called on this batch (inputs_embeds?): norms of a shared weight need "
+    "the batch's ids"
+)
 
 
 @dataclass(eq=False)
@@ -297,9 +310,11 @@ def head_forward(self: nn.Module, x: Tensor) -> Tensor:
     y = original(self, member.before, x)
     if recorder.segments is None or not torch.is_grad_enabled():
         return y
-    recorder.check_rows(self, x)
+    recorder.check_rows(self, x.shape[:-1].numel())
     recorder.note(member)
     segments, carrier = recorder.segments, member.embedding.carrier
+    if carrier is None:
+        raise RuntimeError(UNSEEN_IDS)
     return HeadTap.apply(
         y, x, member.slot, carrier, recorder.ids, segments.cu, segments.tiles, segments.longest, member.bias
     )

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from compact_kernels.head.rows import refuse_second_derivative
 from compact_kernels.sample_norms import hooks, ops
 from compact_kernels.sample_norms.layers import flat, original
 
@@ -28,6 +29,7 @@ class Family:
     input_width: int
     widths: list[int]
     trains: list[tuple[bool, bool]]  # weight, bias
+    patched: bool  # whether a member's instance has a forward of its own, which only it can run
     slots: list[Tensor] = field(default_factory=list)  # (M,), one a member: of the norms that it opens
     own: bool = False  # whether members make their weight's gradient themselves
     stored: list[bool] = field(default_factory=list)  # whether each does so by products that are stored
@@ -218,7 +220,7 @@ class OwnProduct(Function):
         transposed: bool,
     ) -> Tensor:
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
             dtype = torch.get_autocast_dtype(x.device.type)
         x_d, weight_d = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x_d, weight_d, cu, offsets)
@@ -226,10 +228,12 @@ class OwnProduct(Function):
         ctx.slices = None if bias_slot is None else bias_slot.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         matrix = weight_d.t() if transposed else weight_d
-        return F.linear(x_d, matrix, None if bias is None else bias.to(dtype))
+        y = F.linear(flat(x_d), matrix, None if bias is None else bias.to(dtype))
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a linear layer whose norms come with its own product")
         x, weight, cu, offsets = ctx.saved_tensors
         gradient = gradient.to(x.dtype)
         g, wants = flat(gradient), ctx.needs_input_grad
@@ -248,14 +252,14 @@ class OwnProduct(Function):
         return dx, dw, db, norms, bias_gradients, None, None, None, None
 
 
-def linear_forward(self: nn.Module, x: Tensor) -> Tensor:
+def linear_forward(self: nn.Module, input: Tensor) -> Tensor:
     """Takes the place of a linear layer's forward."""
     member: LinearMember = self._sample_norms  # type: ignore[assignment]
-    family = member.family
+    family, x = member.family, input
     recorder = family.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
         return original(self, member.before, x)
-    recorder.check_rows(self, x)
+    recorder.check_rows(self, x.shape[:-1].numel())
     if family.own:
         recorder.note(member)
         segments = recorder.segments

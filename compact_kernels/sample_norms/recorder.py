@@ -16,6 +16,7 @@ from compact_kernels.sample_norms import costs, layers, ops
 from compact_kernels.sample_norms.coverage import (
     embedding_scale,
     is_linear,
+    is_trained,
     normalisation,
     output_layer,
     own_forward,
@@ -26,7 +27,7 @@ from compact_kernels.sample_norms.coverage import (
 )
 from compact_kernels.sample_norms.layers import HeadMember, ScaleMember, TokenMember
 from compact_kernels.sample_norms.linear import Family, LinearMember, linear_forward
-from compact_kernels.sample_norms.result import SampleNorms
+from compact_kernels.sample_norms.result import SampleNorms, Slots
 from compact_kernels.sample_norms.segments import Segments
 
 _OUTPUTS = re.compile(r"^(o_proj|out_proj|c_proj|dense|dense_4h_to_h|down_proj|fc2|w2|wo|fc_out)$")
@@ -103,6 +104,7 @@ class SampleGradNorms:
         self.groups, self.products = groups, products
         self.probes = probes if method == "hutchinson" else 0
         self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.segments: Segments | None = None
         self.row_segments: Segments | None = None
         self.ragged: Ragged | None = None
@@ -110,11 +112,11 @@ class SampleGradNorms:
         self.ids: Tensor | None = None
         self.head_slot: Tensor | None = None
         self.head_weight: Tensor | None = None
-        self.head_name = ""
+        self.head_names: list[str] = []  # its weight, and its bias
         self.head_embedding: TokenMember | None = None
         self.skipped: list[str] = []
         self._cut: tuple[Ragged, Segments, Segments | None] | None = None
-        self._room: tuple[object, list[tuple[str, str, Tensor]], dict[int, list[str]]] | None = None
+        self._slots: Slots | None = None
         self._called: set[int] = set()  # members of this pass, by id
         self._members: list[tuple[Any, nn.Module, list[str]]] = []
         self._families: list[Family] = []
@@ -129,10 +131,14 @@ class SampleGradNorms:
         """Around one forward pass over the packed batch `ragged`; its norms are there after the backward pass.
 
         The backward pass may come inside or after the block; with gradient checkpointing it has to come inside. For
-        gradient accumulation: a block for every micro-batch.
+        gradient accumulation: a block for every micro-batch, whose norms are read before the next one begins.
+
+        Raises:
+            RuntimeError: a block inside a block; or parameters were frozen or unfrozen since this was made.
         """
         if self.segments is not None:
             raise RuntimeError("a batch is being recorded already: one forward pass and its backward at a time")
+        self._check_trains()
         if self._cut is None or self._cut[0] is not ragged:  # a batch seen again, as in a CUDA graph, copies nothing
             offsets = ragged.sizes
             rows = Segments.of(ragged.cu_rows, offsets.cu_rows) if self.head_weight is not None else None
@@ -152,6 +158,9 @@ class SampleGradNorms:
             self.segments = self.row_segments = self.ids = self.ragged = self.scales = None
             for family in self._families:
                 family.close()
+            for member, _, _ in self._members:
+                if isinstance(member, TokenMember):
+                    member.carrier = None
 
     def remove(self) -> None:
         """Give the layers their own forwards back."""
@@ -166,14 +175,14 @@ class SampleGradNorms:
 
     # ---- asked by layers ----
 
-    def check_rows(self, module: nn.Module, x: Tensor) -> None:
+    def check_rows(self, module: nn.Module, rows: int) -> None:
         """
         Raises:
             RuntimeError: a layer sees other rows than the batch has.
         """
         if torch.compiler.is_compiling():
             return
-        rows, tokens = x.shape[:-1].numel() if x.dim() < 4 else x.shape[0] * x.shape[1], self.segments.tokens  # type: ignore[union-attr]
+        tokens = self.segments.tokens  # type: ignore[union-attr]
         if rows != tokens:
             raise RuntimeError(
                 f"{type(module).__name__} was called on {rows} rows, the batch has {tokens} packed tokens: norms are "
@@ -186,7 +195,8 @@ class SampleGradNorms:
         """What collects a fused head's norms, and the slot and carrier that take them away.
 
         Raises:
-            ValueError: another head, another batch, or a head used twice.
+            ValueError: another head, or another batch.
+            RuntimeError: a head used twice, or tied to an embedding that was not called.
         """
         from compact_kernels.head.norms import HeadNorms
 
@@ -200,8 +210,12 @@ class SampleGradNorms:
         if bias is not None and bias.requires_grad != weight.requires_grad:
             raise ValueError("of the head, its weight and bias train both or neither: norms cover them together")
         self.note(self.head_weight)
-        carrier = None if self.head_embedding is None else self.head_embedding.carrier
-        ids = None if self.head_embedding is None or self.ids is None else self.ids.reshape(-1)
+        carrier = ids = None
+        if self.head_embedding is not None:
+            carrier = self.head_embedding.carrier
+            if carrier is None or self.ids is None:
+                raise RuntimeError(layers.UNSEEN_IDS)
+            ids = self.ids.reshape(-1)
         assert self.segments is not None
         return HeadNorms(self.row_segments, ids, self.segments, bias is not None), [self.head_slot, carrier]
 
@@ -213,7 +227,7 @@ class SampleGradNorms:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return
         if id(member) in self._called:
-            name = next((names[0] for m, _, names in self._members if m is member), self.head_name)
+            name = next((names[0] for m, _, names in self._members if m is member), next(iter(self.head_names), ""))
             raise RuntimeError(f"{name} is used twice in one forward pass, which per-rationale norms do not cover")
         self._called.add(id(member))
 
@@ -276,7 +290,7 @@ class SampleGradNorms:
         for path, module in linear:
             names = trained(path, module)
             if head is module:
-                self.head_weight, self.head_name = weight_of(module), names[0]
+                self.head_weight, self.head_names = weight_of(module), names
                 self.parameters[names[0]] = self.head_weight  # by another name too, where it is tied
             if id(module) in heads:
                 self.head_embedding = embeddings[next(key for key, value in tied.items() if value is module)]
@@ -290,9 +304,9 @@ class SampleGradNorms:
     def _check_unweighted(self) -> None:
         """Every gradient that is weighted by c_s is made by a layer of ours."""
         way_out = 'freeze it, or take norms="weighted" and SampleNorms.per_weight'
-        refused = self.head_name
+        refused = next(iter(self.head_names), "")
         for member, _, names in self._members:
-            if isinstance(member, LinearMember) and not member.family.trains[member.index][0]:
+            if isinstance(member, LinearMember) and (member.before or not member.family.trains[member.index][0]):
                 refused = names[0]
         if refused or self.skipped:
             self.remove()
@@ -312,11 +326,9 @@ class SampleGradNorms:
 
     def _found_family(self, members: list[tuple[str, nn.Module]]) -> None:
         outputs = [widths(module)[1] for _, module in members]
-        trains = [
-            (f"{path}.weight" in trained(path, module), f"{path}.bias" in trained(path, module))
-            for path, module in members
-        ]
-        family = Family(self, widths(members[0][1])[0], outputs, trains)
+        trains = [(is_trained(module, "weight"), is_trained(module, "bias")) for _, module in members]
+        patched = any(own_forward(module) is not None for _, module in members)
+        family = Family(self, widths(members[0][1])[0], outputs, trains, patched)
         self._families.append(family)
         for index, (path, module) in enumerate(members):
             names = trained(path, module)
@@ -325,6 +337,7 @@ class SampleGradNorms:
 
     def _install(self, module: nn.Module, member: Any, forward: Callable, names: list[str]) -> None:
         if "_sample_norms" in module.__dict__:
+            self.remove()
             raise ValueError(f"{names[0]}'s layer has a recorder already: remove() it first")
         self._members.append((member, module, names))
         module._sample_norms = member
@@ -332,25 +345,36 @@ class SampleGradNorms:
 
     # ---- a batch ----
 
+    def _check_trains(self) -> None:
+        """
+        Raises:
+            RuntimeError: another parameter trains than when layers were planned.
+        """
+        for known, trains in ((self._frozen, False), (self.parameters.items(), True)):
+            for name, parameter in known:
+                if parameter.requires_grad != trains:
+                    now = "trains no more" if trains else "trains now"
+                    raise RuntimeError(f"{name} {now}: remove() this recorder and make another one")
+
     def _new(self, segments: Segments, device: torch.device) -> SampleNorms:
         before = {name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
         plans: dict[tuple, tuple[bool, list[bool]]] = {}
         for family in self._families:  # a model's layers are alike: what is planned for one holds for all
-            shape = family.input_width, *family.widths, *family.trains
-            if shape not in plans:
+            kind = family.input_width, *family.widths, *family.trains, family.patched
+            if kind not in plans:
                 stored = [costs.stored(family.input_width, width, segments) for width in family.widths]
-                plans[shape] = self._own_products(family, segments), stored
-            family.own, family.stored = plans[shape]
+                plans[kind] = self._own_products(family, segments), stored
+            family.own, family.stored = plans[kind]
         parts, count, slices = segments.tiles.shape[0], segments.count, segments.slices
-        room = parts, count, slices, device, [(family.own, *family.stored) for family in self._families]
-        if self._room is None or self._room[0] != room:
-            self._room = room, *self._slots(parts, count, slices, device)
-        _, slots, names = self._room
-        for _, _, slot in slots:
-            slot.grad = None
-        return SampleNorms(self, segments, slots, names, before, self.scales)
+        shape = parts, count, slices, device, [(family.own, *family.stored) for family in self._families]
+        if self._slots is None or self._slots.shape != shape or self._slots.awaited():
+            self._slots = Slots(shape, *self._leaves(parts, count, slices, device))
+        for _, _, leaf in self._slots.leaves:
+            leaf.grad = None
+        self._slots.batch = SampleNorms(self, segments, self._slots, before, self.scales)
+        return self._slots.batch
 
-    def _slots(
+    def _leaves(
         self, parts: int, count: int, slices: int, device: torch.device
     ) -> tuple[list[tuple[str, str, Tensor]], dict[int, list[str]]]:
         """A leaf for whatever gives norms, with its group and kind, and the parameters behind each."""
@@ -389,7 +413,7 @@ class SampleGradNorms:
                 member.slot = new(owners, "tiles", dtype, parts)
         if self.head_weight is not None:
             assert self.row_segments is not None
-            self.head_slot = new([self.head_name], "parts", self.head_weight.dtype, 1, count)
+            self.head_slot = new(self.head_names, "parts", self.head_weight.dtype, 1, count)
         # The members of a family whose node another one opened have no gradient of their own in their slots.
         for family in self._families:
             mine = [names[id(slot)] for slot in family.slots if id(slot) in names]
@@ -401,7 +425,7 @@ class SampleGradNorms:
 
     def _group(self, name: str) -> str:
         """A tied head is in its embedding's group."""
-        if self.head_embedding is not None and name == self.head_name:
+        if self.head_embedding is not None and name in self.head_names:
             name = next(names[0] for member, _, names in self._members if member is self.head_embedding)
         return self.groups(name)
 
@@ -409,7 +433,7 @@ class SampleGradNorms:
         """Whether the family's layers make their weights' gradients themselves."""
         if self.unweighted:
             return True
-        if self.probes or not all(weight for weight, _ in family.trains):
+        if self.probes or family.patched or not all(weight for weight, _ in family.trains):
             return False
         if self.products != "auto":
             return self.products == "own"

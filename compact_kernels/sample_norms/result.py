@@ -15,14 +15,27 @@ if TYPE_CHECKING:
     from compact_kernels.sample_norms.recorder import SampleGradNorms
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class Slots:
+    """Leaves whose gradients become norms, for batches of one shape: one at a time."""
+
+    shape: object
+    leaves: list[tuple[str, str, Tensor]]  # (group, kind, leaf)
+    names: dict[int, list[str]]  # parameters behind each leaf, by its id
+    batch: SampleNorms | None = None  # whose they are now
+
+    def awaited(self) -> bool:
+        """Whether a forward pass has taken them, and no backward pass has come to them yet."""
+        return self.batch is not None and all(leaf.grad is None for _, _, leaf in self.leaves)
+
+
+@dataclass(frozen=True, eq=False)
 class SampleNorms:
     """Norms of a batch of S rationales. Read them after the backward pass and before the optimizer's step."""
 
     recorder: SampleGradNorms
     segments: Segments
-    slots: list[tuple[str, str, Tensor]]  # (group, kind, leaf)
-    names: dict[int, list[str]]  # parameters behind each leaf, by its id
+    slots: Slots
     before: dict[str, tuple[int, int]]  # each parameter's gradient when the batch began: its id and version
     weights: Tensor | None  # (S,) c_s, where norms are unweighted
 
@@ -50,11 +63,12 @@ class SampleNorms:
 
         Raises:
             RuntimeError: a parameter has a gradient of this batch and no norm: its layer was not called as a module.
+                Or the recorder has gone on to another batch, or there was no backward pass.
         """
         self._check()
         sums: dict[str, Tensor] = {}
         bundles: dict[tuple[str, str, tuple], list[Tensor]] = {}
-        for group, kind, slot in self.slots:
+        for group, kind, slot in self.slots.leaves:
             if slot.grad is not None:
                 bundles.setdefault((group, kind, tuple(slot.shape)), []).append(slot.grad)
         for (group, kind, _), grads in bundles.items():
@@ -67,7 +81,9 @@ class SampleNorms:
     @property
     def standard_error(self) -> Tensor:
         """(S,) of `squared`, where it is an estimate; zeros where it is exact."""
-        variances = [slot.grad[1] for _, kind, slot in self.slots if kind == "estimate" and slot.grad is not None]
+        variances = [
+            slot.grad[1] for _, kind, slot in self.slots.leaves if kind == "estimate" and slot.grad is not None
+        ]
         return torch.stack(variances).sum(0).sqrt() if variances else torch.zeros_like(self.squared)
 
     def _reduced(self, kind: str, grads: Tensor) -> Tensor:
@@ -81,15 +97,20 @@ class SampleNorms:
         return grads.sum((0, 1))  # (n, P, S)
 
     def _check(self) -> None:
+        if self.slots.batch is not self:
+            raise RuntimeError("norms of an earlier batch: read them before the recorder's next batch begins")
         if self.weights is not None and self.weights.isnan().all():
             raise RuntimeError(
                 "unweighted norms: the loss has to be compact_kernels.compatibility_loss, which knows c_s"
             )
-        missing = []
-        for _, _, slot in self.slots:
+        missing: list[str] = []
+        measured: set[str] = set()
+        for _, _, slot in self.slots.leaves:
+            names = self.slots.names[id(slot)]
             if slot.grad is None:
-                missing += self.names[id(slot)]
-        measured = {name for _, _, slot in self.slots if slot.grad is not None for name in self.names[id(slot)]}
+                missing += names
+            else:
+                measured.update(names)
         parameters = self.recorder.parameters
         for name in dict.fromkeys(missing):
             gradient = parameters[name].grad

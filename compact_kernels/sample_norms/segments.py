@@ -54,7 +54,7 @@ class Segments:
             first_tiles.append(len(tiles))
         return cls(
             cu=cu,
-            offsets=torch.tensor(offsets, dtype=torch.int32),
+            offsets=torch.tensor(offsets, dtype=torch.int32, device="cpu"),
             runs=runs(offsets),
             tiles=on_device(tiles, torch.int32, cu.device).reshape(-1, 3),
             cu_tiles=on_device(first_tiles, torch.int64, cu.device),
