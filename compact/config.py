@@ -227,6 +227,14 @@ class CompactConfig:
         ge=1,
     )
 
+    def __post_init__(self) -> None:
+        """Sections may be dicts: ``CompactConfig(consensus={"weight": 0})``."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(CompactConfig)}
+        for name, value in given.items():
+            if isinstance(value, dict):
+                section = options.hints(CompactConfig)[name]
+                setattr(self, name, options.build(section, as_given(value), name))
+
     def validate(self) -> None:
         """Check every field, and that nothing set here would be ignored.
 

@@ -92,7 +92,12 @@ class DataReport:
             f"  {count:,} × {reason}"
             for reason, count in sorted(self.reason_counts.items(), key=lambda item: -item[1])
         ]
+        if r.get("left_out"):
+            lines.append(f"  {r['left_out']:,} rationales of teachers that the strategy does not train on left out")
         lines += [f"  {reason}" for reason in self.reasons[:examples]]
+        more = sum(self.reason_counts.values()) - examples
+        if more > 0:
+            lines.append(f"  … and {more:,} more (data_report.json has the first {EXAMPLES})")
         return "\n".join(lines)
 
 

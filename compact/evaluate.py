@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.answers import extract, same_answer
+from compact.commandline import positive
 from compact.config import DataConfig, EvaluationConfig
 from compact.errors import UserError
 from compact.generation import evaluating, generate_answers, score_answers
@@ -248,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compact.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--split", choices=("id", "ood", "forgetting"), help="only the tasks of this split")
-    parser.add_argument("--batch_size", type=int, help="default: as stored")
-    parser.add_argument("--max_new_tokens", type=int, help="default: as stored")
+    parser.add_argument("--batch_size", type=positive, help="default: as stored")
+    parser.add_argument("--max_new_tokens", type=positive, help="default: as stored")
     options = parser.parse_args(arguments)
     own_group = "WORLD_SIZE" in os.environ and not _distributed()
     if own_group:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from compact.answers import same_answer
+from compact.commandline import positive
 from compact.errors import UserError
 from compact.slips import NOTE, slip
 from compact.sources import cache_folder, open_source
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", help="GSM8K as .jsonl or .parquet")
     parser.add_argument("out", help="the converted file, .jsonl")
     parser.add_argument("--seed", type=int, default=0, help="decides the slips (default: 0)")
-    parser.add_argument("--limit", type=int, help="stop after so many questions")
+    parser.add_argument("--limit", type=positive, help="stop after so many questions")
     given = parser.parse_args(arguments)
     try:
         summary = convert_file(given.source, given.out, seed=given.seed, limit=given.limit)

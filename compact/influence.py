@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from compact.collate import Collator, to_device
+from compact.commandline import positive
 from compact.config import Recipe, from_dict, read_recipe
 from compact.drift import base_student
 from compact.errors import UserError
@@ -166,7 +167,7 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compact.influence", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("--questions", type=int, default=QUESTIONS)
+    parser.add_argument("--questions", type=positive, default=QUESTIONS, help="how many to read; default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         read_influence(options.run, options.questions)

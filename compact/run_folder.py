@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -88,6 +90,37 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+@contextmanager
+def locked(folder: Path, what: str = "run", flag: str = "--run") -> Iterator[int]:
+    """The folder is this process's, and that of the processes that inherit the lock: it goes with the last of them.
+
+    Yields:
+        The lock's file descriptor.
+
+    Raises:
+        UserError: another one is writing to it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"the {what}'s folder {folder} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            process = file.read().strip() or "unknown"
+            raise UserError(
+                f"{folder}: another {what} is writing to it (process {process}); wait for it, "
+                f"or choose another folder with {flag}"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
 
 
 class Phases:

@@ -202,7 +202,10 @@ def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
         )
     rows = _embedding(model).shape[0]
     if len(tokenizer) > rows:
-        raise UserError(f"student.model={name}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}")
+        raise UserError(
+            f"student.model={name}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: save it again "
+            "after model.resize_token_embeddings(len(tokenizer))"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     stops = model.generation_config.eos_token_id

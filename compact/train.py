@@ -9,10 +9,11 @@ import errno
 import gc
 import json
 import logging
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,7 +35,7 @@ from compact.drift import measure_drift
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.results import load_results, write_atomically
-from compact.run_folder import Phases, claim, save_student
+from compact.run_folder import Phases, claim, locked, save_student
 from compact.student import compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer, check_length
@@ -67,6 +69,8 @@ AT_LEAST = {
     "dataloader_num_workers": 0,
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What reading a damaged checkpoint raises.
+UNREADABLE = (EOFError, OSError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError, RuntimeError)
 
 
 def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
@@ -84,10 +88,16 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
     folder = Path(recipe.run)
     recipe.validate()
     arguments = training_arguments(recipe)  # before PartialState: it knows backend, timeout and engine
+    with ExitStack() as held:
+        with _main_process_first():
+            if PartialState().is_main_process:
+                claim(folder, recipe)
+                held.enter_context(locked(folder))
+        return _run(recipe, arguments, folder, only_before)
+
+
+def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before: bool) -> dict[str, Any]:
     state = PartialState()
-    with _main_process_first():
-        if state.is_main_process:
-            claim(folder, recipe)
     if (folder / "report.json").exists():
         if state.is_main_process:
             print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
@@ -156,7 +166,7 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
     if only_before:
         return {}
     with phases("train"):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+        _train(trainer)
     with phases("save"):
         student = merged(trainer.model_wrapped)  # every rank: it gathers what is sharded
         student.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides Module.to's signature
@@ -172,6 +182,31 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
         write_report(folder)
     state.wait_for_everyone()
     return json.loads((folder / "report.json").read_text())
+
+
+def _train(trainer: CompactTrainer) -> None:
+    """From the last checkpoint on, where there is one.
+
+    Raises:
+        UserError: that checkpoint cannot be read.
+    """
+    checkpoint = get_last_checkpoint(str(trainer.args.output_dir))
+    if checkpoint is None:
+        trainer.train()
+        return
+    step = int(checkpoint.rpartition("-")[2])
+    if PartialState().is_main_process:
+        print(f"going on from step {step}", flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UNREADABLE as error:
+        another = isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)
+        if another or getattr(error, "errno", None) in FULL or trainer.state.global_step > step:
+            raise
+        raise UserError(
+            f"the last checkpoint, {checkpoint}, cannot be read ({type(error).__name__}: {error}): remove it and run "
+            "the same command again, which goes on from the one before"
+        ) from error
 
 
 @contextmanager
@@ -210,6 +245,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if epochs <= 0 and steps <= 0:  # type: ignore[operator]
         raise UserError(f"training.num_train_epochs: {epochs} trains nothing: above 0 is needed, or max_steps")
     given: dict[str, Any] = {**TRAINING_DEFAULTS, "bf16": compute_dtype(recipe.student) is torch.bfloat16}
+    if "save_steps" in recipe.training:
+        given["save_strategy"] = "steps"
     given |= {**recipe.training, "output_dir": str(Path(recipe.run) / "checkpoints"), "seed": recipe.seed}
     try:
         arguments = TrainingArguments(**given)

@@ -37,6 +37,8 @@ def check_loss(
     ):
         if vector is not None:
             check_per_rationale(name, vector, ragged)
+    if DEBUG and weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(f"weights are {weights.tolist()}; they are finite and not negative")
     for name, value in (("normalizer", normalizer), ("divergence_normalizer", divergence_normalizer)):
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it is one number")
@@ -52,6 +54,8 @@ def check_loss(
             "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
             "or CompatibilityRule(consensus=0)"
         )
+    if weights is None and isinstance(rule, CompatibilityRule) and not torch.compiler.is_compiling():
+        check_scored(ragged)
     if sft_reduction not in ("mean", "sum", "token"):
         raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
     if divergence not in ("kl", "jsd"):
@@ -59,6 +63,18 @@ def check_loss(
     if sft_reduction == "token" and divergence_weight and normalizer is not None and divergence_normalizer is None:
         raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
     return rule
+
+
+def check_scored(ragged: Ragged) -> None:
+    """A rationale without a scored row has a loss of 0, which a rule takes for the easiest there is."""
+    rows, questions = ragged.sizes.cu_rows, ragged.sizes.cu_questions
+    for first, last in zip(questions, questions[1:]):
+        counts = [rows[s + 1] - rows[s] for s in range(first, last)]
+        if any(counts) and not all(counts):
+            raise ValueError(
+                f"rationale {first + counts.index(0)} of the batch has no scored row, others of its question have: "
+                "leave it out, or give `weights`"
+            )
 
 
 def check_packed(hidden: Tensor, ragged: Ragged) -> None:
@@ -147,6 +163,8 @@ def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragge
 
 
 def check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} is a {type(values).__name__}; it is a tensor, one number a rationale")
     if isinstance(values, DTensor):
         raise ValueError(f"{name} is a DTensor; pass the whole tensor of this rank's rationales")
     if values.shape != (ragged.num_sequences,):

@@ -1,4 +1,4 @@
-"""Whether an op's kernels can run on a tensor: one predicate a kind, for the ops and their tests. And where they run."""
+"""Whether an op's kernels can run on a tensor: one predicate a kind, for the ops and their tests; and on which GPU."""
 
 from __future__ import annotations
 

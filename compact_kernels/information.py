@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, linear_token_stats
 from compact_kernels.ragged import Ragged, segment_of
@@ -200,14 +201,23 @@ class InformationQueue:
             hidden: final hidden states. (T, D)
             answers: ψ(a) of every question, for one :func:`answer_embeddings`. (Q, D_y)
             ids: a number that stands for the question, the same at each visit. (Q,) int64
+
+        Raises:
+            ValueError: sizes that do not fit; the queue is then as it was.
         """
+        arguments.check_packed(hidden, ragged)
+        questions = ragged.num_questions
+        if answers.dim() != 2 or answers.shape[0] != questions:
+            raise ValueError(f"answers has shape {tuple(answers.shape)}, not (Q, D_y) with Q = {questions} questions")
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != (questions,):
+            raise ValueError(f"ids must be an int64 tensor, one number for each of the {questions} questions")
         rows = hidden[ragged.rows].to(torch.promote_types(hidden.dtype, torch.float32))
         answers = answers.to(rows.dtype)
         question = ragged.question_of_sequence[ragged.sequence_of_row]  # (N,)
         members = (question == torch.arange(ragged.num_questions, device=question.device)[:, None]).to(rows.dtype)
         batch = members @ rows, answers, members.sum(1), ids
         earlier = tuple(part[:0] for part in batch) if self._kept is None else self._kept
-        everything = tuple(map(torch.cat, zip(earlier, batch)))
+        everything = tuple(torch.cat([old, new]) for old, new in zip(earlier, batch))
         self._kept = tuple(part[-self.size :] for part in everything)
         all_rows, all_answers, all_counts, all_ids = everything
         others = (all_ids != ids[:, None]).to(rows.dtype)  # (Q, M): which questions each one's covariance is made of

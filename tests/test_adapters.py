@@ -252,6 +252,12 @@ def test_what_a_host_trainer_would_get_wrong_is_refused(tmp_path, setup):
         Distiller(toy_model(), TrainingArguments(str(tmp_path), **sgd(label_smoothing_factor=0.1)), **given)
     with pytest.raises(UserError, match="train_dataset holds no tokenized questions"):
         Distiller(toy_model(), TrainingArguments(str(tmp_path), **sgd()), **{**given, "train_dataset": [1]})
+    with pytest.raises(UserError, match="data_collator is a function: leave it out"):
+        Distiller(toy_model(), TrainingArguments(str(tmp_path), **sgd()), data_collator=lambda items: items, **given)
+    arguments = TrainingArguments(str(tmp_path), **sgd())
+    arguments.packing = True  # as TRL's have it
+    with pytest.raises(UserError, match="packing: the collator packs"):
+        Distiller(toy_model(), arguments, **given)
     with pytest.raises(UserError, match="accumulate is 0"):
         WindowLoader(setup["tokens"], accumulate=0)
     with pytest.raises(UserError, match=r"fixed.*nobody|nobody.*fixed"):

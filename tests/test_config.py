@@ -14,6 +14,7 @@ from compact.config import (
     RECIPES,
     CompactConfig,
     ConsensusConfig,
+    InformationConfig,
     LoraConfig,
     Recipe,
     StudentConfig,
@@ -217,7 +218,7 @@ def test_a_folder_or_bytes_as_a_recipe_are_named(tmp_path):
     [
         (CompactConfig(strategy="unifrom"), r"strategy: 'unifrom' is not one of"),  # type: ignore[arg-type]
         (CompactConfig(consensus=ConsensusConfig(temperature=-1)), "consensus.temperature: -1 is out of range"),
-        (CompactConfig(consensus={"weight": 0}), "consensus: expected ConsensusConfig"),  # type: ignore[arg-type]
+        (CompactConfig(consensus=0), "consensus: expected ConsensusConfig"),  # type: ignore[arg-type]
         (CompactConfig(strategy="single"), "weights.teacher: strategy single needs it"),
         (CompactConfig(strategy="fixed"), "weights.fixed: strategy fixed needs it"),
         (CompactConfig(weights=WeightsConfig(teacher="a")), "weights.teacher: only strategy single reads it"),
@@ -240,6 +241,13 @@ def test_what_is_right_passes():
     CompactConfig(strategy="single", weights=WeightsConfig(teacher="a")).validate()
     CompactConfig(consensus=ConsensusConfig(affinity="sentence")).validate()  # the data may bring the embeddings
     Recipe(training={"average_tokens_across_devices": True, "warmup_steps": 0.03, "data_seed": None}).validate()
+
+
+def test_sections_may_be_dicts():
+    config = CompactConfig(consensus={"weight": 0}, information={"every": 2})  # type: ignore[arg-type]
+    assert config == CompactConfig(consensus=ConsensusConfig(weight=0), information=InformationConfig(every=2))
+    with pytest.raises(UserError, match=r"consensus\.wieght: unknown key; did you mean consensus\.weight\?"):
+        CompactConfig(consensus={"wieght": 0})  # type: ignore[arg-type]
 
 
 def test_a_suffix_or_template_without_its_slot_is_refused():

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compact_kernels import Ragged, Statistics, answer_divergence, compatibility_loss, linear_logprob
+from compact_kernels import (
+    CompatibilityRule,
+    Ragged,
+    Statistics,
+    answer_divergence,
+    compatibility_loss,
+    linear_logprob,
+)
 from compact_kernels.head import rows as rows_of_heads
 from tests.head_cases import (
     CUDA,
@@ -437,3 +444,16 @@ def test_vectors_are_read_as_they_lie_in_memory(backend, laid, trains):
 
     for found, expected in zip(results(laid), results(lambda vector: laid(vector).contiguous()), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rationale_without_a_scored_row_is_nothing_for_a_rule():
+    labels = torch.tensor([-100, 1, 2, -100, -100, -100, 3, 4])
+    ragged = Ragged.from_labels(labels, torch.tensor([0, 3, 5, 8]), torch.tensor([0, 2, 3]))
+    hidden, weight = torch.randn(8, 6), torch.randn(9, 6)
+    rule = CompatibilityRule(consensus=0, adaptability=0)
+    with pytest.raises(ValueError, match="rationale 1 of the batch has no scored row"):
+        compatibility_loss(hidden, weight, labels.roll(-1), ragged, rule=rule)
+    weighed = compatibility_loss(hidden, weight, labels.roll(-1), ragged, weights=torch.tensor([0.5, 0.5, 1.0]))
+    assert weighed.loss.isfinite()
+    with pytest.raises(ValueError, match="weights is a list; it is a tensor"):
+        compatibility_loss(hidden, weight, labels.roll(-1), ragged, weights=[0.5, 0.5, 1.0])

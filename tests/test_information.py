@@ -279,3 +279,18 @@ def test_a_measurement_waits_for_nothing_on_the_device(tmp_path):
             log.measure(1, context.output, result, prepared.batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_does_not_fit_is_refused_and_leaves_the_queue_as_it_was():
+    ragged = Ragged.build(sequence_lengths=[3, 3], prompt_lengths=[1, 1], rationales_per_question=[1, 1])
+    queue, hidden, answers, ids = InformationQueue(8), torch.randn(6, 4), torch.randn(2, 3), torch.arange(2)
+    for wrong, named in (
+        ((hidden[None], answers, ids), "hidden has shape"),
+        ((hidden, answers[:1], ids), r"answers has shape \(1, 3\), not \(Q, D_y\) with Q = 2"),
+        ((hidden, answers, ids[:1]), "ids must be an int64 tensor"),
+        ((hidden, answers, ["a", "b"]), "ids must be an int64 tensor"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            queue.measure(*wrong, ragged)
+    first = queue.measure(hidden, answers, ids, ragged)
+    torch.testing.assert_close(InformationQueue(8).measure(hidden, answers, ids, ragged), first, equal_nan=True)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compact_kernels import CompatibilityRule, Ragged, SampleGradNorms, compatibility_loss, sample_grad_norms
+from compact_kernels import (
+    CompatibilityRule,
+    Ragged,
+    SampleGradNorms,
+    compatibility_loss,
+    linear_logprob,
+    sample_grad_norms,
+)
 from tests.architectures import token_ids
 from tests.norm_cases import batch, fused, recorded, row_losses, student, truth
 from tests.student_cases import gradients
@@ -229,3 +236,10 @@ def test_a_rationale_without_a_target_takes_part_in_the_divergence_as_without_a_
         model.loss(ids, ragged, targets, divergence_weight=0.5).backward()
     torch.testing.assert_close(gradients(model), plain)
     assert norms.norms.min() > 0
+
+
+def test_log_probs_that_know_no_rationales_give_no_norms_of_a_head():
+    model, ids = Headed(False), torch.tensor([1, 4, 4])
+    ragged = Ragged.build(sequence_lengths=[3], prompt_lengths=[1], rationales_per_question=[1])
+    with sample_grad_norms(model, ragged), pytest.raises(ValueError, match="linear_logprob gives no norms of a head"):
+        linear_logprob(model.body(model.embed(ids)), model.lm_head.weight, ids)

@@ -151,6 +151,9 @@ def test_what_is_not_covered_is_an_error_that_names_it():
     ragged = Ragged.build(sequence_lengths=[2, 3], prompt_lengths=[1, 1], rationales_per_question=[2])
     with recorder.record(ragged), pytest.raises(RuntimeError, match="layer.weight is used twice"):
         model(torch.randn(5, 4))
+    with recorder.record(ragged), pytest.raises(RuntimeError, match=r"two passes want a record\(\) each"):
+        model.layer(torch.randn(5, 4))
+        model.layer(torch.randn(5, 4))
     with recorder.record(ragged), pytest.raises(RuntimeError, match="called on 6 rows, the batch has 5"):
         model(torch.randn(6, 4))
     with pytest.raises(ValueError, match="no rule for a MixtralTopKRouter"):

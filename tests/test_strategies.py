@@ -257,3 +257,16 @@ def test_by_its_logarithm_a_far_harder_rationale_does_not_hide_how_the_others_lo
     ratio = {kind: alpha[0] / alpha[1] for kind, alpha in alphas.items()}
     assert ratio["loss"] < 1.3 and ratio["log_loss"] > 2
     assert torch.allclose(alphas["log_loss"][4:], torch.full((4,), 0.25))  # known alike
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),  # three rationales, of a, b and c, then of a alone, and of a and b
+    [
+        ({"strategy": "single", "weights": {"teacher": "b"}}, [0, 1, 0, 0, 0, 1]),
+        ({"strategy": "fixed", "weights": {"fixed": {"b": 2.0, "c": 6.0}}}, [0, 0.25, 0.75, 0, 0, 1]),
+    ],
+)
+def test_in_a_loop_of_ones_own_teachers_who_are_not_trained_on_weigh_nothing(given, expected):
+    strategy = build_strategy(toy_config(given), ["a", "b", "c"])
+    _, context = batch_of([3, 1, 2])
+    assert strategy.given(context).tolist() == expected

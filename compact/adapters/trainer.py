@@ -89,7 +89,13 @@ class DistillationMixin(_Host):
             return with_embeddings(kept, processing_class, config, device=args.device)
 
         train_dataset, eval_dataset = as_used(train_dataset), as_used(eval_dataset)
-        kwargs.setdefault("data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd"))
+        collator = kwargs.setdefault(
+            "data_collator", Collator(tokenizer=processing_class, ifd=config.difficulty.kind == "ifd")
+        )
+        if not isinstance(collator, Collator):
+            raise UserError(
+                f"data_collator is a {type(collator).__name__}: leave it out, or take a compact.adapters.Collator"
+            )
         self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)
         super().__init__(
             model=student.prepare(model, projections=config.consensus.affinity == "attention"),
@@ -183,6 +189,9 @@ def refuse_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None
         raise UserError("label_smoothing_factor is not part of this loss: leave it at 0")
     if args.use_liger_kernel:
         raise UserError("use_liger_kernel replaces the forward that this loss needs: leave it at False")
+    for name in ("packing", "padding_free"):  # TRL's
+        if getattr(args, name, False):
+            raise UserError(f"{name}: the collator packs, and keeps rationales apart: leave it at False")
     for name in ("compute_loss_func", "compute_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(f"{name} would be ignored: the loss is the method's; accuracy comes from compact.evaluate")

@@ -62,14 +62,15 @@ class Fixed(Strategy):
     def given(self, context: Context) -> Tensor:
         ragged = context.ragged
         weight = on_device(self.table, torch.float32, ragged.device)[context.teachers]
-        return weight / segment_sum(weight, ragged.cu_questions)[ragged.question_of_sequence]
+        total = segment_sum(weight, ragged.cu_questions)[ragged.question_of_sequence]
+        return torch.where(total > 0, weight / total, 0.0)  # 0: a question of none of these teachers
 
     def uses_teacher(self, index: int) -> bool:
         return self.table[index] > 0
 
 
-class Single(Uniform):
-    """One teacher alone: ordinary fine-tuning on its rationales."""
+class Single(Strategy):
+    """One teacher alone: ordinary fine-tuning on its rationales. Others', where a batch has any, weigh nothing."""
 
     def __init__(self, config: CompactConfig, teachers: Sequence[str]) -> None:
         super().__init__(config, teachers)
@@ -78,6 +79,9 @@ class Single(Uniform):
             raise UserError("strategy is single: name the teacher with weights.teacher")
         _check_known("weights.teacher", [name], teachers)
         self.teacher = self.teachers.index(name)
+
+    def given(self, context: Context) -> Tensor:
+        return (context.teachers == self.teacher).float()
 
     def uses_teacher(self, index: int) -> bool:
         return index == self.teacher

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from compact.errors import UserError
 from compact.options import plain
+from compact.run_folder import locked
 from compact.study.grid import grid_help, load_grid
-from compact.study.runner import locked, run_cells
+from compact.study.runner import run_cells
 from compact.study.summary import write_summary
 from compact.yamlfile import write_file
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP):  # what ends this process ends its cells
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, signal.default_int_handler)
-        with locked(study) as lock:
+        with locked(study, "study", "--study") as lock:
             write_file(plain(tree), study / "grid.yaml")
             try:
                 run_cells(grid, cells[:1] if given.price else cells, lock, given.minutes)

@@ -6,7 +6,6 @@ cell does; one that a cell broke is replaced.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -15,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,41 +104,11 @@ class Worker:
         self.process.communicate()  # ends its input
 
 
-@contextmanager
-def locked(study: Path) -> Iterator[int]:
-    """The study's folder is this process's, and that of the cells it starts: the lock goes with the last of them.
-
-    Yields:
-        The lock's file descriptor, for processes to inherit.
-
-    Raises:
-        UserError: another study is writing to it, or it cannot be written.
-    """
-    try:
-        study.mkdir(parents=True, exist_ok=True)
-        file = (study / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"the study's folder {study} cannot be written: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(
-                f"{study}: another study is writing to it (process {file.read().strip() or 'unknown'}); wait for it, "
-                "or choose another folder with --study"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file.fileno()
-
-
 def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | None = None) -> None:
     """Run what is not finished. A cell that fails says why in its folder, and the others go on.
 
     Args:
-        lock: of :func:`locked`; workers hold it too, should this process be killed and they go on.
+        lock: of :func:`compact.run_folder.locked`; workers hold it too, should this process be killed and they go on.
         minutes: no cell is started that would not be finished by then, at what cells of its method (of any method,
             where there is none yet) took so far. While nothing is known, cells are started whatever they take. Those
             that run are waited for.

@@ -258,8 +258,8 @@ def embedding_forward(self: nn.Module, input: Tensor) -> Tensor:
 
 
 UNSEEN_IDS = (
-    "the head is tied to an embedding that was not called on this batch (inputs_embeds?): norms of a shared weight need "
-    "the batch's ids"
+    "the head is tied to an embedding that was not called on this batch (inputs_embeds?): norms of a shared weight "
+    "need the batch's ids"
 )
 
 

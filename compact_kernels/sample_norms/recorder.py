@@ -195,17 +195,22 @@ class SampleGradNorms:
         """What collects a fused head's norms, and the slot and carrier that take them away.
 
         Raises:
-            ValueError: another head, or another batch.
+            ValueError: another head, another batch, or a loss that knows no rationales.
             RuntimeError: a head used twice, or tied to an embedding that was not called.
         """
         from compact_kernels.head.norms import HeadNorms
 
+        if ragged is None:
+            raise ValueError(
+                "linear_logprob gives no norms of a head that trains: take compatibility_loss, whose rationales are "
+                "known, or freeze the head"
+            )
         if self.head_weight is None or weight.shape != self.head_weight.shape:
             raise ValueError(
                 "the head's weight trains, but the model being recorded has no such output layer "
                 "(get_output_embeddings()), so its norms would be missing"
             )
-        if ragged is None or self.row_segments is None or ragged.sizes.cu_rows != self.ragged.sizes.cu_rows:  # type: ignore[union-attr]
+        if self.row_segments is None or ragged.sizes.cu_rows != self.ragged.sizes.cu_rows:  # type: ignore[union-attr]
             raise ValueError("the loss is of another batch than the one being recorded")
         if bias is not None and bias.requires_grad != weight.requires_grad:
             raise ValueError("of the head, its weight and bias train both or neither: norms cover them together")
@@ -228,7 +233,10 @@ class SampleGradNorms:
             return
         if id(member) in self._called:
             name = next((names[0] for m, _, names in self._members if m is member), next(iter(self.head_names), ""))
-            raise RuntimeError(f"{name} is used twice in one forward pass, which per-rationale norms do not cover")
+            raise RuntimeError(
+                f"{name} is used twice: per-rationale norms do not cover a layer that is used twice in one forward "
+                "pass, and two passes want a record() each"
+            )
         self._called.add(id(member))
 
     # ---- plan ----

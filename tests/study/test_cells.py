@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from compact.errors import UserError
+from compact.run_folder import locked
 from compact.study import cell, runner
 from compact.study.grid import load_grid
-from compact.study.runner import locked
 from tests.study_cases import grid_file
 
 
@@ -125,11 +125,11 @@ def test_a_failed_cell_says_why(tmp_path, code, log, expected):
 
 
 def test_two_studies_do_not_write_to_one_folder(tmp_path):
-    with locked(tmp_path / "study"):
+    with locked(tmp_path / "study", "study", "--study"):
         with pytest.raises(UserError, match="another study is writing to it.*--study"):
-            with locked(tmp_path / "study"):
+            with locked(tmp_path / "study", "study", "--study"):
                 pass
-    with locked(tmp_path / "study"):
+    with locked(tmp_path / "study", "study", "--study"):
         pass
 
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import compact.analyze
 from compact.results import load_results
+from compact.run_folder import locked
 from compact.study import cell, runner, summary
 from compact.study.data import recipe_of
 from compact.study.grid import load_grid
-from compact.study.runner import locked
 from tests.study_cases import grid_file, study
 from tests.train_cases import ROOT
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import compact.train
 from compact.metrics import MetricsTable, read_metrics
+from compact.run_folder import locked
 from compact.train import main
 from compact.trainer import CompactTrainer
 from tests.toy import toy_tokenizer
@@ -48,6 +49,29 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, toy, tmp_path):
     assert_same_run(finished, tmp_path / "run")
 
 
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(
+    refused, finished, toy, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    gone = shutil.ignore_patterns("student", "report.*", "after", "after.json")
+    shutil.copytree(finished, run, ignore=gone)
+    before, last = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = (last / "optimizer.pt").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        (last / "optimizer.pt").write_bytes(damaged)
+        refused(f"the last checkpoint, {last}, cannot be read", trained=True, training__disable_tqdm=False)
+    shutil.rmtree(last)
+    assert main(flags(toy, run, training__disable_tqdm=False)) == 0
+    assert f"going on from step {before.name.rpartition('-')[2]}" in capsys.readouterr().out
+    assert_same_run(finished, run)
+
+
+def test_a_run_that_is_under_way_is_not_run_twice(refused, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
+    with locked(tmp_path / "run"):
+        refused("another run is writing to it", "with --run", trained=True, training__disable_tqdm=False)
+
+
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(finished, toy, tmp_path, monkeypatch):
     words = flags(toy, tmp_path / "run", training__disable_tqdm=False)
 
@@ -75,7 +99,7 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(finished, toy, tmp
         file.write('{"step": 7, "epoch": 1.4, "lo')
     (run / ".student.writing").mkdir()
     assert main(words) == 0
-    assert not list((run / "checkpoints").glob(".*")) and not list(run.glob(".*"))
+    assert not list((run / "checkpoints").glob(".*")) and list(run.glob(".*")) == [run / ".lock"]
     assert_same_run(finished, run)
 
 

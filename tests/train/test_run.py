@@ -49,7 +49,7 @@ def test_the_folder_holds_what_the_readme_names_and_no_pickle(finished):
     assert not {name for name in found if "writing" in name or name.endswith(".part")}
     top = {path.name for path in finished.iterdir()}
     top -= {"recipe.yaml", "metrics.jsonl", "report.md", "report.json", "timing.json", "data_report.json"}
-    assert top == {"analysis", "cache", "checkpoints", "evaluation", "pictures", "student"}
+    assert top == {".lock", "analysis", "cache", "checkpoints", "evaluation", "pictures", "student"}
 
 
 def test_the_output_is_only_what_a_person_needs(finished):
@@ -197,7 +197,10 @@ def test_a_question_without_the_single_teacher_is_dropped_and_counted(toy, tmp_p
     without = [row for row in rest if len(row["rationales"]) == 2]
     assert report["questions"]["refused"] == len(without) > 0
     assert report["questions"]["used"] == report["rationales"]["used"] == len(rest) - len(without)
-    assert f"{len(without)} × no rationale of a teacher that the strategy trains on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{len(without)} × no rationale of a teacher that the strategy trains on" in out
+    left_out = sum(len(row["rationales"]) for row in rest) - report["rationales"]["used"]
+    assert f"{left_out} rationales of teachers that the strategy does not train on left out" in out
 
 
 def test_a_held_out_file_is_counted_too_and_may_know_teachers_that_training_lacks(toy, tmp_path):
