@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from compact import demo
 from compact.analyze import write_report
 from compact.collate import Collator
-from compact.config import Recipe, load_recipe
+from compact.config import Recipe, StudentConfig, load_recipe
 from compact.demo.arms import run_arms
 from compact.drift import measure_drift
 from compact.errors import UserError
@@ -116,7 +116,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
-        print(report.summary(), flush=True)
+        print(report.summary())
+        print(_what_trains(model, recipe.student), flush=True)
 
     collator = Collator(tokenizer=tokenizer, ifd=recipe.difficulty.kind == "ifd")
     try:
@@ -182,6 +183,13 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         write_report(folder)
     state.wait_for_everyone()
     return json.loads((folder / "report.json").read_text())
+
+
+def _what_trains(model: nn.Module, config: StudentConfig) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    how = "full fine-tuning" if config.lora is None else f"LoRA of rank {config.lora.rank}"
+    return f"{trained:,} of {total:,} parameters train: {how}"
 
 
 def _train(trainer: CompactTrainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_the_folder_holds_what_the_readme_names_and_no_pickle(finished):
 def test_the_output_is_only_what_a_person_needs(finished):
     out, err = ((finished.parent / name).read_text() for name in ("stdout", "stderr"))
     assert out.splitlines()[0].startswith("9 of 11 questions used, 2 held out, 0 refused")
+    assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters train: LoRA of rank 4", out.splitlines()[1])
     assert out.splitlines()[-1] == f"report: {finished / 'report.md'}"
     assert "Warning" not in err and "warn" not in err and "[transformers]" not in err
     bars = [line.split(":")[0] for line in err.splitlines() if line.strip()]
