@@ -16,7 +16,8 @@ from compact.errors import UserError
 
 KINDS = ("number", "choice", "yesno", "math", "text")
 
-_NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?"
+_VALUE = rf"{_NUMBER}(?:(?:[ ]\d+)?/\d+)?"  # 1/2 and 2 1/2 too
 _LETTER = "[A-J]"
 _WORD = r"(?:and|so|thus|therefore|hence|then|finally|consequently|in conclusion|to conclude|in summary)\b[,:]?"
 _CONNECTIVE = rf"(?:{_WORD}\s+)"
@@ -154,11 +155,11 @@ def canonical(stated: str, kind: str) -> str:
     _check_kind(kind)
     text = clean(stated)
     if kind == "number":
-        said = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text.rpartition("=")[2].replace("−", "-"))
+        said = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text.rpartition("=")[2].replace("−", "-"))
         said = re.sub(r"^\s*-\s+", "-", re.sub(r"\{,\}|\\[,!$%]", "", said))
-        if mixed := re.search(r"(\d+)\s+(\d+)/(\d+)", said):  # 2 1/2
-            whole, part, of = map(int, mixed.groups())
-            return f"{whole * of + part}/{of}"
+        if mixed := re.search(r"((?<!\d)-|)\$?(\d+)\s+(\d+)/(\d+)", said):  # 2 1/2
+            whole, part, of = map(int, mixed.groups()[1:])
+            return f"{mixed[1]}{whole * of + part}/{of}"
         found = re.search(rf"{_NUMBER}(?:/\d+)?(?!\d*:\d)", said)
         return found.group().translate(_DROP) if found else text
     if kind == "choice":
@@ -194,12 +195,15 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     _check_kind(kind)
     if kind == "number":
         if not strict:
-            numbers = re.findall(_NUMBER, text.replace("−", "-"))
-            return numbers[-1].translate(_DROP) if numbers else None
-        found = _first(rf"{_MARK}\(?((?:-[ ])?{_NUMBER})", text.replace("−", "-"))
-        return found.translate(_DROP) if found else None
+            numbers = re.findall(_VALUE, text.replace("−", "-"))
+            return canonical(numbers[-1], kind) if numbers else None
+        found = _first(rf"{_MARK}\(?((?:-[ ])?{_VALUE})", text.replace("−", "-"))
+        return canonical(found, kind) if found else None
     if kind == "choice":
-        found = _first(rf"{_MARK}(?:(?:option|choice)\s+)?\(?({_LETTER})\b(?!['’])", text)
+        mark = rf"{_MARK}(?:(?:option|choice)\s+)?\(?"
+        found = _first(rf"{mark}({_LETTER})\b(?!['’])", text)
+        if found is None and (small := re.search(rf"{mark}([a-j])(?=[).:,]|\s*$|\s*\n)", text)):
+            found = small[1].upper()  # "The answer is b.", where that is what the options are called
         if found or strict:
             return found
         letters = re.findall(rf"\(({_LETTER})\)", text) or re.findall(
@@ -216,7 +220,7 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
         box = _box(text)
         if box is not None:
             return box[2]
-    found = _first(rf"{_MARK}((?:(?![.!?](?:\s|$))[^\n])+)", text)
+    found = _first(rf"{_MARK}((?:{_TITLE}|(?![.!?](?:\s|$))[^\n])+)", text)
     if found or strict:
         return clean(found) or None if found else None
     if kind == "math":
@@ -226,6 +230,7 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     return clean(lines[-1]) or None if lines else None
 
 
+_TITLE = r"\b(?:St|Mt|Ft|Mr|Mrs|Ms|Dr|Jr|Sr)\."  # which ends no sentence
 _MARK = r"(?:####|\b[Aa]nswer(?:\s+is\b|\s*:)\s*:?|\bANSWER\s*:)[ \t]*\**\s*"
 
 
@@ -279,7 +284,9 @@ def _same_math(gold: str, predicted: str) -> bool:
         return True
     # math-verify's time limit is a signal, which only the main thread may set.
     limit = 5 if threading.current_thread() is threading.main_thread() else None
-    sides = [parse(text if "$" in text else f"${text}$", parsing_timeout=limit) for text in (gold, predicted)]
+    texts = (re.sub(r"\\\$", "", text) for text in (gold, predicted))  # of money: \$18.90
+    formulas = (text if text.count("$") > 1 else f"${text.replace('$', '')}$" for text in texts)
+    sides = [parse(formula, parsing_timeout=limit) for formula in formulas]
     return bool(verify(sides[0], sides[1], timeout_seconds=limit))
 
 

@@ -100,10 +100,9 @@ def load_questions(
         raise UserError(f"data.answer_kind: {answer_kind!r} is none of {', '.join(KINDS)}{nearest(answer_kind)}")
     folder = cache_folder(cache_dir)
     rows = open_source(source, folder)
-    key = hashlib.blake2b(
-        json.dumps([_FORMAT, rows.name, rows.digest(), answer_kind]).encode(), digest_size=16
-    ).hexdigest()
-    target, report_file = folder / f"questions-{key}.arrow", folder / f"questions-{key}.json"
+    key = hashlib.blake2b(json.dumps([_FORMAT, rows.digest(), answer_kind]).encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(rows.name.encode(), digest_size=8).hexdigest()  # which the report's places begin with
+    target, report_file = folder / f"questions-{key}.arrow", folder / f"questions-{key}-{name}.json"
     if not (target.exists() and report_file.exists()):
         report = DataReport()
         reader = _Reader(rows, answer_kind, report)

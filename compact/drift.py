@@ -31,9 +31,14 @@ def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
     if not path.is_file():
         raise UserError(f"evaluation.held_text: there is no file {path}")
     texts: list[str] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip() and len(texts) < limit:
-            row = json.loads(line) if path.suffix == ".jsonl" else {"text": line}
+            try:
+                row = json.loads(line) if path.suffix == ".jsonl" else {"text": line}
+            except json.JSONDecodeError as error:
+                raise UserError(f"evaluation.held_text: {path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"evaluation.held_text: {path}:{number}: one JSON object a line is needed")
             texts.append("\n".join(str(row[name]) for name in FIELDS if isinstance(row.get(name), str)))
     if not any(texts):
         raise UserError(f"evaluation.held_text: {path} holds no text; rows need one of {', '.join(FIELDS)}")

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from compact.answers import extract, same_answer
 from compact.commandline import positive
 from compact.config import DataConfig, EvaluationConfig
 from compact.errors import UserError
-from compact.generation import evaluating, generate_answers, score_answers
+from compact.generation import context_length, evaluating, generate_answers, score_answers
 from compact.results import TaskResult, compare, load_results, store_results
 from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions
@@ -122,7 +123,7 @@ def _results(
     prompts = [prompt_ids(tokenizer, row.prompt, data.prompt_template) for row in asked]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][rank::world]
+    batches = _batches(order, prompts, batch_size, context_length(causal) - max_new_tokens)[rank::world]
     done: dict[int, dict[str, Any]] = {}
     names, hidden = ", ".join(task.name for task in tasks), not progress or rank > 0
     with evaluating(causal), tqdm(total=sum(map(len, batches)), desc=names, unit="q", disable=hidden) as bar:
@@ -151,6 +152,14 @@ def _results(
         results[task.name] = TaskResult(task.name, task.split, task.kind, predictions, share)
         first = last
     return results
+
+
+def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], size: int, most: int) -> list[list[int]]:
+    """Prompts, longest first, in batches. Those of more than `most` tokens leave less than the whole room for an
+    answer: they go with their equals, so that no other's answer is cut short for them."""
+    groups = groupby(order, key=lambda i: max(len(prompts[i]), most))
+    parts = [list(group) for _, group in groups]
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
 
 def _prediction(row: TaskRow, answer: tuple[str, int, bool], scores: dict[str, float | None]) -> dict[str, Any]:

@@ -90,6 +90,13 @@ def score_answers(
 ) -> list[dict[str, float | None]]:
     """Mean log-probabilities of each gold answer, its suffix and its solution."""
     suffixes = [suffix_ids(row.answer, tokenizer, data) for row in rows]
+    context = context_length(causal)
+    for row, prompt, (ids, _) in zip(rows, prompts, suffixes):
+        if len(prompt) + len(ids) > context:
+            raise UserError(
+                f"question {row.id}: its prompt and the suffix with its answer have {len(prompt)} + {len(ids)} "
+                f"tokens, more than the model's context, {context}; shorten or drop the question"
+            )
     scores = token_logprobs(causal, list(zip(prompts, (ids for ids, _ in suffixes))))
     out: list[dict[str, float | None]] = []
     for (_, (start, end)), values in zip(suffixes, scores):
@@ -104,7 +111,7 @@ def score_answers(
     for i, row in enumerate(rows):
         rendered = render_prompt(tokenizer, row.prompt, data.prompt_template)
         lead = " " if rendered is not None and not rendered[-1:].isspace() else ""  # as before a rationale's body
-        room = context_length(causal) - len(prompts[i])
+        room = context - len(prompts[i])
         if row.solution is not None and room > 0:
             [(ids, _)] = encode(tokenizer, [lead + row.solution])
             pairs.append((prompts[i], ids[:room]))

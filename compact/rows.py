@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
 from compact.answers import KINDS, is_answer, nearest
@@ -32,7 +33,9 @@ def answer_text(value: Any) -> str | None:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return None if not math.isfinite(value) else str(int(value)) if value.is_integer() else repr(value)
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else f"{Decimal(repr(value)):f}"  # not 5e-05
     if isinstance(value, int):
         return str(value)
     return (value.strip() or None) if isinstance(value, str) else None

@@ -71,7 +71,10 @@ class JsonLines:
 
     def _parse(self, line: bytes, number: int) -> Any:
         try:
-            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if rb"\ud" in line.lower():  # perhaps half a character, of a text that was cut off: "?" then
+                row = json.loads(json.dumps(row, ensure_ascii=False).encode(errors="replace"))
+            return row
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.name}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "

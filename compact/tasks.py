@@ -13,6 +13,7 @@ from typing import Any
 from compact.answers import strip_closing
 from compact.data import prompt_of
 from compact.errors import UserError
+from compact.rows import answer_text, row_id
 
 KINDS = ("number", "choice", "yesno", "math", "text")
 SPLITS = ("id", "ood", "forgetting")
@@ -94,7 +95,7 @@ def load_task(
     if not records:
         raise UserError(f"task {name}: {path} holds no questions")
     answers = [_answer(record, f"{path}:{line}") for line, record in records]
-    have_options = any("options" in record or "choices" in record for _, record in records)
+    have_options = any(record.get("options") or record.get("choices") for _, record in records)
     guess = _guess_kind([answer for answer, _ in answers], have_options)
     rows, seen = [], dict[str, int]()
     for (line, record), (answer, solution) in zip(records, answers):
@@ -184,8 +185,10 @@ def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
     answer = record.get("answer", record.get("answerKey"))
     if answer is None or not str(answer).strip():
         raise UserError(f"{where}: field 'answer' is missing or empty; every question needs its gold answer")
-    if isinstance(answer, bool):
-        return ("yes" if answer else "no"), None
+    if isinstance(answer, (bool, int, float)):
+        if (text := answer_text(answer)) is None:
+            raise UserError(f"{where}: field 'answer' is {answer}; every question needs its gold answer")
+        return text, None
     solution, mark, short = str(answer).rpartition("####")
     return short.strip(), (solution.strip() if mark else None)
 
@@ -212,6 +215,9 @@ def _row(
     if options:
         if answer not in options and kind == "choice":
             raise UserError(f"{where}: the answer {answer!r} is none of the options {', '.join(options)}")
+        if kind == "choice" and not all(_LETTER.fullmatch(label) for label in options):  # ARC's 1, 2, 3, 4
+            answer = chr(ord("A") + list(options).index(answer))
+            options = dict(zip("ABCDEFGHIJ", options.values()))
         prompt = _append(prompt, "\n".join(f"{letter}) {text}" for letter, text in options.items()))
     solution = record.get("solution") or record.get("explanation") or solution
     if reference is not None:
@@ -220,7 +226,7 @@ def _row(
     if solution is not None:
         solution = strip_closing(_CALCULATOR.sub("", solution))[0].strip() or None
     return TaskRow(
-        id=str(record.get("id", f"{name}-{number}")),
+        id=row_id(record) or f"{name}-{number}",
         prompt=prompt,
         answer=answer,
         kind=kind,

@@ -218,8 +218,9 @@ class _Tokenizing:
     def __init__(self, tokenizer: Any, config: DataConfig, report: DataReport):
         self.tokenizer, self.config, self.report = tokenizer, config, report
         self.teacher_index = {name: index for index, name in enumerate(report.teachers)}
-        words = "|".join(re.escape(word.strip()) for word in sorted(config.thinking_words, key=len, reverse=True))
-        self.thinking = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE) if words else re.compile(r"(?!)")
+        words = sorted(filter(None, map(str.strip, config.thinking_words)), key=len, reverse=True)
+        either = "|".join(map(re.escape, words))
+        self.thinking = re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE) if words else re.compile(r"(?!)")
         self.suffixes: dict[str, tuple[list[int], int, int]] = {}  # few different answers: cheap, and cleared
 
     def batches(self, dataset: datasets.Dataset, size: int = 128) -> Iterator[pa.RecordBatch]:

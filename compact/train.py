@@ -31,7 +31,7 @@ from compact.analyze import write_report
 from compact.collate import Collator
 from compact.config import Recipe, StudentConfig, load_recipe
 from compact.demo.arms import run_arms
-from compact.drift import measure_drift
+from compact.drift import measure_drift, read_texts
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.results import load_results, write_atomically
@@ -114,6 +114,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         check_length(model, recipe.data, recipe.student.model)
         train_set, held_out, report = training_data(recipe, tokenizer, folder)
         tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
+        if recipe.evaluation.held_text is not None:
+            read_texts(recipe.evaluation.held_text)  # what is wrong with it is said before training, not after
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
         print(report.summary())

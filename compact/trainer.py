@@ -204,16 +204,19 @@ class CompactTrainer(DistillationMixin, Trainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         passes = [torch.randperm(len(dataset), generator=generator) for _ in range(math.ceil(epochs))]
         order = torch.cat(passes)[: math.ceil(epochs * len(dataset))]
-        windows = order.split(size * world)
+        windows = order.split(size * world * self.args.gradient_accumulation_steps)
         model = self.model_wrapped.train()
         kept = random_state_kept(device=self.args.device)
         with kept, torch.no_grad(), self.compute_loss_context_manager():
             for window in tqdm(windows, desc="warm-up", disable=self.args.disable_tqdm or rank > 0):
                 # A last window too small for all ranks repeats itself: all of them must pass through the model.
                 own = window.repeat(math.ceil(world / len(window)))[rank::world]
-                batch = send_to_device(self.data_collator([dataset[int(index)] for index in own]), self.args.device)
-                result, context = distillation_loss(model, batch, self.strategy, self.config)
-                self.strategy.observe(result.statistics, context, result.alpha)
+                turns = math.ceil(max(1, len(window) // world) / size)  # of every rank
+                for part in own.tensor_split(turns):
+                    items = [dataset[int(index)] for index in part]
+                    batch = send_to_device(self.data_collator(items), self.args.device)
+                    result, context = distillation_loss(model, batch, self.strategy, self.config)
+                    self.strategy.observe(result.statistics, context, result.alpha)
                 self.strategy.step()
 
     # ---- logs ----

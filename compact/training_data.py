@@ -15,6 +15,7 @@ from compact.data import load_questions, prompt_of, question_text, split, tokeni
 from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
+from compact.generation import suffix_ids
 from compact.results import write_atomically
 from compact.strategies import build_strategy
 from compact.tokenization import prompt_ids
@@ -55,13 +56,15 @@ def training_data(
             "--evaluation.reference null goes without"
         )
     room = [
-        len(prompt_ids(tokenizer, prompt_of(row), recipe.data.prompt_template)) < recipe.data.max_length
+        len(prompt_ids(tokenizer, prompt_of(row), recipe.data.prompt_template))
+        + len(suffix_ids(row["answer"], tokenizer, recipe.data)[0])
+        <= recipe.data.max_length
         for row in held_out
     ]
     for row, fits in zip(held_out, room):
         if not fits:
             report.refuse_question(
-                f"held-out question {row['id']!r}", "its prompt alone is longer than data.max_length"
+                f"held-out question {row['id']!r}", "prompt and suffix alone are longer than data.max_length"
             )
     held_out = held_out.select([index for index, fits in enumerate(room) if fits])
     report.questions["held_out"] = len(held_out)

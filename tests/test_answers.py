@@ -67,6 +67,11 @@ def test_last_of_several_closings_speaks():
         ("1/2", "0.5", "number", True),
         ("2 1/2", "2.5", "number", True),
         (r"\frac{1}{2}", "0.5", "number", True),
+        (r"2\frac{1}{2}", "2.5", "number", True),
+        ("-2 1/2", "-2.5", "number", True),
+        ("-2 1/2", "2.5", "number", False),
+        ("2e3", "2000", "number", True),
+        ("1e5", "1e6", "number", False),
         ("−5", "-5", "number", True),
         ("- 10", "-10", "number", True),
         ("72 dollars", "72", "number", True),
@@ -99,6 +104,10 @@ def test_answers_are_compared_by_their_kind(a, b, kind, same):
         ("The answer is $5.50. Then 7", "number", "5.50", "7"),
         ("so 3 and -4.", "number", None, "-4"),
         ("no digits", "number", None, None),
+        ("The answer is 1/2.", "number", "1/2", "1/2"),
+        ("The answer is 2 1/2.", "number", "5/2", "5/2"),
+        ("The answer is b.", "choice", "B", "B"),
+        ("The answer is St. Louis. It", "text", "St. Louis", "St. Louis"),
         ("The answer is (C).", "choice", "C", "C"),
         ("The answer is **B**", "choice", "B", "B"),
         ("The answer is a dog", "choice", None, None),
@@ -132,6 +141,7 @@ def test_math_goes_through_math_verify():
     assert same_answer(r"\frac{1}{2}", "0.5", "math")
     assert same_answer("x^2+1", "1+x^2", "math")
     assert not same_answer("2", "3", "math")
+    assert same_answer(r"\$18.90", "18.90", "math")  # as MATH writes money
     result = []
     thread = threading.Thread(target=lambda: result.append(same_answer("2x", "x+x", "math")))
     thread.start()

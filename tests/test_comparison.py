@@ -10,12 +10,13 @@ from compact.errors import UserError
 from compact.results import TaskResult, store_results
 
 
-def finished(folder, right: str, logprob: float, when: str = "after", offset: int = 0):
+def finished(folder, right: str, logprob: float, when: str = "after", offset: int = 0, asked: int = 0):
     """A run that answered question i rightly where right[i] is 1."""
     rows = [
         {
             **{
                 "id": f"q{i + offset}",
+                "prompt": f"{i + asked}?",
                 "kind": "number",
                 "options": 0,
                 "correct": c == "1",
@@ -52,5 +53,7 @@ def test_runs_on_other_questions_or_without_results_are_refused(tmp_path):
     one = finished(tmp_path / "one", "11", -2.0)
     with pytest.raises(UserError, match="no question in common"):
         comparison([one, finished(tmp_path / "two", "11", -2.0, offset=9)])
+    with pytest.raises(UserError, match="no question in common"):  # of the same ids, as 0, 1, … often are
+        comparison([one, finished(tmp_path / "four", "11", -2.0, asked=9)])
     with pytest.raises(UserError, match="three holds no results after training"):
         comparison([one, tmp_path / "three"])

@@ -114,7 +114,14 @@ def test_prompts_may_be_messages(load):
 
 def test_answers_may_be_numbers_and_truth_values(load):
     rows = [question(answer=72), question("2", "b", 72.0), question("3", "c", True, task="yesno")]
-    assert load(rows)[0]["answer"] == ["72", "72", "yes"]
+    rows.append(question("4", "d", 0.00005))
+    assert load(rows)[0]["answer"] == ["72", "72", "yes", "0.00005"]
+
+
+def test_half_a_character_of_a_text_that_was_cut_off_is_read_as_a_question_mark(load):
+    cut = [{"teacher": "a", "completion": "Sum \ud83d\n#### 72"}]
+    dataset, _ = load([question(rationales=cut), question("2", "whole \U0001f600")])
+    assert dataset["prompt"][1] == "whole \U0001f600" and dataset[0]["rationales"][0]["body"] == "Sum ?"
 
 
 def test_wrong_answers_are_flagged_and_unknown_ones_are_not_wrong(load):

@@ -86,6 +86,13 @@ def run(model, task=None, **options) -> TaskResult:
             None,
         ),
         ({"prompt": "q?", "answer": "blue"}, "text", "blue", None),
+        ({"id": None, "prompt": "q?", "answer": 72.0, "options": None}, "number", "72", None),
+        (
+            {"question": "q?", "choices": {"label": ["1", "2"], "text": ["nest", "sea"]}, "answerKey": "2"},
+            "choice",
+            "B",
+            None,
+        ),
     ],
 )
 def test_files_load_as_they_are_and_their_kind_is_guessed(tmp_path, row, kind, answer, solution):
@@ -140,6 +147,7 @@ def test_held_out_questions_are_asked_as_in_training(tmp_path):
         (["{not json"], {}, "t.jsonl:1: not JSON"),
         (["[1]"], {}, "t.jsonl:1: a list"),
         ([GSM8K, {"question": "q?"}], {}, "t.jsonl:2: field 'answer'"),
+        ([GSM8K, {"question": "q?", "answer": float("nan")}], {}, "t.jsonl:2: field 'answer' is nan"),
         ([{"answer": "1"}], {}, "t.jsonl:1: field 'prompt'"),
         ([{"prompt": ["hello"], "answer": "1"}], {}, "not of messages"),
         ([GSM8K, GSM8K], {}, "t.jsonl:2: id 'g1' is also on line 1"),
@@ -266,6 +274,18 @@ def test_prompts_too_long_for_the_context_are_named():
         run(llama(), Task("t", (*rows[:6], long)))
     with pytest.raises(UserError, match="no questions"):
         run(llama(), Task("t", ()))
+    tight = replace(rows[6], prompt="x " * 120)  # room for a token, not for the suffix
+    with pytest.raises(UserError, match="question q6: its prompt and the suffix with its answer have .* the model's"):
+        run(gpt2(), Task("t", (*rows[:6], tight)))
+
+
+def test_a_long_prompt_takes_no_room_from_the_others_of_its_batch():
+    rows = toy_task().rows
+    long = replace(rows[6], prompt="x " * 110)
+    alone = run(llama(), Task("t", rows[:3]), max_new_tokens=64)
+    beside = run(llama(), Task("t", (*rows[:3], long)), max_new_tokens=64)
+    assert [row["text"] for row in beside.predictions[:3]] == [row["text"] for row in alone.predictions]
+    assert beside.predictions[3]["tokens"] < 64
 
 
 # ------------------------------------------------------------------------------------------------------------ results

@@ -183,6 +183,17 @@ def test_the_warm_up_moves_the_assistant_and_nothing_of_the_student(tmp_path, un
     assert moments[0]["step"] == 6  # 24 questions, 4 a batch
 
 
+def test_how_a_step_is_split_makes_no_difference_to_the_warm_up(tmp_path):
+    nets = []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        trainer = toy_trainer(tmp_path, questions=23, batch=batch, accumulate=accumulate, method={"strategy": "mind"})
+        trainer.create_optimizer_and_scheduler(10)
+        trainer.warm_up()
+        nets.append(torch.cat([p.detach().flatten() for p in trainer.strategy.net.parameters()]))
+    for net in nets[1:]:
+        torch.testing.assert_close(net, nets[0], rtol=0, atol=5e-4)  # by steps of a batch each: 1e-2
+
+
 @pytest.mark.parametrize("options", [{"inertia": "optimizer"}, {"inertia": "ema", "accumulation": 3}])
 def test_an_interrupted_assistant_is_the_uninterrupted_one_to_the_last_bit(tmp_path, options):
     method = {"strategy": "mind", "mind": {"warmup": 0.5, **options}}

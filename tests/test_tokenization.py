@@ -110,6 +110,8 @@ def test_thinking_words_are_found_by_text_and_not_by_token():
     (marked,) = [i for i, flag in enumerate(rationale["thinking"]) if flag]
     assert toy_tokenizer().decode(rationale["completion_ids"][marked : rationale["body_length"]]).lstrip() == "so."
     assert not any(tokenize(questions(a=f"{body}\n#### 72"), thinking_words=[])[0]["rationales"][0]["thinking"])
+    blank, _ = tokenize(questions(a=f"{body}\n#### 72"), thinking_words=["so", "", " "])
+    assert blank["rationales"][0]["thinking"] == rationale["thinking"]
     accented, _ = tokenize(questions(a="Ça, également: 3.\n#### 72"), thinking_words=["également"])
     (flags,) = [r["thinking"] for r in accented["rationales"]]
     assert sum(flags) == 1

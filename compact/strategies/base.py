@@ -78,7 +78,7 @@ class Strategy:
         """Called after every training batch's loss: where a learned strategy computes and accumulates its own."""
 
     def step(self, learning_rate: float | None = None) -> None:
-        """Called on every rank after each optimizer step of the student, and after each batch of the warm-up.
+        """Called on every rank after each optimizer step of the student, and in the warm-up after as many batches.
 
         Args:
             learning_rate: the student's in that step; None in the warm-up, in which the student does not move.

@@ -34,6 +34,7 @@ from compact.options import plain
 from compact.results import load_results, write_atomically
 from compact.run_folder import claim, save_student
 from compact.train import run
+from compact.training_data import training_data
 
 
 def run_merged(recipe: Recipe, rounds: int) -> None:
@@ -76,11 +77,7 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(average, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(average)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    held_out = None
-    if recipe.data.held_out is not None:
-        held_out, _ = load_questions(
-            recipe.data.held_out, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache"
-        )
+    _, held_out, _ = training_data(recipe, tokenizer, folder)  # the same as every branch's
     settings = recipe.evaluation
     evaluate_tasks(
         model,

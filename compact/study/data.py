@@ -16,7 +16,9 @@ from compact.config import Recipe, from_dict
 from compact.data import question_text
 from compact.errors import UserError
 from compact.results import write_atomically
+from compact.rows import prompt_problem
 from compact.skills.__main__ import write_skills
+from compact.sources import JsonLines
 from compact.student import load_student
 from compact.study.grid import Cell, plain_tree
 
@@ -69,7 +71,7 @@ def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[st
     facts = {"folds": cell.folds, "questions": hashlib.sha256(content).hexdigest()}
     with _made_once(study / "data" / cell.setting, "folds", facts) as (folder, made):
         if not made:
-            _write_folds(source, content.decode(), cell.folds, folder)
+            _write_folds(source, cell.folds, folder)
     files = {name: folder / f"fold-{cell.fold}" / f"{name}.jsonl" for name in ("train", "held_out")}
     data |= {name: str(file) for name, file in files.items()}
     held_out = files["held_out"].read_text(encoding="utf-8").count("\n")
@@ -97,10 +99,12 @@ def _made_once(folder: Path, key: str, facts: dict[str, Any]) -> Iterator[tuple[
         write_atomically(file, wanted)
 
 
-def _write_folds(source: Path, content: str, folds: int, folder: Path) -> None:
-    rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-    if any("rationales" not in row for row in rows):
-        raise UserError(f"folds: {source} must have one question a row, with its rationales")
+def _write_folds(source: Path, folds: int, folder: Path) -> None:
+    read = JsonLines(source)
+    rows = list(read.rows())
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict) or "rationales" not in row or prompt_problem(row.get("prompt")):
+            raise UserError(f"folds: {read.place(index)} must be one question, with its prompt and its rationales")
     texts = sorted({_text(row) for row in rows})
     if len(texts) < folds:
         raise UserError(f"folds: {folds} of them need as many questions, and {source} has {len(texts)}")

@@ -27,7 +27,7 @@ class Grid:
     settings: dict[str, object] = option(
         lambda: {"default": {}}, "name: recipe keys of a setting; skills: and folds: make its data"
     )
-    methods: object = option(list, "names of known methods, or name: recipe keys; single:TEACHER and merge are known")
+    methods: object = option(list, "names of known methods, or name: recipe keys; single:TEACHER is known")
     seeds: list[int] = option(lambda: [0], "of the runs", ge=0)
     order: Literal["seeds", "methods"] = option(
         "seeds",

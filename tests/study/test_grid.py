@@ -88,6 +88,26 @@ def test_folds_hold_every_question_out_once(toy, tmp_path):
     assert len(cells) == 3 and sorted(held) == sorted(row["prompt"] for row in toy_rows(11))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", r"questions.jsonl:2: "),
+        ('{"rationales": []}', r"folds: .*questions.jsonl:2 must be one question, with its prompt"),
+        ('{"prompt": "q?"}', r"folds: .*questions.jsonl:2 must be one question, with its prompt"),
+    ],
+)
+def test_a_row_that_no_fold_can_have_is_named(toy, tmp_path, line, said):
+    file = write_rows(tmp_path / "questions.jsonl", toy_rows(3))
+    first, second, third = file.read_text().splitlines()
+    file.write_text("\ufeff" + "\n".join([first, line, third]) + "\n")
+    path = grid_file(tmp_path, toy, settings={"f": {"folds": 2}}, methods=["uniform"], set={"data.train": str(file)})
+    _, cells, _ = load_grid([str(path)])
+    with pytest.raises(UserError, match=said):
+        recipe_of(cells[0], tmp_path / "study")
+    file.write_text("\ufeff" + "\n".join([first, second, third]) + "\n")
+    assert recipe_of(cells[0], tmp_path / "study").data.held_out is not None
+
+
 @pytest.mark.parametrize("name", embedded_grids())
 def test_the_grids_of_the_package_are_grids(name, tmp_path):
     flags = ["--set.student.model", "x", "--set.data.train", "y.jsonl"]

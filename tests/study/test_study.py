@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -201,6 +202,16 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     assert all(torch.equal(saved[name], mean[name]) for name in mean)
     assert (run / "report.md").exists() and not (run / "branches").exists()
     assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}
+
+
+def test_a_merged_student_is_evaluated_on_the_questions_that_its_branches_held_out(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(compact.analyze, "_draw", lambda run, content: {})
+    path = grid_file(tmp_path, toy, methods=["merge_of_thought"], set={"training.disable_tqdm": True})
+    _, cells, _ = load_grid([str(path), "--baseline", "merge_of_thought"])
+    recipe = recipe_of(cells[0], tmp_path / "study")
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, held_out=None))
+    cell.run_merged(recipe, 1)
+    assert len(load_results(Path(recipe.run), "after")[0]["held_out"].predictions) > 0
 
 
 def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(toy, tmp_path):

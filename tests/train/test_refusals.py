@@ -118,6 +118,15 @@ def test_a_key_or_value_that_cannot_be_is_refused_by_name(refused, options, need
     refused(*needles, **options)
 
 
+@pytest.mark.parametrize(
+    ("held", "said"), [(None, "there is no file"), ('{"text": "a"}\n{', "held.jsonl:2: not JSON")]
+)
+def test_a_held_text_that_cannot_be_read_is_said_before_training(refused, tmp_path, held, said):
+    if held is not None:
+        (tmp_path / "held.jsonl").write_text(held)
+    refused(said, evaluation__held_text=tmp_path / "held.jsonl")
+
+
 def test_an_output_folder_that_is_not_this_run_is_left_alone(refused, finished, tmp_path):
     before = {name: (finished / name).stat().st_mtime_ns for name in files(finished)}
     refused(

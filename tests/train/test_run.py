@@ -231,6 +231,17 @@ def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkey
     assert main(words) == 0
 
 
+def test_a_run_that_is_moved_with_its_questions_goes_on(toy, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    write_rows(here / "mine.jsonl", toy_rows(11))
+    with monkeypatch.context() as patch:
+        patch.setattr("compact.train.save_student", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(flags(toy, here / "run", data__train=here / "mine.jsonl")) == 130
+    here.rename(there)
+    assert main(flags(toy, there / "run", data__train=there / "mine.jsonl")) == 0
+
+
 def test_consensus_of_sentence_embeddings_in_a_whole_run(toy, tmp_path):
     encoder = save_encoder(tmp_path / "encoder")
     words = flags(toy, tmp_path / "run", consensus__affinity="sentence", consensus__encoder=encoder)
