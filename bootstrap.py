@@ -122,7 +122,10 @@ def set_up(extras):
     digest = hashlib.sha256(f"{ROOT} {sys.version} {torch_here()}".encode())
     for path in (ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))):
         digest.update(path.read_bytes())
-    have = json.loads(stamp.read_text()) if stamp.exists() else {}
+    try:
+        have = json.loads(stamp.read_text())
+    except (OSError, ValueError):  # none yet, or cut short by a full disk
+        have = {}
     installed = set(have.get("extras", ())) if have.get("digest") == digest.hexdigest() else set()
     if extras <= installed or "dev" in installed:
         return python

@@ -37,6 +37,15 @@ class _Packed:
     """Whether the forward pass that runs now is a packed one (then ``cu_seq_lens_q`` stands in for the mask)."""
 
     active: bool = False
+    windows: Windows | None = None  # while someone asks
+
+
+@dataclass
+class Windows:
+    """The windows, in tokens, of the masks that a packed pass did without, and those its layers handed over."""
+
+    of_masks: set[int]
+    of_layers: set[int]
 
 
 _packed = _Packed()
@@ -50,6 +59,16 @@ def packed_rows() -> Iterator[None]:
         yield
     finally:
         _packed.active = before
+
+
+@contextmanager
+def windows_noted() -> Iterator[Windows]:
+    """Inside, ``compact_varlen`` notes the windows it meets."""
+    _packed.windows = found = Windows(set(), set())
+    try:
+        yield found
+    finally:
+        _packed.windows = None
 
 
 def varlen_can_run(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -103,6 +122,8 @@ def compact_varlen(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if _packed.windows is not None and sliding_window:
+        _packed.windows.of_layers.add(sliding_window)
     # Rotary embeddings may leave query and key in float32 under autocast, which the kernel does not cast back.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
@@ -157,8 +178,9 @@ def _by_sequence(
             position = torch.arange(q.shape[2], device=q.device)
             distance = position[:, None] - position
             mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)  # contiguous, as transformers' own functions give it: some modules view it
 
 
 @torch.library.custom_op("compact::attention_by_sequence", mutates_args=())
@@ -169,7 +191,7 @@ def _by_sequence_op(
 
     Backward computes the probabilities again, sequence by sequence. No dropout: it would draw another mask.
     """
-    return _by_sequence(query, key, value, 0.0, scaling, sliding_window, offsets).contiguous()
+    return _by_sequence(query, key, value, 0.0, scaling, sliding_window, offsets)
 
 
 @_by_sequence_op.register_fake
@@ -225,7 +247,11 @@ _by_sequence_op.register_autograd(_by_sequence_backward, setup_context=_save_inp
 
 def compact_varlen_mask(*args, **kwargs) -> Tensor | None:
     """No mask for a packed row; transformers' ``sdpa`` mask (B, 1, T, T_kv) otherwise."""
-    return None if _packed.active else sdpa_mask(*args, **kwargs)
+    if not _packed.active:
+        return sdpa_mask(*args, **kwargs)
+    if _packed.windows is not None and kwargs.get("local_size"):
+        _packed.windows.of_masks.add(kwargs["local_size"])
+    return None
 
 
 @dataclass

@@ -342,7 +342,7 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
             }
             functional_call(attention, parameters, (states.float().unsqueeze(1),), inputs)
             found = list(projections)
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise _no_projections(model, attention) from error
     finally:
         for module, training in modes:

@@ -156,6 +156,9 @@ class _Embedding:
     def __init__(self, model: nn.Module, reader: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.reader, self.batch_size = model, reader, batch_size
         positions = getattr(model.config, "max_position_embeddings", None)
+        table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
+        if positions and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            positions -= table.padding_idx + 1  # RoBERTa counts its places from there
         self.context = min(reader.model_max_length, positions or 1 << 20)
         self.cut = self.seen = 0
 

@@ -31,7 +31,7 @@ from compact.evaluate import load_run
 from compact.loss import Denominators, distillation_loss
 from compact.options import plain
 from compact.results import write_atomically
-from compact.states import BATCH, QUESTIONS, run_items
+from compact.states import BATCH, QUESTIONS, run_items, without_encoder
 from compact.strategies.compact import Compact
 from compact.student import prepare
 from compact_kernels import SampleGradNorms
@@ -58,8 +58,11 @@ def read_influence(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
     models = {"before": base_student(recipe, student), "after": student}
     arrays: dict[str, np.ndarray] = {}
     content: dict[str, Any] = {"questions": len(items), "teachers": teachers}
+    recipe = without_encoder(recipe)
+    projections = recipe.consensus.affinity == "attention"
     for when, model in models.items():
-        found = _measure(prepare(model.requires_grad_(True).eval()), items, recipe, teachers, Collator(tokenizer))
+        prepared = prepare(model.requires_grad_(True).eval(), projections=projections)
+        found = _measure(prepared, items, recipe, teachers, Collator(tokenizer))
         arrays |= {f"{name}_{when}": value for name, value in found.items()}
         content[when] = summary(found, teachers)
     packed = io.BytesIO()

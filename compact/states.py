@@ -85,6 +85,13 @@ def run_items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[li
     raise UserError(f"{run}: no question has several rationales, so there is nothing to compare")
 
 
+def without_encoder(recipe: Recipe) -> Recipe:
+    """Sentence embeddings are of the training's rationales alone; elsewhere the cosine of states takes their place."""
+    if recipe.consensus.affinity != "sentence":
+        return recipe
+    return replace(recipe, consensus=replace(recipe.consensus, affinity="cosine", encoder=None))
+
+
 @torch.no_grad()
 def _measure(
     model: nn.Module, items: Sequence[dict[str, Any]], recipe: Recipe, teachers: Sequence[str], collate: Collator
@@ -92,8 +99,7 @@ def _measure(
     """(S, …) of all rationales: pooled and last states, metrics and their z-scores, α under each metric, peaks."""
     device = next(model.parameters()).device
     compact, uniform = Compact(recipe, teachers), Uniform(recipe, teachers)
-    if recipe.consensus.affinity == "sentence":  # its encoder read the training's rationales alone
-        recipe = replace(recipe, consensus=replace(recipe.consensus, affinity="cosine", encoder=None))
+    recipe = without_encoder(recipe)
     columns: dict[str, list[np.ndarray]] = {}
 
     def keep(name: str, value: Any) -> None:

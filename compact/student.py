@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from compact.attention import attention_for
+from compact.attention import attention_for, windows_noted
 from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, unwrap
 from compact.compilation import compile_layers
 from compact.config import LoraConfig, StudentConfig
@@ -96,7 +96,13 @@ def load_student(
     except (ValueError, ImportError) as error:
         raise UserError(f"student.attention={implementation}: {error}") from error
     prepare(model, projections=projections)
-    check(model)
+    try:
+        check(model)
+    except UserError:
+        if config.attention != "auto" or implementation != "compact_varlen" or torch.cuda.is_available():
+            raise
+        model.set_attn_implementation("sdpa")  # some ask for no attention function, or leave its window to the mask
+        check(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # reentrant checkpoints, if the Trainer asks for them, need it under LoRA
@@ -246,8 +252,11 @@ def check(model: nn.Module) -> None:
         ids = (torch.arange(sum(lengths), device=weight.device) * 37 + 11) % weight.shape[0]
         ragged = Ragged.build(sequence_lengths=lengths, prompt_lengths=[1, 1], rationales_per_question=[2])
         try:
-            output = inner(input_ids=ids[None], compact=ragged)
-        except TypeError as error:
+            with windows_noted() as windows:
+                output = inner(input_ids=ids[None], compact=ragged)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
             raise UserError(f"{type(inner).__name__} cannot run a packed batch: {error}") from error
         logits = head(inner)(output.hidden).float().split(lengths)
         alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
@@ -268,6 +277,13 @@ def check(model: nn.Module) -> None:
         raise UserError(
             f"{type(inner).__name__} lets packed sequences see each other under student.attention={implementation}, "
             "so its losses would be wrong; choose another student.attention, or another student"
+        )
+    kinds = getattr(inner.config.get_text_config(), "layer_types", None) or ("sliding_attention",)
+    in_masks = windows.of_masks and not windows.of_layers and "sliding_attention" in kinds
+    if in_masks and implementation != "flex_attention":  # which is given masks
+        raise UserError(
+            f"{type(inner).__name__} keeps its window of {max(windows.of_masks)} tokens in its mask, which "
+            f"student.attention={implementation} does without; take student.attention=sdpa"
         )
 
 
@@ -351,8 +367,14 @@ def merged(model: nn.Module) -> PreTrainedModel:
     with no_init_weights(), random_state_kept():
         plain = model_class(copy.deepcopy(inner.config))
         if adapted is not None:
-            adapter = copy.deepcopy(adapted.peft_config[adapted.active_adapter])
-            readapted = peft.get_peft_model(plain, adapter)
+            adapters = copy.deepcopy(adapted.peft_config)
+            for adapter in adapters.values():  # PiSSA and its like would decompose weights that are not there yet
+                cast(Any, adapter).init_lora_weights = False
+            (first, adapter), *others = adapters.items()
+            readapted = peft.get_peft_model(plain, adapter, adapter_name=first)
+            for name, adapter in others:
+                readapted.add_adapter(name, adapter)
+            cast(Any, readapted.base_model).set_adapter(adapted.active_adapters)
     (plain if adapted is None else readapted).load_state_dict(state, assign=True)
     plain.tie_weights()
     if adapted is not None:

@@ -83,10 +83,10 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
         weight=head.weight[ragged.evidence_ids].to(dtype),
         bias=None if head.bias is None else head.bias[ragged.evidence_ids].to(dtype),
     )
-    parts = [
-        (asked(hidden[rows].to(dtype)) * change[owner]).sum(1)
-        for rows, owner in zip(ragged.rows.split(ROWS), ragged.sequence_of_row.split(ROWS))
-    ]
+    parts = []
+    for rows, owner in zip(ragged.rows.split(ROWS), ragged.sequence_of_row.split(ROWS)):
+        logits = asked(hidden[rows].to(dtype)).where(change[owner] != 0, 0.0)  # −∞·0, a forbidden id that is not asked
+        parts.append((logits * change[owner]).sum(1))
     return evidence + torch.cat(parts)
 
 

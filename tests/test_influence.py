@@ -123,6 +123,17 @@ def test_a_cap_by_last_norms_bounds_a_trained_heads_gradient_too(tmp_path):
     assert len(state["questions"]) == 8 and (state["norms"] > 0).sum() == 21  # every third question has two teachers
 
 
+def test_a_cap_by_last_norms_knows_nothing_of_held_out_questions(tmp_path):
+    gradients = {"norms": "exact", "cap": 1e-2, "cap_by": "last"}
+    trainer = toy_trainer(tmp_path, questions=8, epochs=2, method={"gradients": gradients})
+    trainer.train()
+    held_out = [{**item, "id": f"held-{item['id']}"} for item in trainer.train_dataset]
+    plain = toy_trainer(tmp_path / "plain", questions=8, model=trainer.model)
+    for one in (trainer, plain):
+        one.args.prediction_loss_only = True
+    assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(plain.evaluate(held_out)["eval_loss"], rel=1e-5)
+
+
 def test_a_cap_by_last_norms_survives_a_resume(tmp_path):
     gradients = {"norms": "exact", "cap": 1e-2, "cap_by": "last"}
     common = {"questions": 8, "batch": 4, "epochs": 2, "method": {"gradients": gradients}, "save_strategy": "epoch"}

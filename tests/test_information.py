@@ -294,3 +294,18 @@ def test_what_does_not_fit_is_refused_and_leaves_the_queue_as_it_was():
             queue.measure(*wrong, ragged)
     first = queue.measure(hidden, answers, ids, ragged)
     torch.testing.assert_close(InformationQueue(8).measure(hidden, answers, ids, ragged), first, equal_nan=True)
+
+
+def test_a_forbidden_answer_of_one_question_spoils_no_others_control():
+    ragged = Ragged.build(
+        sequence_lengths=[5] * 3, prompt_lengths=[1] * 3, rationales_per_question=[1] * 3,
+        evidence_ids=[[1], [2], [3]], thinking=[[True] * 4] * 3,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(15, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    targets, wrong = torch.full((15,), 5), []
+    for forbidden in (-1e4, -float("inf")):
+        bias = torch.zeros(9)
+        bias[1] = forbidden
+        wrong.append(proxy_controls(hidden, weight, targets, ragged, bias=bias).wrong_answer)
+    torch.testing.assert_close(wrong[1][1], wrong[0][1])  # neither it nor the next one has that answer

@@ -124,6 +124,10 @@ def test_a_second_bootstrap_installs_nothing_and_no_install_may_move_torch(boots
     (tmp_path / "csrc" / "cpu" / "rows.cpp").write_text("changed")  # the native library is built anew
     bootstrap.set_up({"eval", "plot"})
     assert len(calls) == 4
+    (stamp,) = tmp_path.rglob("compact-setup.json")
+    stamp.write_text("{")  # cut short
+    bootstrap.set_up({"eval", "plot"})
+    assert len(calls) == 5
 
 
 def test_bootstrap_installs_the_pinned_torch_where_there_is_none(bootstrap, tmp_path, monkeypatch):

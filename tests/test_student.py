@@ -19,6 +19,7 @@ from compact.errors import UserError
 from compact.student import add_lora, check, prepare
 from tests.architectures import CONFIGS, MORE, tiny, token_ids
 from tests.student_cases import LENGTHS, assert_same_gradients, directions, gradients, ragged, run, stir
+from tests.toy_run import toy_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -246,19 +247,43 @@ def test_an_unknown_step_between_states_and_logits_is_found():
         check(prepare(Louder(tiny("llama").config).eval()))
 
 
-def test_a_model_whose_packed_sequences_see_each_other_is_found():
+def opt() -> PreTrainedModel:
+    """It makes its mask without the positions: under sdpa packed sequences see each other."""
     config = transformers.OPTConfig(
         vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, word_embed_proj_dim=32,
     )  # fmt: skip
-    model = prepare(transformers.OPTForCausalLM(config).eval())  # makes its mask without the positions
+    model = transformers.OPTForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     model.set_attn_implementation("sdpa")
+    return model
+
+
+def test_a_model_whose_packed_sequences_see_each_other_is_found(tmp_path):
+    model = prepare(opt())
     with pytest.raises(UserError, match="see each other"):
         check(model)
     model.set_attn_implementation("compact_varlen")
+    check(model)
+    with pytest.raises(UserError, match="see each other"):  # before any trainer trains it
+        toy_trainer(tmp_path, model=opt())
+
+
+def test_a_window_that_a_model_keeps_in_its_mask_is_found():
+    model = transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **{name: getattr(CONFIGS["llama"], name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, use_sliding_window=True,
+            sliding_window=16, max_window_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+            shared_expert_intermediate_size=24,
+        )
+    ).eval()  # fmt: skip
+    model.set_attn_implementation("compact_varlen")
+    with pytest.raises(UserError, match="keeps its window of 16 tokens in its mask.*take student.attention=sdpa"):
+        check(prepare(model))
+    model.set_attn_implementation("sdpa")
     check(model)
 
 

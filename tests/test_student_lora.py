@@ -102,6 +102,19 @@ def test_a_merged_model_is_plain_and_saves_and_the_trained_one_goes_on(name, tmp
     assert gradients(model)
 
 
+@pytest.mark.parametrize("options", [{"adapter_name": "mine"}, {"also": "second"}, {"init_lora_weights": "pissa"}])
+def test_adapters_of_ones_own_are_merged_whatever_they_are_called_and_began_with(options):
+    config = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 4}
+    config["init_lora_weights"] = options.get("init_lora_weights", True)
+    name = options.get("adapter_name", "default")
+    model = peft.get_peft_model(prepare(tiny("llama")), peft.LoraConfig(**config), adapter_name=name)
+    if "also" in options:
+        model.add_adapter(options["also"], peft.LoraConfig(**{**config, "r": 2}))
+    stir(model)
+    ids = token_ids(9)[0]
+    torch.testing.assert_close(merged(model)(ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_merging_keeps_tied_weights_tied():
     model = prepare(tiny("gpt2"))
     plain = merged(model)

@@ -5,13 +5,14 @@ from compact.adapters.windows import WindowLoader
 from compact.collate import Collator, to_device
 from compact.loss import distillation_loss
 from compact.strategies import build_strategy
-from compact.student import prepare
+from compact.student import check, prepare
 
 __all__ = [
     "Collator",
     "DistillationMixin",
     "WindowLoader",
     "build_strategy",
+    "check",
     "distillation_loss",
     "prepare",
     "to_device",

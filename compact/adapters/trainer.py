@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from compact import student
 from compact.collate import Collator
@@ -97,8 +98,11 @@ class DistillationMixin(_Host):
                 f"data_collator is a {type(collator).__name__}: leave it out, or take a compact.adapters.Collator"
             )
         self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)
+        model = student.prepare(model, projections=config.consensus.affinity == "attention")
+        if not is_deepspeed_zero3_enabled():  # whose parameters are in shards already
+            student.check(model)
         super().__init__(
-            model=student.prepare(model, projections=config.consensus.affinity == "attention"),
+            model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -136,7 +140,7 @@ class DistillationMixin(_Host):
             weights=weights,
             denominators=window,
             replicas=replicas,
-            cap=self._last_norm_cap,
+            cap=self._last_norm_cap if model.training else None,  # held-out questions have no last norm
         )
         if model.training:
             self._after_loss(inputs, result, context, normalizers(self.config, inputs["ragged"], window, replicas)[0])
