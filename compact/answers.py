@@ -190,7 +190,7 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
 
     Strict: what the first ``#### …`` or "The answer is …" states (math: also the last ``\boxed{…}``), and only if it
     is of the kind. Flexible: that, or else what stands last in the text (the last number, letter, yes or no, formula,
-    line); for numbers the last number in any case, as lm-eval's flexible-extract does.
+    line); for numbers the last number in any case, as lm-eval's flexible-extract does; 1/2 and 2 1/2 are one number.
     """
     _check_kind(kind)
     if kind == "number":
