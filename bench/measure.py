@@ -143,6 +143,8 @@ def _measure_norms_mode(
             memory: dict[str, Any] = {}
 
             def weigh(runner: Runner = runner, memory: dict = memory) -> None:
+                for other in runners:  # gradients that the others' last rounds left are not this one's
+                    other.before()
                 peak = peak_bytes(runner, total=True)
                 others = sum(size for name, size in held.items() if name != runner.name)
                 captured = mode == "captured"  # a graph's memory is its own from capture on

@@ -34,6 +34,7 @@ class Setting(NamedTuple):
         return f"{self.block} x {self.block} x {k}, {warps} warps, {stages} stages, {self.programs} programs"
 
 
+SPIN = 2_000_000  # cycles that a GPU waits, a millisecond: by then all launches are queued
 CHOSEN = Setting(segments.BLOCK, GRAM, GRAM_PROGRAMS)
 SETTINGS = [CHOSEN]
 SETTINGS += [
@@ -111,7 +112,7 @@ def main() -> None:
         student = sizes.students[name]
         lengths = [sizes.tokens] * sizes.questions * sizes.rationales
         nbytes, under = layer(student, lengths, on, sizes.dtype)
-        runners = [Runner(setting.label, under(setting)) for setting in SETTINGS]
+        runners = [Runner(setting.label, under(setting), spin=SPIN) for setting in SETTINGS]
         expected = totals(runners[0])
         for runner in runners:
             attempt(runner, partial(check, runner, expected))

@@ -31,7 +31,7 @@ def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     if (dtype or tensor.dtype) not in DTYPES:
         return False
     device = tensor.device.type
-    return (device in ("cuda", "xpu") or (device == "cpu" and INTERPRETED)) and TRITON_FOUND
+    return (device == "cuda" or (device == "cpu" and INTERPRETED)) and TRITON_FOUND
 
 
 def native_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

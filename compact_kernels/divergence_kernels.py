@@ -92,7 +92,8 @@ def _pair(t, p, other, alpha, FAST: tl.constexpr, K: tl.constexpr):
         ratio = libdevice.fast_dividef(p, p + p_other)
     else:
         ratio = p / (p + p_other)
-    return t + factor[:, None] * _log2(2.0 * ratio, FAST)
+    # TINY over a sum that rounds above 1 is subnormal, which the fast quotient makes 0.
+    return t + factor[:, None] * _log2(tl.maximum(2.0 * ratio, TINY), FAST)
 
 
 @triton.jit

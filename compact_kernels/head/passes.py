@@ -74,14 +74,16 @@ def weighted_loss(
     if recorder is not None and torch.compiler.is_compiling() and (trains or unweighted):
         # Norms are collected beside the pass, which a graph cannot hold: it is left here.
         return _eager_loss(hidden, head, targets, ragged, weighting, workspace_mib)
-    if weighting.by_question and torch.compiler.is_compiling():
+    # What a forward pass makes of float16 would vanish before the loss's scale is known: it waits for the backward one.
+    late = dtype == torch.float16 and not (recorder is not None and trains and weighting.divergence_weight)
+    if weighting.by_question and not late and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
     if recorder is not None and trains and weighting.divergence_weight and not weighting.by_question:
         with torch.no_grad():  # α first: the head's gradient rows then hold the divergence too
             tokens = token_logprobs(hidden[ragged.rows], head, targets, ragged, weighting.ignore_index, workspace_mib)
             final = settled(weighting, targets, ragged, tokens.logprob.dtype)
             weighting = replace(weighting, weights=decide(tokens, targets, ragged, final)[0].alpha)
-    if weighting.by_question and not unweighted:
+    if weighting.by_question and not unweighted and not late:
         norms, inputs = recorded(head, ragged)
         call = WeightedPass(head, targets, ragged, weighting, workspace_mib, dtype, torch.is_grad_enabled(), norms)
         loss, sft, divergence, *rest = WeightedLoss.apply(hidden, head.weight, head.bias, call, *inputs)

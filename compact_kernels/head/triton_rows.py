@@ -44,7 +44,8 @@ def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
         return _Tiles(32, 64, 32, 4, 1)
     if dtype == torch.float32:
         return _Tiles(64, 64, 32, 4, 2)
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    # AMD's devices have no such property: 64 KiB.
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
     return _Tiles(128, 256, 64, 8, 3) if shared >= 200_000 else _Tiles(128, 128, 32, 8, 3)
 
 
@@ -184,7 +185,8 @@ def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _aligned(matrix: Tensor) -> Tensor:
     """The matrix itself, or a copy that tile loads can address: rows start at multiples of 16 bytes."""
     size = matrix.element_size()
-    if matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0:
+    apart = matrix.stride(0) >= matrix.shape[1] and matrix.stride(0) * size % 16 == 0
+    if matrix.stride(1) == 1 and apart and matrix.data_ptr() % 16 == 0:
         return matrix
     rows, dim = matrix.shape
     copy = matrix.new_zeros(rows, -(-dim * size // 16) * 16 // size)[:, :dim]

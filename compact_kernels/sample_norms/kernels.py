@@ -110,17 +110,18 @@ def gram_kernel(
         biases = acc
     if LAYERS > 2:
         acc = _add_gram(acc, g2_desc, row0, column0, diagonal, g2_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
-    weight = inside.to(tl.float32)
-    if HAS_FACTOR:
-        weight *= tl.load(factor_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        weight *= tl.load(factor_ptr + columns, mask=columns < end, other=0.0)[None, :]
-    acc = tl.where(inside, acc * weight, 0.0)
+    if HAS_FACTOR:  # one after the other: the product of two may be too small for float32 where G is large
+        left = tl.load(factor_ptr + rows, mask=rows < end, other=0.0)[:, None]
+        right = tl.load(factor_ptr + columns, mask=columns < end, other=0.0)[None, :]
+        acc = acc * left * right
+        biases = biases * left * right
+    acc = tl.where(inside, acc, 0.0)
     total = 0.0
     if INPUT == PRODUCT:
         if BIASED == LAYERS:
             total += tl.where(x_part == 0, tl.sum(acc), 0.0)
         elif BIASED > 0:
-            total += tl.where(x_part == 0, tl.sum(tl.where(inside, biases * weight, 0.0)), 0.0)
+            total += tl.where(x_part == 0, tl.sum(tl.where(inside, biases, 0.0)), 0.0)
         x_acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
         x_acc = _add_gram(x_acc, x_desc, row0, column0, diagonal, x_dim, x_part, X_PARTS, BLOCK_K, PRECISION, UPCAST)
         total += tl.sum(tl.where(inside, acc * x_acc, 0.0))
@@ -256,7 +257,7 @@ def scale_kernel(
             if KIND == 1:
                 x = tl.where(d_in[None, :], x - (tl.sum(x, 1) / dim)[:, None], 0.0)
             inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / dim + eps)
-            total += x * inverse[:, None] * g
+            total += tl.where(mask, x * inverse[:, None], 0.0) * g  # an eps of 0 makes a row beyond the end NaN
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * dim + d, tl.sum(total, 0), mask=d_in)
 
 
