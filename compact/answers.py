@@ -202,7 +202,7 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     if kind == "choice":
         mark = rf"{_MARK}(?:(?:option|choice)\s+)?\(?"
         found = _first(rf"{mark}({_LETTER})\b(?!['’])", text)
-        if found is None and (small := re.search(rf"{mark}([a-j])(?=[).:,]|\s*$|\s*\n)", text)):
+        if found is None and (small := re.search(rf"{mark}([a-j])(?!\.[a-z])(?=[).:,]|\s*$|\s*\n)", text)):
             found = small[1].upper()  # "The answer is b.", where that is what the options are called
         if found or strict:
             return found
@@ -230,7 +230,8 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     return clean(lines[-1]) or None if lines else None
 
 
-_TITLE = r"\b(?:St|Mt|Ft|Mr|Mrs|Ms|Dr|Jr|Sr)\."  # which ends no sentence
+# Which end no sentence; Jr. does, unless its sentence goes on.
+_TITLE = r"\b(?:(?:St|Mt|Ft|Mr|Mrs|Ms|Dr)\.|(?:Jr|Sr)\.(?-i:(?=,? [a-z])))"
 _MARK = r"(?:####|\b[Aa]nswer(?:\s+is\b|\s*:)\s*:?|\bANSWER\s*:)[ \t]*\**\s*"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -100,7 +101,7 @@ def locked(folder: Path, what: str = "run", flag: str = "--run") -> Iterator[int
         The lock's file descriptor.
 
     Raises:
-        UserError: another one is writing to it, or it cannot be written.
+        UserError: another one is writing to it (where the file system has locks), or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,10 @@ def locked(folder: Path, what: str = "run", flag: str = "--run") -> Iterator[int
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks, as Lustre's can be
+                yield file.fileno()
+                return
             file.seek(0)
             process = file.read().strip() or "unknown"
             raise UserError(

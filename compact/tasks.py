@@ -216,6 +216,8 @@ def _row(
         if answer not in options and kind == "choice":
             raise UserError(f"{where}: the answer {answer!r} is none of the options {', '.join(options)}")
         if kind == "choice" and not all(_LETTER.fullmatch(label) for label in options):  # ARC's 1, 2, 3, 4
+            if len(options) > 10:
+                raise UserError(f"{where}: {len(options)} options; at most 10, A to J, can be told apart")
             answer = chr(ord("A") + list(options).index(answer))
             options = dict(zip("ABCDEFGHIJ", options.values()))
         prompt = _append(prompt, "\n".join(f"{letter}) {text}" for letter, text in options.items()))

@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -71,6 +72,14 @@ AT_LEAST = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What reading a damaged checkpoint raises.
 UNREADABLE = (EOFError, OSError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError, RuntimeError)
+# The Trainer's methods that read one: elsewhere the same errors are of a tracker that cannot be reached, or a disk.
+READERS = {
+    "_load_from_checkpoint",
+    "load_from_json",
+    "_load_optimizer_and_scheduler",
+    "_load_scaler",
+    "_load_rng_state",
+}
 
 
 def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
@@ -91,8 +100,12 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
     with ExitStack() as held:
         with _main_process_first():
             if PartialState().is_main_process:
+                stored = (folder / "recipe.yaml").exists()
+                if stored and not (folder / "report.json").exists():  # before claim() touches a run under way
+                    held.enter_context(locked(folder))
                 claim(folder, recipe)
-                held.enter_context(locked(folder))
+                if not stored:
+                    held.enter_context(locked(folder))
         return _run(recipe, arguments, folder, only_before)
 
 
@@ -211,7 +224,8 @@ def _train(trainer: CompactTrainer) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     except UNREADABLE as error:
         another = isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)
-        if another or getattr(error, "errno", None) in FULL or trainer.state.global_step > step:
+        places = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if another or getattr(error, "errno", None) in FULL or not places & READERS:
             raise
         raise UserError(
             f"the last checkpoint, {checkpoint}, cannot be read ({type(error).__name__}: {error}): remove it and run "
@@ -311,11 +325,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if PartialState().is_main_process:
         print(f"report: {Path(recipe.run) / 'report.md'}")
-    # torch leaves this to the program: a thread of gloo's that outlives the interpreter can abort the process.
-    gc.collect()  # a wrapped model holds the group too, in a cycle
-    PartialState().destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0:
+        # torch leaves this to the program: a thread of gloo's that outlives the interpreter can abort the process.
+        gc.collect()  # a wrapped model holds the group too, in a cycle
+        PartialState().destroy_process_group()
+    sys.exit(code)

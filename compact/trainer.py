@@ -211,7 +211,9 @@ class CompactTrainer(DistillationMixin, Trainer):
             for window in tqdm(windows, desc="warm-up", disable=self.args.disable_tqdm or rank > 0):
                 # A last window too small for all ranks repeats itself: all of them must pass through the model.
                 own = window.repeat(math.ceil(world / len(window)))[rank::world]
-                turns = math.ceil(max(1, len(window) // world) / size)  # of every rank
+                turns = math.ceil(math.ceil(len(window) / world) / size)  # of every rank
+                if len(own) < turns:  # in batches of one question: a rank without a last one repeats its first
+                    own = own.repeat(2)[:turns]
                 for part in own.tensor_split(turns):
                     items = [dataset[int(index)] for index in part]
                     batch = send_to_device(self.data_collator(items), self.args.device)

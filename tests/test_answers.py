@@ -107,6 +107,8 @@ def test_answers_are_compared_by_their_kind(a, b, kind, same):
         ("The answer is 1/2.", "number", "1/2", "1/2"),
         ("The answer is 2 1/2.", "number", "5/2", "5/2"),
         ("The answer is b.", "choice", "B", "B"),
+        ("The answer is i.e. option (B).", "choice", None, "B"),
+        ("The answer is Martin Luther King Jr. He was", "text", "Martin Luther King Jr", "Martin Luther King Jr"),
         ("The answer is St. Louis. It", "text", "St. Louis", "St. Louis"),
         ("The answer is (C).", "choice", "C", "C"),
         ("The answer is **B**", "choice", "B", "B"),

@@ -153,6 +153,7 @@ def test_held_out_questions_are_asked_as_in_training(tmp_path):
         ([GSM8K, GSM8K], {}, "t.jsonl:2: id 'g1' is also on line 1"),
         ([CSQA | {"answer": "E"}], {}, "none of the options A, B"),
         ([CSQA | {"options": "A or B"}], {}, "field 'options'"),
+        ([CSQA | {"options": list("abcdefghijkl"), "answer": "L"}], {}, "12 options; at most 10"),
         ([GSM8K | {"task": "numbr"}], {}, "t.jsonl:1: field 'task' is 'numbr'"),
         ([GSM8K], {"kind": "numbr"}, "kind 'numbr' is none of number"),
         ([GSM8K], {"split": "odd"}, "split 'odd' is none of id"),

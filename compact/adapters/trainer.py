@@ -72,7 +72,7 @@ class DistillationMixin(_Host):
         config.validate()
         refuse_arguments(args, kwargs)
         if args.dataloader_pin_memory:  # else every tensor of a batch waits for the step before it
-            args.accelerator_config.non_blocking = True
+            args.accelerator_config.non_blocking = True  # type: ignore[union-attr]
         args.logging_nan_inf_filter = False  # a loss that is not finite is seen, and never averaged away
         self.config = config
         self.strategy = build_strategy(config, teachers)

@@ -74,7 +74,7 @@ def weighted_loss(
     if recorder is not None and torch.compiler.is_compiling() and (trains or unweighted):
         # Norms are collected beside the pass, which a graph cannot hold: it is left here.
         return _eager_loss(hidden, head, targets, ragged, weighting, workspace_mib)
-    # What a forward pass makes of float16 would vanish before the loss's scale is known: it waits for the backward one.
+    # Gradients that a forward pass makes in float16 vanish before the loss's scale is known: they wait for it.
     late = dtype == torch.float16 and not (recorder is not None and trains and weighting.divergence_weight)
     if weighting.by_question and not late and torch.compiler.is_compiling():
         return _compiled_loss(hidden, head, targets, ragged, weighting, workspace_mib, dtype)
