@@ -340,3 +340,27 @@ def test_more_logits_than_an_int32_counts(wants):
         share = ours["alpha"][every].double() / (2 * (rows // 4))
         exact = (g * share[:, None]).T @ hidden[problem.ragged.rows].double()
         assert float((ours["dweight"][[3, vocabulary - 1]].double() - exact).norm()) <= 2**-6 * float(exact.norm())
+
+
+def test_float16_gradients_are_as_good_as_torchs_under_a_loss_scale():
+    """What is 2⁻¹⁶ of a weight vanishes in float16 unless it is made of the scaled loss."""
+    ragged = Ragged.build(sequence_lengths=[24] * 4, prompt_lengths=[4] * 4, rationales_per_question=[2, 2])
+    generator, scale = torch.Generator().manual_seed(0), 65536.0
+    hidden, weight = torch.randn(96, 32, generator=generator), torch.randn(4000, 32, generator=generator) * 0.02
+    targets = torch.randint(4000, (96,), generator=generator)
+    alpha = torch.tensor([0.3, 0.7, 0.5, 0.5])
+    leaves = [tensor.half().to(DEVICE).requires_grad_() for tensor in (hidden, weight)]
+    batch = (targets.to(DEVICE), ragged.to(DEVICE))
+
+    def gradients(inputs: list[Tensor], **options: Any) -> list[Tensor]:
+        loss = compatibility_loss(*inputs, *batch, weights=alpha.to(DEVICE), normalizer=1 / 64, **options).loss
+        return [g.double() / scale for g in torch.autograd.grad(loss * scale, inputs)]
+
+    exact = gradients([leaf.detach().double().requires_grad_() for leaf in leaves])
+    rows = batch[1].rows
+    logprob = (leaves[0][rows] @ leaves[1].t()).float().log_softmax(-1)
+    chosen = logprob.gather(1, batch[0][rows][:, None])[:, 0]
+    plain = -(alpha.to(DEVICE).repeat_interleave(20) / 64 / 20 * chosen).sum()
+    torchs = [g.double() / scale for g in torch.autograd.grad(plain * scale, leaves)]
+    for ours, eager, truth in zip(gradients(leaves), torchs, exact, strict=True):
+        assert (ours - truth).norm() <= 2 * (eager - truth).norm() + 1e-6 * truth.norm()
