@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def layer(
         return torch.randn(tokens, width, device=on, dtype=dtype)
 
     operands = [(draw(width), [draw(out) for out in outs], biased) for width, outs, biased in families(student)]
-    offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    offsets = [0, *accumulate(lengths)]
     cu = torch.tensor(offsets, dtype=torch.int32, device=on)
 
     def under(setting: Setting) -> Callable[[], list[Tensor]]:

@@ -112,15 +112,13 @@ def locked(folder: Path, what: str = "run", flag: str = "--run") -> Iterator[int
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks, as Lustre's can be
-                yield file.fileno()
-                return
-            file.seek(0)
-            process = file.read().strip() or "unknown"
-            raise UserError(
-                f"{folder}: another {what} is writing to it (process {process}); wait for it, "
-                f"or choose another folder with {flag}"
-            ) from None
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others: no locks here, as Lustre can be mounted
+                file.seek(0)
+                process = file.read().strip() or "unknown"
+                raise UserError(
+                    f"{folder}: another {what} is writing to it (process {process}); wait for it, "
+                    f"or choose another folder with {flag}"
+                ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -218,8 +218,9 @@ def _row(
         if kind == "choice" and not all(_LETTER.fullmatch(label) for label in options):  # ARC's 1, 2, 3, 4
             if len(options) > 10:
                 raise UserError(f"{where}: {len(options)} options; at most 10, A to J, can be told apart")
-            answer = chr(ord("A") + list(options).index(answer))
-            options = dict(zip("ABCDEFGHIJ", options.values()))
+            place = list(options).index(answer)
+            options = _lettered(options.values())
+            answer = list(options)[place]
         prompt = _append(prompt, "\n".join(f"{letter}) {text}" for letter, text in options.items()))
     solution = record.get("solution") or record.get("explanation") or solution
     if reference is not None:
@@ -237,10 +238,15 @@ def _row(
     )
 
 
+def _lettered(texts: Iterable[Any]) -> dict[str, str]:
+    """A, B, C, …: the texts."""
+    return {chr(ord("A") + i): str(text) for i, text in enumerate(texts)}
+
+
 def _options(record: Mapping[str, Any], where: str) -> dict[str, str]:
     options = record.get("options") or record.get("choices") or {}
     if isinstance(options, list):
-        return {chr(ord("A") + i): str(text) for i, text in enumerate(options)}
+        return _lettered(options)
     if not isinstance(options, dict):
         raise UserError(f"{where}: field 'options' is a {type(options).__name__}; {{A: text, …}} or a list is needed")
     if options.keys() == {"label", "text"}:  # CommonsenseQA's upstream form

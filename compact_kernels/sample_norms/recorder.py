@@ -158,9 +158,8 @@ class SampleGradNorms:
             self.segments = self.row_segments = self.ids = self.ragged = self.scales = None
             for family in self._families:
                 family.close()
-            for member, _, _ in self._members:
-                if isinstance(member, TokenMember):
-                    member.carrier = None
+            if self.head_embedding is not None:
+                self.head_embedding.carrier = None
 
     def remove(self) -> None:
         """Give the layers their own forwards back."""
@@ -232,10 +231,10 @@ class SampleGradNorms:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return
         if id(member) in self._called:
-            name = next((names[0] for m, _, names in self._members if m is member), next(iter(self.head_names), ""))
+            names = next((names for m, _, names in self._members if m is member), self.head_names)
             raise RuntimeError(
-                f"{name} is used twice: per-rationale norms do not cover a layer that is used twice in one forward "
-                "pass, and two passes want a record() each"
+                f"{names[0]} is used twice: per-rationale norms do not cover a layer that is used twice in one "
+                "forward pass, and two passes want a record() each"
             )
         self._called.add(id(member))
 
@@ -282,8 +281,8 @@ class SampleGradNorms:
                 self._install(module, token, layers.embedding_forward, names)
             else:
                 kind, eps = normalisation(module)
-                keys = {name.rpartition(".")[2] for name in names}
-                scale = ScaleMember(self, kind, eps, ("weight" in keys, "bias" in keys), own_forward(module))
+                trains = is_trained(module, "weight"), is_trained(module, "bias")
+                scale = ScaleMember(self, kind, eps, trains, own_forward(module))
                 self._install(module, scale, layers.scale_forward, names)
         if reasons and uncovered == "error":
             name, reason = next(iter(reasons.items()))
@@ -302,7 +301,7 @@ class SampleGradNorms:
                 self.parameters[names[0]] = self.head_weight  # by another name too, where it is tied
             if id(module) in heads:
                 self.head_embedding = embeddings[next(key for key, value in tied.items() if value is module)]
-                tied_head = HeadMember(self, self.head_embedding, own_forward(module), f"{path}.bias" in names)
+                tied_head = HeadMember(self, self.head_embedding, own_forward(module), is_trained(module, "bias"))
                 self._install(module, tied_head, layers.head_forward, names)
             else:
                 families.setdefault(self._family_of(path, module, names), []).append((path, module))
@@ -312,14 +311,14 @@ class SampleGradNorms:
     def _check_unweighted(self) -> None:
         """Every gradient that is weighted by c_s is made by a layer of ours."""
         way_out = 'freeze it, or take norms="weighted" and SampleNorms.per_weight'
-        refused = next(iter(self.head_names), "")
+        refused = self.head_names or self.skipped
         for member, _, names in self._members:
             if isinstance(member, LinearMember) and (member.before or not member.family.trains[member.index][0]):
-                refused = names[0]
-        if refused or self.skipped:
+                refused = names
+        if refused:
             self.remove()
             raise ValueError(
-                f"unweighted norms: {refused or self.skipped[0]} trains, and its gradient cannot be weighted apart "
+                f"unweighted norms: {refused[0]} trains, and its gradient cannot be weighted apart "
                 f"from the norm: {way_out}"
             )
 
