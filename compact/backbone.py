@@ -10,7 +10,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -67,6 +67,15 @@ class StudentOutput:
     hidden: Tensor  # (T, D) in the model's dtype, with gradient: the final norm's output
     head: Head  # part of the output, so that DDP sees a trained head used; its hooks go by what the forward returns
     detached: Detached
+    autocast: torch.dtype | None = None  # what the forward ran under
+
+    def precision(self) -> AbstractContextManager:
+        """The forward's autocast, under which the head belongs too.
+
+        accelerate enters it for the forward alone, where a head in its place would be: float32 weights would meet
+        float32 states here, at many times the cost.
+        """
+        return nullcontext() if self.autocast is None else torch.autocast(self.hidden.device.type, self.autocast)
 
     @property
     def query(self) -> Tensor | None:
@@ -257,7 +266,9 @@ def _stop_at_hidden(
         _run_head(model, hidden)
     used = Head(cast(Tensor, weight), bias, layer.logit_scale, layer.softcap)
     detached = Detached(query, key, _pooled(hidden, ragged), hidden.detach()[last].float())
-    return StudentOutput(hidden, used, detached)
+    kind = hidden.device.type
+    under = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return StudentOutput(hidden, used, detached, under)
 
 
 def _run_head(model: PreTrainedModel, hidden: Tensor) -> None:

@@ -58,18 +58,19 @@ class InformationLog:
         ragged: Ragged = batch["ragged"]
         head, options = output.head, self.config.adaptability
         evidence = result.statistics.tokens.evidence
-        controls = proxy_controls(
-            output.hidden,
-            head.weight,
-            targets_of(batch),
-            ragged,
-            AdaptabilityOptions(options.epsilon, options.span, options.length_norm),
-            evidence=evidence,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            workspace_mib=self.config.workspace_mib,
-        )
+        with output.precision():
+            controls = proxy_controls(
+                output.hidden,
+                head.weight,
+                targets_of(batch),
+                ragged,
+                AdaptabilityOptions(options.epsilon, options.span, options.length_norm),
+                evidence=evidence,
+                bias=head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                workspace_mib=self.config.workspace_mib,
+            )
         numbers = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]
         embedded = answer_embeddings(head.weight, ragged)
         found = self.queue.measure(output.hidden, embedded, on_device(numbers, torch.int64, device), ragged)

@@ -102,30 +102,31 @@ def distillation_loss(
         rule = strategy.bind(context) if weights is None else None
     if cap is not None:
         weights, rule = _held(weights, rule, cap.most(batch, normalizer))
-    result = compatibility_loss(
-        hidden,
-        lm_head.weight,
-        targets_of(batch),
-        ragged,
-        rule=rule,
-        weights=None if weights is None else weights.to(output.hidden.device),
-        consensus=consensus,
-        difficulty_reference=reference,
-        adaptability=AdaptabilityOptions(
-            epsilon=config.adaptability.epsilon,
-            span=config.adaptability.span,
-            length_norm=config.adaptability.length_norm,
-        ),
-        divergence=own_kind if config.divergence.kind == "strategy" else config.divergence.kind,
-        divergence_weight=config.divergence.weight,
-        sft_reduction=config.sft_reduction,
-        normalizer=normalizer,
-        divergence_normalizer=per_question,
-        bias=lm_head.bias,
-        logit_scale=lm_head.logit_scale,
-        softcap=lm_head.softcap,
-        workspace_mib=config.workspace_mib,
-    )
+    with output.precision():
+        result = compatibility_loss(
+            hidden,
+            lm_head.weight,
+            targets_of(batch),
+            ragged,
+            rule=rule,
+            weights=None if weights is None else weights.to(output.hidden.device),
+            consensus=consensus,
+            difficulty_reference=reference,
+            adaptability=AdaptabilityOptions(
+                epsilon=config.adaptability.epsilon,
+                span=config.adaptability.span,
+                length_norm=config.adaptability.length_norm,
+            ),
+            divergence=own_kind if config.divergence.kind == "strategy" else config.divergence.kind,
+            divergence_weight=config.divergence.weight,
+            sft_reduction=config.sft_reduction,
+            normalizer=normalizer,
+            divergence_normalizer=per_question,
+            bias=lm_head.bias,
+            logit_scale=lm_head.logit_scale,
+            softcap=lm_head.softcap,
+            workspace_mib=config.workspace_mib,
+        )
     return result, context
 
 
@@ -191,16 +192,17 @@ def _mean_loss(output: StudentOutput, batch: Mapping[str, Any], workspace_mib: i
     """(S,) mean negative log-likelihood a token."""
     ragged: Ragged = batch["ragged"]
     lm_head = output.head
-    tokens = linear_token_stats(
-        output.hidden,
-        lm_head.weight,
-        targets_of(batch),
-        ragged,
-        bias=lm_head.bias,
-        logit_scale=lm_head.logit_scale,
-        softcap=lm_head.softcap,
-        workspace_mib=workspace_mib,
-    )
+    with output.precision():
+        tokens = linear_token_stats(
+            output.hidden,
+            lm_head.weight,
+            targets_of(batch),
+            ragged,
+            bias=lm_head.bias,
+            logit_scale=lm_head.logit_scale,
+            softcap=lm_head.softcap,
+            workspace_mib=workspace_mib,
+        )
     return -segment_sum(tokens.logprob, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)
 
 

@@ -197,7 +197,7 @@ class Headed(nn.Module):
 
     def loss(self, ids: Tensor, ragged: Ragged, targets: Tensor, **options: Any) -> Tensor:
         hidden = self.body(self.embed(ids)).tanh()
-        options |= {"bias": self.lm_head.bias, "weights": torch.tensor([0.4, 0.6]), "normalizer": 1.0}
+        options |= {"bias": self.lm_head.bias, "weights": hidden.new_tensor([0.4, 0.6]), "normalizer": 1.0}
         return compatibility_loss(hidden, self.lm_head.weight, targets, ragged, **options).loss
 
 
@@ -223,12 +223,13 @@ def test_a_head_with_a_bias_gives_its_norms(tied):
 def test_a_rationale_without_a_target_takes_part_in_the_divergence_as_without_a_recorder(request, kernels):
     if kernels == "triton":
         request.getfixturevalue("triton_kernels")
+    device = "cuda" if kernels == "triton" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model, ids = Headed(False), torch.tensor([1, 4, 4, 2, 1, 8])
-    targets = torch.tensor([1, 2, 3, -100, -100, -100])
+    model, ids = Headed(False).to(device), torch.tensor([1, 4, 4, 2, 1, 8], device=device)
+    targets = torch.tensor([1, 2, 3, -100, -100, -100], device=device)
     ragged = Ragged.build(
         sequence_lengths=[3, 3], prompt_lengths=[1, 1], rationales_per_question=[2], answer_spans=[(0, 1)] * 2
-    )
+    ).to(device)
     model.loss(ids, ragged, targets, divergence_weight=0.5).backward()
     plain = gradients(model)
     model.zero_grad()

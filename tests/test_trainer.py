@@ -102,6 +102,29 @@ def test_one_teacher_under_token_is_transformers_own_loss(tmp_path):
     assert float(ours) == pytest.approx(float(total / count), abs=1e-6)
 
 
+def test_the_head_is_computed_in_the_precision_of_the_forward(tmp_path):
+    """accelerate has autocast around the forward alone; transformers' own head is inside of it."""
+
+    def result(inside, around):
+        trainer = toy_trainer(tmp_path)
+        batch, forward = trainer.data_collator([trainer.train_dataset[i] for i in range(4)]), trainer.model.forward
+
+        def under_autocast(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                return forward(*args, **kwargs)
+
+        trainer.model.eval().forward = under_autocast
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            loss, found = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        loss.backward()
+        return found.statistics.tokens.logprob, trainer.model.get_output_embeddings().weight.grad
+
+    logprob, gradient = result(inside=True, around=False)
+    assert torch.equal(result(inside=True, around=True)[0], logprob)
+    assert gradient.dtype == torch.float32
+    assert not torch.allclose(result(inside=False, around=False)[0], logprob, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("strategy", ["compact", "uniform", "lowest_loss", "mind"])
 def test_a_resumed_run_is_the_straight_run(tmp_path, strategy):
     method = {"strategy": strategy}
