@@ -74,7 +74,8 @@ def sample_norms() -> None:
     launch.product(x, query, cut.cu, None, None)
     launch.product(x, key, cut.cu, torch.rand(2), cut.offsets)
     launch.product(x.float(), torch.randn(520, 16), cut.cu, None, None)
-    launch.scale_gradients(x[:, None], x[:, None], cut.cu, cut.slices, "rms", 1e-6)
+    for kind in ("rms", "given"):
+        launch.scale_gradients(x[:, None], x[:, None], cut.cu, cut.slices, kind, 1e-6)
     launch.token_rows(x, factor, x, cut.cu, ids, cut.cu, 0, cut.longest)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from compact_kernels import Ragged, SampleGradNorms
@@ -220,9 +221,24 @@ def test_inputs_are_let_go_when_they_have_been_used_or_never_will_be(backward):
         assert losses.grad_fn is not None
 
 
-def test_an_input_that_was_changed_is_an_error_though_autograd_has_a_copy():
+def test_a_normalised_input_that_autograd_keeps_is_not_kept_again():
     _, x, ragged = setting()
     norm = nn.Sequential(LlamaRMSNorm(6)).bfloat16()
+    recorder, found = SampleGradNorms(norm), []
+    for changed in (False, True):
+        x = x.bfloat16()
+        with recorder.record(ragged) as norms:
+            losses = rows(norm(x))
+            if changed:  # autograd has a copy in float32 and the normalised one
+                x.add_(1.0)
+            losses.sum().backward()
+        found.append(norms.norms)
+    assert torch.equal(*found) and found[0].min() > 0
+
+
+def test_an_input_that_was_changed_is_an_error_though_autograd_has_a_copy():
+    _, x, ragged = setting()
+    norm = nn.Sequential(Gemma3RMSNorm(6)).bfloat16()  # its factor is 1 + weight
     recorder = SampleGradNorms(norm)
     x = x.bfloat16()
     with recorder.record(ragged):

@@ -215,7 +215,7 @@ def test_stored_products_of_empty_rationales_and_of_strided_and_expanded_rows(tr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["rms", "layer", "ones"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "ones", "given"])
 def test_scale_gradients(kind, dtype):
     cut = segments(SHORT)
     slices = -(-cut.longest // SLICE)

@@ -230,7 +230,7 @@ def scale_kernel(
     dim,
     slices,
     eps,
-    KIND: tl.constexpr,  # 0 x/rms, 1 (x − mean)/std, 2 ones
+    KIND: tl.constexpr,  # 0 x/rms, 1 (x − mean)/std, 2 ones, 3 x
     SLICE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -256,8 +256,10 @@ def scale_kernel(
             x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
             if KIND == 1:
                 x = tl.where(d_in[None, :], x - (tl.sum(x, 1) / dim)[:, None], 0.0)
-            inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / dim + eps)
-            total += tl.where(mask, x * inverse[:, None], 0.0) * g  # an eps of 0 makes a row beyond the end NaN
+            if KIND != 3:
+                inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / dim + eps)
+                x = tl.where(mask, x * inverse[:, None], 0.0)  # an eps of 0 makes a row beyond the end NaN
+            total += x * g
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * dim + d, tl.sum(total, 0), mask=d_in)
 
 

@@ -39,7 +39,7 @@ GRAM_FLOAT32 = GramTile(block_k=32, warps=4, stages=2)
 GRAM_PROGRAMS = 396
 PROGRAMS = 264  # of a product
 NARROW_PROGRAMS = 528  # of one that is bound by what it reads
-KINDS = "rms", "layer", "ones"  # of the scale kernel
+KINDS = "rms", "layer", "ones", "given"  # of the scale kernel
 STORED_BLOCK = 512 if _INTERPRETED else 4096  # entries of stored products that one program adds up
 
 

@@ -19,6 +19,7 @@ norms. Here: norm layers, embeddings, and the head tied to one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,18 +134,20 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
         return original(self, member.before, x, *args, **kwargs)
     y = (detached if recorder.unweighted else original)(self, member.before, x, *args, **kwargs)
     heads_first = x.dim() == 4 and _heads_first(x, recorder.segments.tokens)
-    if heads_first:
-        x = x.transpose(1, 2)
-    recorder.check_rows(self, x.shape[: 2 if x.dim() == 4 else -1].numel())
+    rows = x.shape[:-1] if x.dim() < 4 else (x.shape[0], x.shape[2 if heads_first else 1])
+    recorder.check_rows(self, math.prod(rows))
     recorder.note(member)
     source = None if recorder.unweighted else hooks.source(y)
     if source is not None:
         node, place = source
-        node.register_prehook(scale_hook(member, recorder.segments, x, y.shape, heads_first, place))
+        # The normalised input: where autograd keeps that itself, the input need not be kept beside it.
+        factor = hooks.other_factor(node, self.weight, y.shape)  # type: ignore[arg-type]
+        kept, kind = (hooks.Kept(x), member.kind) if factor is None else (factor, "given")
+        node.register_prehook(scale_hook(member, recorder.segments, kept, kind, y.shape, heads_first, place))
         return y
     own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
     if heads_first:
-        y = y.transpose(1, 2)
+        x, y = x.transpose(1, 2), y.transpose(1, 2)
     y = ScaleTap.apply(y, x, member.slot, member.bias_slot, recorder.segments.cu, member.kind, member.eps, *own)
     return y.transpose(1, 2) if heads_first else y
 
@@ -157,19 +160,29 @@ def _heads_first(x: Tensor, tokens: int) -> bool:
 
 
 def scale_hook(
-    member: ScaleMember, segments: Segments, x: Tensor, shape: torch.Size, heads_first: bool, place: int
+    member: ScaleMember,
+    segments: Segments,
+    kept: hooks.Kept | hooks.Saved,
+    kind: str,
+    shape: torch.Size,
+    heads_first: bool,
+    place: int,
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
-    """What gives a norm layer's norms when the gradient of its output is there, (…) of `shape`."""
-    kept, slots, cu, slices = hooks.Kept(x), (member.slot, member.bias_slot), segments.cu, segments.slices
+    """What gives a norm layer's norms when the gradient of its output is there, (…) of `shape`.
+
+    Args:
+        kept: the layer's input; with `kind` given the normalised one.
+    """
+    slots, cu, slices = (member.slot, member.bias_slot), segments.cu, segments.slices
 
     def arrived(grads: tuple[Tensor | None, ...]) -> None:
         gradient = grads[place]
         if gradient is None or not hooks.accumulates(torch._C._current_graph_task_id()):
             return
-        gradient = gradient.reshape(shape)
+        x, gradient = kept.get(), gradient.reshape(shape)
         if heads_first:
-            gradient = gradient.transpose(1, 2)
-        found = scale_gradients(kept.get(), gradient, cu, slices, member.kind, member.eps, member.trains)
+            x, gradient = x.transpose(1, 2), gradient.transpose(1, 2)
+        found = scale_gradients(x, gradient, cu, slices, kind, member.eps, member.trains)
         for slot, parts in zip(slots, found):
             if slot is not None and parts is not None:
                 hooks.give(slot, parts)

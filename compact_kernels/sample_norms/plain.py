@@ -117,8 +117,10 @@ def column_norms(a: Tensor, b: Tensor, cu: Tensor) -> Tensor:
 
 
 def normalized(x: Tensor, kind: str, eps: float) -> Tensor:
-    """What a norm layer multiplies with its weight: x/rms (``rms``), (x − mean)/std (``layer``), or ones."""
+    """What a norm layer multiplies with its weight: x/rms (``rms``), (x − mean)/std (``layer``), x itself (``given``) or ones."""
     x = _wide(x)
+    if kind == "given":
+        return x
     if kind == "ones":
         return torch.ones_like(x)
     if kind == "layer":
@@ -130,7 +132,7 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
     """The gradient of a norm layer's weight, rationale by rationale; with kind ``ones`` that of a bias.
 
     Args:
-        x, gradient: input of the layer and gradient of its output, h rows a token. (T, h, D)
+        x, gradient: input of the layer (``given``: normalised) and gradient of its output, h rows a token. (T, h, D)
 
     Returns:
         (S, slices, D) parts over slices of the rationale.
