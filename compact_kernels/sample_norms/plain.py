@@ -117,7 +117,7 @@ def column_norms(a: Tensor, b: Tensor, cu: Tensor) -> Tensor:
 
 
 def normalized(x: Tensor, kind: str, eps: float) -> Tensor:
-    """What a norm layer multiplies with its weight: x/rms (``rms``), (x − mean)/std (``layer``), x itself (``given``) or ones."""
+    """A norm layer's factor of its weight: x/rms (``rms``), (x − mean)/std (``layer``), x (``given``) or 1."""
     x = _wide(x)
     if kind == "given":
         return x
