@@ -103,6 +103,23 @@ def test_norms_by_hooks_are_those_of_a_backward_pass_per_rationale(monkeypatch, 
     torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("case", [all_of, without_k, regrouped])
+def test_under_autocast_the_input_is_what_autograd_keeps_and_nothing_is_kept_beside_it(case):
+    model, x, ragged = setting()
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = truth(model, lambda: case(model, x), ragged)
+    seen = []
+    model.norm.register_forward_hook(lambda _, __, output: seen.append((weakref.ref(output), output.dtype)))
+    recorder = recorder_of(model)
+    with recorder.record(ragged) as norms, torch.autocast("cpu", torch.bfloat16):
+        losses = case(model, x)
+    [(normalised, dtype)] = seen
+    assert dtype == torch.float32 and normalised() is None
+    losses.sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=0.02, atol=0)
+
+
 def test_a_family_is_one_launch(monkeypatch):
     layers = []
 

@@ -90,6 +90,17 @@ def other_factor(node: Node, weight: Tensor | None, shape: torch.Size) -> Saved 
     return None
 
 
+def factor_of_product(node: Node) -> Tensor | None:
+    """A linear layer's input (T, D) as its product has it, which autograd keeps for a weight that trains.
+
+    Under autocast it is narrower than the layer's input. `node` is that of :func:`source`; call this before it runs.
+    """
+    if node.name() == "UnsafeViewBackward0":
+        node = node.next_functions[0][0]  # type: ignore[assignment]
+    name = {"MmBackward0": "_saved_self", "AddmmBackward0": "_saved_mat1"}.get(node.name())
+    return None if name is None else getattr(node, name)
+
+
 @functools.lru_cache(maxsize=8)
 def accumulates(task: int) -> bool:
     """Whether the pass `task`, in which a hook is running, leaves gradients in leaves or returns them."""

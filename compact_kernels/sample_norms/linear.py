@@ -54,11 +54,15 @@ class Family:
             self.close()
         return found
 
-    def watch(self, index: int, x: Tensor, node: Node, place: int) -> None:
-        """Await the gradient that comes to the `place` of `node`, that of member `index`'s output."""
+    def watch(self, index: int, x: Tensor, dtype: torch.dtype, node: Node, place: int) -> None:
+        """Await the gradient, in `dtype`, that comes to the `place` of `node`, that of member `index`'s output."""
         awaited = self.awaited
-        if awaited is None or awaited.input.tensor is not x or index in awaited.trains:
-            awaited = self.awaited = Awaited(self, self.slots[index], x)
+        if awaited is None or awaited.opened is not x or index in awaited.trains:
+            if awaited is not None:
+                awaited.opened = None
+            converted = x.dtype != dtype and all(weight for weight, _ in self.trains)
+            converted = converted and hooks.factor_of_product(node) is not None
+            awaited = self.awaited = Awaited(self, self.slots[index], x, converted)
         awaited.trains[index] = self.trains[index]
         node.register_prehook(partial(awaited.arrived, index, place))
         if index == len(self.widths) - 1:
@@ -66,6 +70,8 @@ class Family:
 
     def close(self) -> None:
         """No member is called on this input any more."""
+        if self.awaited is not None:
+            self.awaited.opened = None
         self.awaited, self.opened, self.carriers = None, None, ()
 
 
@@ -73,12 +79,17 @@ class Awaited:
     """An input, until the gradients of what members of a family made of it are there: their norms are one launch.
 
     An output that is not used has no gradient: what has come by the end of the pass is then all there is.
+
+    Args:
+        converted: members convert the input, and autograd keeps that: the input need not be kept beside it.
     """
 
-    def __init__(self, family: Family, slot: Tensor, x: Tensor) -> None:
+    def __init__(self, family: Family, slot: Tensor, x: Tensor, converted: bool) -> None:
         assert family.recorder.segments is not None
         self.segments, self.probes, self.slot = family.recorder.segments, family.recorder.probes, slot
-        self.input = hooks.Kept(x)
+        self.opened: Tensor | None = x  # while further members may come
+        self.input = None if converted else hooks.Kept(x)
+        self.factor: Tensor | None = None  # of a member's product, where there is no input
         self.trains: dict[int, tuple[bool, bool]] = {}  # by member
         self.task = -1  # the pass that the gradients are of
         self.grads: dict[int, Tensor | None] = {}
@@ -92,9 +103,12 @@ class Awaited:
             if len(self.trains) > 1:
                 torch.autograd.Variable._execution_engine.queue_callback(self.flush)
         self.grads[index] = grads[place]
+        if self.input is None and grads[place] is not None:
+            self.factor = hooks.factor_of_product(torch._C._current_autograd_node())
         if len(self.grads) == len(self.trains):
             self.give()
-            self.input.release()
+            if self.input is not None:
+                self.input.release()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -106,7 +120,9 @@ class Awaited:
         grads, self.grads = self.grads, {}
         pairs = [(gradient, self.trains[index]) for index, gradient in sorted(grads.items()) if gradient is not None]
         if pairs:
-            x = self.input.get()
+            x = self.factor if self.input is None else self.input.get()
+            self.factor = None
+            assert x is not None
             hooks.give(self.slot, shared_norms(x, pairs, self.segments.cu, self.segments.tiles, self.probes))
 
 
@@ -273,5 +289,5 @@ def linear_forward(self: nn.Module, input: Tensor) -> Tensor:
     source = hooks.source(y)
     if source is None:
         return Tap.apply(y, family.carrier(member.index, x, y))
-    family.watch(member.index, x, *source)
+    family.watch(member.index, x, y.dtype, *source)
     return y
