@@ -17,7 +17,8 @@ STEP_QUESTION = (
     "A whole training step without optimizer on one packed batch of which 30% are prompt tokens: COMPACT with eq. 2 "
     "to 11 against plain fine-tuning with each peer's loss on the same backbone, attention and packing. Names that "
     "end in `_compiled` have their decoder layers compiled and are compared with each other. Memory is the step's "
-    "whole peak, weights and activations included."
+    "whole peak, weights and activations included. `_mixed`: all parameters train, in float32, under autocast, as in "
+    "the trainer."
 )
 NORMS_QUESTION = (
     "The same step with the exact norm of every rationale's gradient over all trainable parameters, against the step "

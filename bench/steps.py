@@ -2,7 +2,8 @@
 
 Every arm shares one student (random weights, Qwen2.5's shapes), its attention, and one packed batch of which 30% are
 prompt tokens. Peers call the backbone itself and take the hidden states from there; COMPACT runs its own loss, eq. 2
-to 11. Arms whose name ends in `_compiled` run the decoder layers through torch.compile, in place.
+to 11. Arms whose name ends in `_compiled` run the decoder layers through torch.compile, in place. `mixed` is full
+fine-tuning as the trainer has it: weights in float32, and autocast around the forward, the peers' loss included.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from compact.loss import MODEL_INPUTS, distillation_loss
 from compact.strategies.compact import Compact
 from compact.student import add_lora
 
-STEPS = tuple(f"step_{size}_{kind}" for size in ("0.5b", "1.5b") for kind in ("lora", "full"))
+STEPS = tuple(f"step_{size}_{kind}" for size in ("0.5b", "1.5b") for kind in ("lora", "full", "mixed"))
 PROMPT_SHARE = 0.3
 # name of the arm: the peer, and whether it is given the scored rows alone
 ARMS = {
@@ -61,6 +62,11 @@ class Step:
     scored: Tensor  # (N,) packed positions of the scored rows
     targets: Tensor  # (T,)
     compiled: dict[nn.Module, Callable]  # the forward that compilation gave each part; empty until then
+    autocast: torch.dtype | None = None  # mixed precision's
+
+    def precision(self) -> torch.autocast:
+        device = self.targets.device.type
+        return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
 
     def ready(self, compiled: bool) -> None:
         """No gradients, and the layers as this arm wants them."""
@@ -138,8 +144,10 @@ def _arms(prepared: Step, scale: Scale) -> dict[str, Callable[[], Callable[[], N
             targets = prepared.targets[prepared.scored] if compacted else prepared.targets
 
             def run() -> None:
-                hidden = _hidden(prepared)
-                loss(hidden[prepared.scored] if compacted else hidden, head, targets, None).backward()
+                with prepared.precision():
+                    hidden = _hidden(prepared)
+                    value = loss(hidden[prepared.scored] if compacted else hidden, head, targets, None)
+                value.backward()
 
             return run
 
@@ -172,16 +180,20 @@ def prepare_step(work: str, scale: Scale, device: torch.device) -> Step:
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2ForCausalLM(config)
-    nn.Module.to(model, scale.dtype)
+    mixed = "_mixed" in work
+    nn.Module.to(model, torch.float32 if mixed else scale.dtype)
     model.set_attn_implementation(attention_for(type(model), model.config, device.type, scale.dtype))
     prepare(model)
     wrapped: nn.Module = add_lora(model, LoraConfig(rank=16, dropout=0.0)) if "_lora" in work else model
     wrapped.train()
+    autocast = scale.dtype if mixed and scale.dtype != torch.float32 else None
+    if autocast is not None:  # around the forward alone, as accelerate has it
+        wrapped.forward = torch.autocast(device.type, autocast)(wrapped.forward)
     batch = {
         name: value.to(device) if hasattr(value, "to") else value for name, value in Collator()(_items(scale)).items()
     }
     targets = F.pad(batch["labels"][0, 1:], (0, 1), value=IGNORE)
-    return Step(wrapped, batch, batch["ragged"].rows, targets, {})
+    return Step(wrapped, batch, batch["ragged"].rows, targets, {}, autocast)
 
 
 def _items(scale: Scale) -> list[dict[str, Any]]:
