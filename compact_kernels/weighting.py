@@ -119,7 +119,8 @@ def decide(
         difficulty = difficulty / weighting.difficulty_reference
     adaptability = sequence_adaptability(tokens.evidence, ragged, weighting.adaptability)
     statistics = metrics(tokens, ragged, weighting, adaptability, difficulty, counted)
-    alpha = weighting.rule(statistics) if weighting.weights is None else weighting.weights
+    with torch.autocast(difficulty.device.type, enabled=False):  # α is compared, and costs nothing
+        alpha = weighting.rule(statistics) if weighting.weights is None else weighting.weights
     if alpha.shape != difficulty.shape:
         raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
     alpha = alpha.detach().to(difficulty.dtype)

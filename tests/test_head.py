@@ -308,6 +308,18 @@ def test_autocast_equals_a_conversion_by_hand(triton_kernels, monkeypatch):
     assert [g.dtype for g in gradients if g is not None] == [torch.bfloat16, torch.float32]
 
 
+def test_a_rule_of_ones_own_decides_without_autocast():
+    problem, seen = make_problem("plain", seed=16).to(torch.float32), []
+
+    def rule(statistics):
+        seen.append((statistics.difficulty[None] @ statistics.difficulty[:, None]).dtype)
+        return CompatibilityRule(consensus=0)(statistics)
+
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        loss_of(problem, rule=rule)
+    assert seen == [torch.float32]
+
+
 # ---- compilation ------------------------------------------------------------------------------------------------
 
 

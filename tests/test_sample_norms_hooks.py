@@ -120,6 +120,83 @@ def test_under_autocast_the_input_is_what_autograd_keeps_and_nothing_is_kept_bes
     torch.testing.assert_close(norms.squared, expected, rtol=0.02, atol=0)
 
 
+class Pair(nn.Module):
+    """Of a family, whose last member is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(6, 5, bias=False), nn.Linear(6, 5), nn.Linear(6, 4)
+
+
+def another_layout(model: Pair, x: Tensor) -> Tensor:
+    """A bias that is added after the product, to an output that is used alone."""
+    x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    model.q_proj(x)
+    return rows(model.k_proj(x))
+
+
+def changed_between(model: Pair, x: Tensor) -> Tensor:
+    x = x.clone()
+    q = model.q_proj(x)
+    x.add_(1.0)
+    return rows(q, model.k_proj(x))
+
+
+def adapted(model: Pair, x: Tensor) -> Tensor:
+    """A forward of the instance's own, which ends in another product."""
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(6, 2, generator=generator)
+    up = torch.randn(2, 5, generator=generator).requires_grad_()
+    plain = type(model.q_proj).forward
+    model.q_proj.forward = lambda h: torch.addmm(plain(model.q_proj, h)[0], h[0] @ down, up)[None]
+    return rows(model.q_proj(x))
+
+
+@pytest.mark.parametrize("case", [another_layout, changed_between, adapted])
+def test_under_autocast_only_the_layers_own_products_are_read(case):
+    _, x, ragged = setting()
+    torch.manual_seed(0)
+    model, x = Pair(), x.float()
+    if case is adapted:
+        adapted(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = truth(model, lambda: case(model, x), ragged)
+    with recorder_of(model).record(ragged) as norms:
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = rows(model.q_proj(x)) if case is adapted else case(model, x)
+        losses.sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=0.02, atol=0)
+
+
+def test_an_input_is_let_go_though_a_further_layer_might_have_come():
+    _, x, ragged = setting()
+    model = Pair().double()
+    with recorder_of(model).record(ragged):
+        seen = weakref.ref(x)
+        losses = rows(model.q_proj(x), model.k_proj(x))
+        del x
+        losses.sum().backward()
+        assert seen() is None
+
+
+def test_rows_of_five_dimensions_are_counted():
+    _, _, ragged = setting()
+    norm = nn.Sequential(LlamaRMSNorm(6))
+    with SampleGradNorms(norm).record(ragged), pytest.raises(RuntimeError, match="was called on 54 rows"):
+        norm(torch.randn(1, sum(LENGTHS), 2, 3, 6))
+
+
+@pytest.mark.parametrize("layer", [LlamaRMSNorm(6), nn.Linear(6, 6)])
+def test_a_layer_that_checkpoints_itself_unpacks_once(layer):
+    _, x, ragged = setting()
+    model, own = nn.Sequential(layer), type(layer).forward
+    layer.forward = lambda h: checkpoint(own, layer, h, use_reentrant=False)
+    with recorder_of(model).record(ragged) as norms, torch.autocast("cpu", torch.bfloat16):
+        losses = rows(model(x.float()))
+    losses.sum().backward()
+    assert norms.norms.min() > 0
+
+
 def test_a_family_is_one_launch(monkeypatch):
     layers = []
 

@@ -134,14 +134,15 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
         return original(self, member.before, x, *args, **kwargs)
     y = (detached if recorder.unweighted else original)(self, member.before, x, *args, **kwargs)
     heads_first = x.dim() == 4 and _heads_first(x, recorder.segments.tokens)
-    rows = x.shape[:-1] if x.dim() < 4 else (x.shape[0], x.shape[2 if heads_first else 1])
+    rows = x.shape[:-1] if x.dim() != 4 else (x.shape[0], x.shape[2 if heads_first else 1])
     recorder.check_rows(self, math.prod(rows))
     recorder.note(member)
     source = None if recorder.unweighted else hooks.source(y)
     if source is not None:
         node, place = source
         # The normalised input: where autograd keeps that itself, the input need not be kept beside it.
-        factor = hooks.other_factor(node, self.weight, y.shape)  # type: ignore[arg-type]
+        own = member.before is None
+        factor = hooks.other_factor(node, self.weight, y.shape) if own else None  # type: ignore[arg-type]
         kept, kind = (hooks.Kept(x), member.kind) if factor is None else (factor, "given")
         node.register_prehook(scale_hook(member, recorder.segments, kept, kind, y.shape, heads_first, place))
         return y

@@ -57,11 +57,11 @@ class Family:
     def watch(self, index: int, x: Tensor, dtype: torch.dtype, node: Node, place: int) -> None:
         """Await the gradient, in `dtype`, that comes to the `place` of `node`, that of member `index`'s output."""
         awaited = self.awaited
-        if awaited is None or awaited.opened is not x or index in awaited.trains:
+        converted = x.dtype != dtype and not self.patched and all(weight for weight, _ in self.trains)
+        converted = converted and hooks.factor_of_product(node) is not None
+        if awaited is None or not awaited.takes(index, x, converted):
             if awaited is not None:
                 awaited.opened = None
-            converted = x.dtype != dtype and all(weight for weight, _ in self.trains)
-            converted = converted and hooks.factor_of_product(node) is not None
             awaited = self.awaited = Awaited(self, self.slots[index], x, converted)
         awaited.trains[index] = self.trains[index]
         node.register_prehook(partial(awaited.arrived, index, place))
@@ -88,11 +88,17 @@ class Awaited:
         assert family.recorder.segments is not None
         self.segments, self.probes, self.slot = family.recorder.segments, family.recorder.probes, slot
         self.opened: Tensor | None = x  # while further members may come
+        self.version = x._version  # of what members converted: autograd does not mind if it changes then
         self.input = None if converted else hooks.Kept(x)
         self.factor: Tensor | None = None  # of a member's product, where there is no input
         self.trains: dict[int, tuple[bool, bool]] = {}  # by member
         self.task = -1  # the pass that the gradients are of
         self.grads: dict[int, Tensor | None] = {}
+
+    def takes(self, index: int, x: Tensor, converted: bool) -> bool:
+        """Whether member `index`, called on x, is one of these."""
+        same = self.opened is x and index not in self.trains
+        return same and (self.input is not None or (converted and x._version == self.version))
 
     def arrived(self, index: int, place: int, grads: tuple[Tensor | None, ...]) -> None:
         task = torch._C._current_graph_task_id()
@@ -107,6 +113,7 @@ class Awaited:
             self.factor = hooks.factor_of_product(torch._C._current_autograd_node())
         if len(self.grads) == len(self.trains):
             self.give()
+            self.opened = None
             if self.input is not None:
                 self.input.release()
 
