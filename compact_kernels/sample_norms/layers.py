@@ -140,10 +140,12 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     source = None if recorder.unweighted else hooks.source(y)
     if source is not None:
         node, place = source
-        # The normalised input: where autograd keeps that itself, the input need not be kept beside it.
-        own = member.before is None
-        factor = hooks.other_factor(node, self.weight, y.shape) if own else None  # type: ignore[arg-type]
-        kept, kind = (hooks.Kept(x), member.kind) if factor is None else (factor, "given")
+        kept: hooks.Kept | hooks.Saved = hooks.Kept(x)
+        kind = member.kind
+        # The normalised input: where autograd keeps that itself, the input need not be kept beside it. An instance's
+        # own forward may be any, a checkpoint too.
+        if member.before is None and (factor := hooks.other_factor(node, self.weight, y.shape)):  # type: ignore[arg-type]
+            kept, kind = factor, "given"
         node.register_prehook(scale_hook(member, recorder.segments, kept, kind, y.shape, heads_first, place))
         return y
     own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
