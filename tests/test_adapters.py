@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.loss import Denominators, forward, targets_of
 from tests.architectures import tiny
+from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_model, toy_rows
 
@@ -139,15 +137,7 @@ def test_a_plain_loop_takes_the_steps_of_the_loss(setup, plain_descent):
 
 
 def test_a_plain_loop_under_ddp_takes_the_step_of_all_ranks_questions():
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
-        + ["tests.distributed_loop"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
+    done = two_ranks("tests.distributed_loop")
     assert "passed: the loop under ddp" in done.stdout, done.stderr[-3000:]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from compact.results import TaskResult, compare, mcnemar, wilson, write_atomical
 from compact.student import prepare
 from compact.tasks import INSTRUCTIONS, Task, TaskRow
 from compact.tokenization import prompt_ids
+from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
 
 GSM8K = {
@@ -398,10 +397,7 @@ def test_the_command_repeats_an_evaluation_and_says_whether_it_agrees(finished, 
 
 
 def test_two_processes_give_the_result_of_one(finished):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*command, "compact.evaluate", str(finished)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    done = two_ranks("compact.evaluate", str(finished))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all 7 answers are the same") == 1
     alone, together = (load_results(finished, when)[0] for when in ("after", "repeated"))

@@ -13,7 +13,7 @@ from compact.metrics import read_metrics
 from compact.student import add_lora
 from compact_kernels.sample_norms.cap import capped
 from tests.norm_cases import batch
-from tests.test_trainer import launch
+from tests.test_trainer import in_two_ranks
 from tests.toy_run import toy_config, toy_model, toy_trainer
 
 NORMS = {"gradients": {"norms": "exact"}}
@@ -42,7 +42,7 @@ def test_influence_does_not_depend_on_accumulation_or_ranks_and_training_is_the_
     for name, parameter in plain.model.named_parameters():
         torch.testing.assert_close(whole.model.get_parameter(name), parameter)
     assert not any("_sample_norms" in vars(module) for module in whole.model.modules())
-    launch({str(tmp_path / "ranks"): {"batch": 4, "method": NORMS, **common}}, ranks=2)
+    in_two_ranks({str(tmp_path / "ranks"): {"batch": 4, "method": NORMS, **common}})
     expected = influences(tmp_path / "whole")
     assert all(value > 0 for value in expected[0].values())
     for other in ("parts", "ranks"):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from compact.attention import packed_rows
 from compact_kernels import SampleGradNorms, sample_grad_norms
 from compact_kernels.sample_norms import costs
 from tests.norm_cases import LENGTHS, batch, fused, recorded, row_losses, student, truth, uniform
+from tests.processes import two_ranks
 from tests.student_cases import gradients
 
 
@@ -218,10 +215,6 @@ def test_frozen_parameters_do_not_count():
 
 
 def test_ddp_and_fsdp2_ranks_have_the_norms_of_their_own_rationales():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, "-m", "tests.distributed_norms"], cwd=Path(__file__).parent.parent, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    done = two_ranks("tests.distributed_norms")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("passed:") == 6

@@ -13,7 +13,7 @@ from compact.norm_cap import LastNormCap
 from compact.strategies import Context, build_strategy
 from compact.strategies.mind import TeachingAssistant, paths_apart
 from compact_kernels import CompatibilityOutput, Ragged, Statistics, TokenStatistics
-from tests.test_trainer import largest_difference, launch, parameters
+from tests.test_trainer import in_two_ranks, largest_difference, parameters
 from tests.toy_run import toy_config, toy_trainer
 from tests.waiting import nothing_read
 
@@ -212,7 +212,7 @@ def test_an_interrupted_assistant_is_the_uninterrupted_one_to_the_last_bit(tmp_p
 def test_two_ranks_and_accumulation_train_the_same_assistant(tmp_path, inertia):
     options = {"warmup": 0.0, "accumulation": 2, "inertia": inertia}
     settings = {"method": {"strategy": "mind", "mind": options}, "optim": "sgd", "epochs": 2, "max_grad_norm": 0.0}
-    launch({str(tmp_path / "two"): {**settings, "batch": 2, "accumulate": 2}}, ranks=2)
+    in_two_ranks({str(tmp_path / "two"): {**settings, "batch": 2, "accumulate": 2}})
     one = toy_trainer(tmp_path / "one", batch=8, **settings)
     start = parameters(one)
     one.train()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from compact.config import LoraConfig
 from compact.errors import UserError
 from compact.student import add_lora, check, prepare
 from tests.architectures import CONFIGS, MORE, tiny, token_ids
+from tests.processes import two_ranks
 from tests.student_cases import LENGTHS, assert_same_gradients, directions, gradients, ragged, run, stir
 from tests.toy_run import toy_trainer
 
@@ -222,10 +221,7 @@ def test_compiled_models_give_the_same_states():
 
 def test_ddp_and_fsdp2_give_the_mean_of_the_ranks_gradients():
     """Two gloo processes, LoRA and full fine-tuning, the head tied, untied, sharded: see the module that runs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.distributed_student"], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
+    done = two_ranks("tests.distributed_student")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed:") == 13
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -18,6 +15,7 @@ from compact.errors import UserError
 from compact.metrics import read_metrics
 from compact.strategies import STRATEGIES, Strategy
 from compact.trainer import CompactTrainer
+from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_config, toy_model, toy_rows, toy_trainer
 
@@ -33,18 +31,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def launch(runs: dict[str, dict], ranks: int) -> None:
-    """Toy runs, one after the other, in `ranks` gloo processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "tests.toy_run", json.dumps(runs)],
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
+def in_two_ranks(runs: dict[str, dict]) -> None:
+    """Toy runs, one after the other."""
+    done = two_ranks("tests.toy_run", json.dumps(runs))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -64,7 +53,7 @@ def test_two_ranks_train_as_one_does(tmp_path):
         return {"method": {"sft_reduction": reduction}, "optim": "sgd", "max_grad_norm": 0.0}
 
     reductions = ("mean", "token")
-    launch({str(tmp_path / f"two-{r}"): {**settings(r), "batch": 2, "accumulate": 2} for r in reductions}, ranks=2)
+    in_two_ranks({str(tmp_path / f"two-{r}"): {**settings(r), "batch": 2, "accumulate": 2} for r in reductions})
     for reduction in reductions:
         one = toy_trainer(tmp_path / f"one-{reduction}", batch=8, **settings(reduction))
         start = parameters(one)

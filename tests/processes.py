@@ -1,0 +1,32 @@
+"""Processes that tests start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module`` in two gloo processes of one thread each: as users' are, so not in Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--standalone",
+            "-m",
+            module,
+            *arguments,
+        ],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
