@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -42,6 +42,11 @@ class Head:
     bias: Tensor | None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the ops of compact_kernels take of it by name."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of hidden states (…, D): the definition, for tests and small inputs."""

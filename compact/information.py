@@ -66,9 +66,7 @@ class InformationLog:
                 ragged,
                 AdaptabilityOptions(options.epsilon, options.span, options.length_norm),
                 evidence=evidence,
-                bias=head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
+                **head.options,
                 workspace_mib=self.config.workspace_mib,
             )
         numbers = [self._ids.setdefault(name, len(self._ids)) for name in batch["question_ids"]]

@@ -122,9 +122,7 @@ def distillation_loss(
             sft_reduction=config.sft_reduction,
             normalizer=normalizer,
             divergence_normalizer=per_question,
-            bias=lm_head.bias,
-            logit_scale=lm_head.logit_scale,
-            softcap=lm_head.softcap,
+            **lm_head.options,
             workspace_mib=config.workspace_mib,
         )
     return result, context
@@ -198,9 +196,7 @@ def _mean_loss(output: StudentOutput, batch: Mapping[str, Any], workspace_mib: i
             lm_head.weight,
             targets_of(batch),
             ragged,
-            bias=lm_head.bias,
-            logit_scale=lm_head.logit_scale,
-            softcap=lm_head.softcap,
+            **lm_head.options,
             workspace_mib=workspace_mib,
         )
     return -segment_sum(tokens.logprob, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)

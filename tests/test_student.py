@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from tests.architectures import CONFIGS, MORE, tiny, token_ids
 from tests.processes import two_ranks
 from tests.student_cases import LENGTHS, assert_same_gradients, directions, gradients, ragged, run, stir
 from tests.toy_run import toy_trainer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=[*CONFIGS, *MORE])

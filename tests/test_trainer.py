@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -18,8 +17,6 @@ from compact.trainer import CompactTrainer
 from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_config, toy_model, toy_rows, toy_trainer
-
-ROOT = Path(__file__).parent.parent
 
 
 def parameters(trainer) -> dict[str, torch.Tensor]:
