@@ -19,8 +19,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
-# Kernels run on CPUs in Triton's interpreter, slowly, if that is asked for before this is imported.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # that Triton uses, slowly, if asked before it is imported
+INTERPRETED = INTERPRETER  # CPU tensors take the kernels; tests say when
 
 
 def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

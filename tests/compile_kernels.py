@@ -55,6 +55,7 @@ def main() -> None:
             hidden, weight, targets, batch, consensus=consensus, workspace_mib=0 if "rule" in options else 1, **options
         ).loss
         loss.backward()
+    linear_logprob(hidden.detach().float(), weight.detach().float(), targets)
     hidden = torch.randn(tokens, 64, dtype=torch.bfloat16, requires_grad=True)
     bias = torch.randn(4096, dtype=torch.bfloat16)
     logprob, entropy = linear_logprob(hidden, weight.detach(), targets, bias=bias, softcap=30.0)
@@ -81,9 +82,11 @@ def sample_norms() -> None:
 
 driver.set_active(Hopper())
 JITFunction_run, JITFunction.run = JITFunction.run, only_compile
+torch.version.cuda = "13.0"  # for whose GPUs kernels differ from others'
 dispatch.INTERPRETED = True  # CPU tensors take the kernels
-triton_rows._INTERPRETED = False  # as on a GPU …
-triton_rows._tiles = lambda dtype, device: triton_rows._Tiles(128, 256, 64, 8, 3)  # … of this kind
+triton_rows._tiles = lambda dtype, device: (
+    triton_rows._Tiles(128, 64, 32, 4, 3) if dtype == torch.float32 else triton_rows._Tiles(128, 256, 64, 8, 3)
+)  # as on such a GPU
 triton_rows._multiprocessors = lambda device: 132
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m module`` in two gloo processes of one thread each: as users' are, so not in Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     return subprocess.run(
         [
             sys.executable,
@@ -25,7 +26,7 @@ def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             *arguments,
         ],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         timeout=300,
         capture_output=True,
         text=True,

@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from compact_kernels.dot import dot
+
 STATISTICS = tl.constexpr(0)  # sums of every (row, tile); nothing is stored
 EXPONENTIALS = tl.constexpr(1)  # the same, and E is stored
 GRADIENT = tl.constexpr(2)  # E·(a + b·u₂) is stored
@@ -74,7 +76,7 @@ def logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
@@ -99,10 +101,7 @@ def logits_kernel(
         for k in tl.range(0, tl.cdiv(dim, BLOCK_K)):
             x = x_desc.load([row0, k * BLOCK_K])
             w = w_desc.load([first_column + column0, k * BLOCK_K])
-            if UPCAST:
-                acc = tl.dot(x.to(tl.float32), w.to(tl.float32).T, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x, w.T, acc)
+            acc = dot(x, w.T, acc, PRECISION)
 
         # Half a tile at a time: its temporaries fit the registers, and its way to memory half the room.
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
@@ -172,7 +171,7 @@ def last_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out = sums + Eᵀ X, rounded once: the last of the products that add up, which need not be read again."""
     tiles_m = tl.cdiv(vocabulary, BLOCK_M)
@@ -187,10 +186,7 @@ def last_product_kernel(
         for k in tl.range(0, tl.cdiv(num_rows, BLOCK_K)):
             e = e_desc.load([k * BLOCK_K, row0])
             x = x_desc.load([k * BLOCK_K, column0])
-            if UPCAST:
-                acc = tl.dot(e.to(tl.float32).T, x.to(tl.float32), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(e.T, x, acc)
+            acc = dot(e.T, x, acc, PRECISION)
         # A quarter at a time: the sums change threads on their way in, and the room for that is small.
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         first, second = left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
@@ -324,7 +320,7 @@ def finish_kernel(
     HAS_BIAS: tl.constexpr,
     STORED: tl.constexpr,
     HAS_ANSWERS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -351,7 +347,7 @@ def finish_kernel(
         for start in range(0, vocabulary, 64):
             tile, slope = _few_logits(
                 x_ptr, weight_ptr, bias_ptr, rows, start, num_rows, vocabulary, dim, x_stride, weight_stride,
-                inner, outer, SOFTCAP, HAS_BIAS, UPCAST,
+                inner, outer, SOFTCAP, HAS_BIAS, PRECISION,
             )  # fmt: skip
             top = tl.maximum(top, tl.max(tile, 1))
         pivot = tl.where(unsafe, top, pivot)
@@ -361,7 +357,7 @@ def finish_kernel(
         for start in range(0, vocabulary, 64):
             tile, slope = _few_logits(
                 x_ptr, weight_ptr, bias_ptr, rows, start, num_rows, vocabulary, dim, x_stride, weight_stride,
-                inner, outer, SOFTCAP, HAS_BIAS, UPCAST,
+                inner, outer, SOFTCAP, HAS_BIAS, PRECISION,
             )  # fmt: skip
             v = start + tl.arange(0, 64)
             kept = v[None, :] != column[:, None]
@@ -417,7 +413,7 @@ def finish_kernel(
 @triton.jit
 def _few_logits(
     x_ptr, weight_ptr, bias_ptr, rows, first, num_rows, vocabulary, dim, x_stride, weight_stride, inner, outer,
-    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logits of 64 columns of a few rows, −∞ beyond the vocabulary, and the softcap's slope: slow, seldom needed."""
     v = first + tl.arange(0, 64)
@@ -430,10 +426,7 @@ def _few_logits(
         w_place = weight_ptr + v.to(tl.int64)[None, :] * weight_stride + d[:, None]
         x = tl.load(x_place, mask=in_rows[:, None] & (d < dim)[None, :], other=0.0)
         w = tl.load(w_place, mask=(d < dim)[:, None] & in_columns[None, :], other=0.0)
-        if UPCAST:
-            acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(x, w, acc)
+        acc = dot(x, w, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + v, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     z, slope = _logit(acc, inner, outer, SOFTCAP)

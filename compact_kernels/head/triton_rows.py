@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compact_kernels import divergence_triton, native_cuda, rule_triton
-from compact_kernels.dispatch import native_cuda_applies
+from compact_kernels.dispatch import INTERPRETER, native_cuda_applies
+from compact_kernels.dot import dot_precision
 from compact_kernels.head import kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
@@ -26,7 +26,6 @@ from compact_kernels.weighting import Decision, Settled
 __all__ = ["buffer_dtype", "chunk_mib"]  # as in plain torch
 
 LN2 = math.log(2.0)
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _Tiles(NamedTuple):
@@ -35,15 +34,16 @@ class _Tiles(NamedTuple):
     k: int
     warps: int
     stages: int
+    programs: int = 1  # on a multiprocessor
 
 
 @lru_cache
 def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
     """Tile shapes by measurement on an H100, by what fits the shared memory elsewhere."""
-    if _INTERPRETED:
+    if INTERPRETER:
         return _Tiles(32, 64, 32, 4, 1)
     if dtype == torch.float32:
-        return _Tiles(64, 64, 32, 4, 2)
+        return _Tiles(128, 64, 32, 4, 3, 2) if torch.version.cuda is not None else _Tiles(64, 64, 32, 4, 2)
     # AMD's devices have no such property: 64 KiB.
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
     return _Tiles(128, 256, 64, 8, 3) if shared >= 200_000 else _Tiles(128, 128, 32, 8, 3)
@@ -51,7 +51,7 @@ def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    return 4 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if INTERPRETER else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
@@ -102,7 +102,7 @@ def statistics(
         n, parts, table.stride(0), buffer.stride(0) if buffer is not None else 0, ignore_index,
         vocabulary, x.shape[1], x.stride(0), head.weight.stride(0), inner, outer,
         SOFTCAP=softcap, HAS_BIAS=has_bias, STORED=buffer is not None, HAS_ANSWERS=answers is not None,
-        UPCAST=_upcast(x), ROWS=16, PARTS=128, num_warps=4,
+        PRECISION=dot_precision(x.dtype), ROWS=16, PARTS=128, num_warps=4,
     )  # fmt: skip
 
 
@@ -139,14 +139,15 @@ def last_product(rows: Tensor, x: Tensor, sums: Tensor, dtype: torch.dtype) -> T
     vocabulary, dim = sums.shape
     if rows.dtype != dtype or dim * dtype.itemsize % 16:  # tiles cannot be stored to such rows
         return product(rows.t(), x, out=sums, accumulate=True).to(dtype)
-    tiles, programs = _tiles(x.dtype, x.device), _multiprocessors(x.device)
+    tiles = _tiles(x.dtype, x.device)
+    programs = tiles.programs * _multiprocessors(x.device)
     m, n = tiles.m, tiles.n
     if n > m and dim % n and dim % n <= n // 2:  # the last tile would be half empty
         m, n = n, m
     out = sums.new_empty(sums.shape, dtype=dtype)
     kernels.last_product_kernel[(min(programs, triton.cdiv(vocabulary, m) * triton.cdiv(dim, n)),)](
         _tiled(rows, tiles.k, m), _tiled(x, tiles.k, n), sums, _tiled(out, m, n // 4), len(rows), vocabulary, dim,
-        BLOCK_M=m, BLOCK_N=n, BLOCK_K=tiles.k, GROUP_M=8, PROGRAMS=programs, UPCAST=_upcast(x),
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=tiles.k, GROUP_M=8, PROGRAMS=programs, PRECISION=dot_precision(x.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
@@ -207,7 +208,8 @@ def _product(
     width: int,
     mode: Any,
 ) -> None:
-    tiles, programs = _tiles(x.dtype, x.device), _multiprocessors(x.device)
+    tiles = _tiles(x.dtype, x.device)
+    programs = tiles.programs * _multiprocessors(x.device)
     n, dim = x.shape
     left = _tiled(x, tiles.m, tiles.k)
     count = triton.cdiv(n, tiles.m) * triton.cdiv(width, tiles.n)
@@ -217,18 +219,13 @@ def _product(
         head.bias, columns, flags, pivot, slope, curve, sums, n, dim, first_column, width, inner, outer,
         MODE=mode.value, SOFTCAP=head.softcap is not None, HAS_BIAS=head.bias is not None,
         HAS_CURVE=curve is not None, BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=16,
-        PROGRAMS=programs, UPCAST=_upcast(x), num_warps=tiles.warps, num_stages=tiles.stages,
+        PROGRAMS=programs, PRECISION=dot_precision(x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
 def _tiled(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     matrix = _aligned(matrix)
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
-def _upcast(x: Tensor) -> bool:
-    """float32 is multiplied exactly; the interpreter multiplies bfloat16 wrongly."""
-    return _INTERPRETED or x.dtype == torch.float32
 
 
 def decide(

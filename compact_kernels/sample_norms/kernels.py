@@ -20,23 +20,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from compact_kernels.dot import dot
+
 PRODUCT = tl.constexpr(0)  # X's Gram matrix is a product
 ONES = tl.constexpr(1)  # is 1
 TOKENS = tl.constexpr(2)  # is whether two tokens are equal
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _add_gram(
     acc, desc, row0, column0, diagonal, dim, part,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + A Aᵀ of the rows from row0 and the columns from column0 on, over a part of A's own columns.
 
@@ -47,12 +41,12 @@ def _add_gram(
     if diagonal:
         for k in tl.range(first, last):
             a = desc.load([row0, k * BLOCK_K])
-            acc = _dot(a, a.T, acc, PRECISION, UPCAST)
+            acc = dot(a, a.T, acc, PRECISION)
     else:
         for k in tl.range(first, last):
             a = desc.load([row0, k * BLOCK_K])
             b = desc.load([column0, k * BLOCK_K])
-            acc = _dot(a, b.T, acc, PRECISION, UPCAST)
+            acc = dot(a, b.T, acc, PRECISION)
     return acc
 
 
@@ -81,7 +75,6 @@ def gram_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -101,15 +94,15 @@ def gram_kernel(
 
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     biases = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    acc = _add_gram(acc, g0_desc, row0, column0, diagonal, g0_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
+    acc = _add_gram(acc, g0_desc, row0, column0, diagonal, g0_dim, g_part, G_PARTS, BLOCK_K, PRECISION)
     if BIASED == 1 and LAYERS > 1:
         biases = acc
     if LAYERS > 1:
-        acc = _add_gram(acc, g1_desc, row0, column0, diagonal, g1_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
+        acc = _add_gram(acc, g1_desc, row0, column0, diagonal, g1_dim, g_part, G_PARTS, BLOCK_K, PRECISION)
     if BIASED == 2 and LAYERS > 2:
         biases = acc
     if LAYERS > 2:
-        acc = _add_gram(acc, g2_desc, row0, column0, diagonal, g2_dim, g_part, G_PARTS, BLOCK_K, PRECISION, UPCAST)
+        acc = _add_gram(acc, g2_desc, row0, column0, diagonal, g2_dim, g_part, G_PARTS, BLOCK_K, PRECISION)
     if HAS_FACTOR:  # one after the other: the product of two may be too small for float32 where G is large
         left = tl.load(factor_ptr + rows, mask=rows < end, other=0.0)[:, None]
         right = tl.load(factor_ptr + columns, mask=columns < end, other=0.0)[None, :]
@@ -123,7 +116,7 @@ def gram_kernel(
         elif BIASED > 0:
             total += tl.where(x_part == 0, tl.sum(tl.where(inside, biases, 0.0)), 0.0)
         x_acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        x_acc = _add_gram(x_acc, x_desc, row0, column0, diagonal, x_dim, x_part, X_PARTS, BLOCK_K, PRECISION, UPCAST)
+        x_acc = _add_gram(x_acc, x_desc, row0, column0, diagonal, x_dim, x_part, X_PARTS, BLOCK_K, PRECISION)
         total += tl.sum(tl.where(inside, acc * x_acc, 0.0))
     elif INPUT == TOKENS:
         row_ids = tl.load(ids_ptr + rows, mask=rows < end, other=-1)
@@ -156,7 +149,6 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -176,7 +168,7 @@ def product_kernel(
             b_at = b_ptr + row[:, None] * b_stride + n[None, :]
             a = tl.load(a_at, mask=row_in[:, None] & m_in[None, :], other=0.0)
             b = tl.load(b_at, mask=row_in[:, None] & n_in[None, :], other=0.0)
-            acc = _dot(a.T, b, acc, PRECISION, UPCAST)
+            acc = dot(a.T, b, acc, PRECISION)
         place = tile.to(tl.int64) * sequences + s
         if COLUMNS:
             tl.store(norms_ptr + place * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(acc * acc, 0))
@@ -283,7 +275,6 @@ def token_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Rows id_t of the head's gradient by one rationale, for a block of its tokens and a block of D."""
     s = tl.program_id(0) // blocks
@@ -311,6 +302,6 @@ def token_rows_kernel(
         h = tl.load(
             hidden_ptr + row[:, None] * hidden_stride + d[None, :], mask=r_in[:, None] & d_in[None, :], other=0.0
         )
-        acc = _dot(g, h, acc, PRECISION, UPCAST)
+        acc = dot(g, h, acc, PRECISION)
     out = out_ptr + token.to(tl.int64)[:, None] * dim + d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=t_in[:, None] & d_in[None, :])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +10,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from compact_kernels.dispatch import INTERPRETER
+from compact_kernels.dot import dot_precision
 from compact_kernels.sample_norms import kernels
 from compact_kernels.sample_norms.segments import BLOCK, SLICE, runs
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class GramTile(NamedTuple):
@@ -40,13 +39,13 @@ GRAM_PROGRAMS = 396
 PROGRAMS = 264  # of a product
 NARROW_PROGRAMS = 528  # of one that is bound by what it reads
 KINDS = "rms", "layer", "ones", "given"  # of the scale kernel
-STORED_BLOCK = 512 if _INTERPRETED else 4096  # entries of stored products that one program adds up
+STORED_BLOCK = 512 if INTERPRETER else 4096  # entries of stored products that one program adds up
 
 
 @functools.cache
 def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> ProductTile:
     """A product's tile by its shape and, in depth, its dtype; LoRA's narrow side is one tile."""
-    if _INTERPRETED:
+    if INTERPRETER:
         return ProductTile(32, 16 if n <= 16 else 32, 16, 4, 1)
     if n <= 64:
         return ProductTile(128, max(16, triton.next_power_of_2(n)), 64, 4, 3)
@@ -61,11 +60,6 @@ def product_parts(m: int, n: int) -> int:
     """Blocks of an (m, n) product, each of which has a part in its norm."""
     tile = product_tile(m, n)
     return triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
-
-
-def _precision(dtype: torch.dtype) -> tuple[str, bool]:
-    """Input precision and whether to multiply in float32: the interpreter multiplies bfloat16 wrongly."""
-    return ("ieee" if _INTERPRETED or dtype != torch.float32 else "tf32x3"), _INTERPRETED
 
 
 class _Descriptor(TensorDescriptor):
@@ -84,7 +78,7 @@ def _tiled(matrix: Tensor, rows: int, columns: int) -> _Descriptor:
 
 
 # Whether compiled kernels are kept: elsewhere Triton looks at more of a tensor (AMD: its size), or compiles nothing.
-_KEPT = torch.version.cuda is not None and not _INTERPRETED
+_KEPT = torch.version.cuda is not None and not INTERPRETER
 _compiled: dict[tuple, Any] = {}
 MOST_KEPT = 4096  # launches: strides and counts may go with a batch's length
 
@@ -147,7 +141,7 @@ def _gram(
         return torch.empty(0, dtype=torch.float32, device=grads[0].device)
     dtype = grads[0].dtype
     shape = GRAM_FLOAT32 if dtype == torch.float32 else GRAM
-    block_k = 32 if _INTERPRETED else shape.block_k
+    block_k = 32 if INTERPRETER else shape.block_k
     mode = kernels.PRODUCT if x is not None else kernels.TOKENS if ids is not None else kernels.ONES
     descriptors = [_tiled(g if g.dtype == dtype else g.to(dtype), BLOCK, block_k) for g in grads]
     padded = [*descriptors, *[None] * (3 - len(grads))]
@@ -156,13 +150,12 @@ def _gram(
     widths = 0 if x is None else x.shape[1], sum(gradient.shape[1] for gradient in grads)
     parts = gram_parts(count, *widths)
     out = torch.empty(parts, count, dtype=torch.float32, device=grads[0].device)
-    precision, upcast = _precision(dtype)
     constants = mode.value, len(grads), biased, factor is not None, parts, widths[0] > widths[1], BLOCK, block_k
     _launch(
         kernels.gram_kernel,
         (count, parts, 1),
         (given, ids if ids is not None else cu, *padded, factor if factor is not None else out, cu, tiles, out),
-        (widths[0], *dims, ignored, *constants, precision, upcast),
+        (widths[0], *dims, ignored, *constants, dot_precision(dtype)),
         num_warps=shape.warps,
         num_stages=shape.stages,
     )
@@ -246,14 +239,13 @@ def _product(
     columns: bool,
 ) -> None:
     a, b = _unit(a), _unit(b.to(a.dtype))
-    precision, upcast = _precision(a.dtype)
     m, n = a.shape[1], b.shape[1]
     constants = weights is not None, total is not None, columns, splits, tile.m, tile.n, tile.k
     _launch(
         kernels.product_kernel,
         (product_parts(m, n), splits, 1),
         (a, b, cu, weights if weights is not None else norms, total if total is not None else norms, norms),
-        (a.stride(0), b.stride(0), m, n, cu.shape[0] - 1, *constants, precision, upcast),
+        (a.stride(0), b.stride(0), m, n, cu.shape[0] - 1, *constants, dot_precision(a.dtype)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -297,15 +289,14 @@ def token_rows(
     hidden, ids = _unit(hidden), ids.contiguous()
     dim = hidden.shape[1]
     out = torch.zeros(ids.shape[0], dim, dtype=torch.float32, device=hidden.device)
-    precision, upcast = _precision(hidden.dtype)
-    block_t, block_d = (16, 32) if _INTERPRETED else (64, 128)
+    block_t, block_d = (16, 32) if INTERPRETER else (64, 128)
     blocks = triton.cdiv(longest, block_t)
-    constants = factor is not None, block_t, 32, block_d
+    constants = factor is not None, block_t, 32, block_d, dot_precision(hidden.dtype)
     _launch(
         kernels.token_rows_kernel,
         ((cu.shape[0] - 1) * blocks, triton.cdiv(dim, block_d), 1),
         (gradient, factor if factor is not None else hidden, hidden, cu_rows, ids, cu, out),
-        (gradient.stride(0), hidden.stride(0), dim, first, gradient.shape[1], blocks, *constants, precision, upcast),
+        (gradient.stride(0), hidden.stride(0), dim, first, gradient.shape[1], blocks, *constants),
         num_warps=4,
         num_stages=2,
     )

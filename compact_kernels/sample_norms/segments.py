@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,9 +9,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from compact_kernels.dispatch import INTERPRETER
 from compact_kernels.ragged import on_device
 
-BLOCK = 32 if os.environ.get("TRITON_INTERPRET") == "1" else 64  # tokens on a side of a tile of a Gram matrix
+BLOCK = 32 if INTERPRETER else 64  # tokens on a side of a tile of a Gram matrix
 SLICE = 32  # tokens whose share of a vector's gradient one program sums
 
 
