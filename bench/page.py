@@ -208,7 +208,7 @@ def plain_table(records: Sequence[Record]) -> str:
     """For a terminal."""
     lines = []
     for record in records:
-        where = f"{record['work']:22}{record['head']:13}{record['contender']:28}"
+        where = f"{record['work']:27}{record['head']:13}{record['contender']:28}"
         if "error" in record:
             lines.append(f"{where}{record['error'][:60]}")
             continue
@@ -222,7 +222,7 @@ def plain_table(records: Sequence[Record]) -> str:
 
 def plain_targets(records: Sequence[Record]) -> str:
     return "\n".join(
-        f"{_word(v):13}{v.work:22}{v.head:13}"
+        f"{_word(v):13}{v.work:27}{v.head:13}"
         f"{'–' if v.measured is None else _figure(v.measured, v.unit)} (≤ {_figure(v.limit, v.unit)}) {v.against}"
         for v in verdicts(records)
     )
