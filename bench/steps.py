@@ -181,7 +181,7 @@ def prepare_step(work: str, scale: Scale, device: torch.device) -> Step:
     with torch.device(device):
         model = Qwen2ForCausalLM(config)
     mixed = "_mixed" in work
-    nn.Module.to(model, torch.float32 if mixed else scale.dtype)
+    nn.Module.to(model, device, torch.float32 if mixed else scale.dtype)
     model.set_attn_implementation(attention_for(type(model), model.config, device.type, scale.dtype))
     prepare(model)
     wrapped: nn.Module = add_lora(model, LoraConfig(rank=16, dropout=0.0)) if "_lora" in work else model
