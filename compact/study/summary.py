@@ -28,6 +28,7 @@ Values = dict[Key, dict[str, float]]  # question → value, of one seed
 NAMES = dict(zip(MEASURES, ("accuracy", "answer_logprob", "solution_logprob")))
 UNITS = {"accuracy": "%", "answer_logprob": "nats a token", "solution_logprob": "nats a token", "kl": "nats a token"}
 BEFORE = "before training"
+NAMED = 8  # cells that failed alike
 NOTES = {
     "answer_logprob": "of the gold answer put right after the prompt, without a rationale: a place in which training "
     "never showed an answer, so it tells how far the student moved rather than what it can"
@@ -171,6 +172,12 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return out
 
 
+def _listed(names: list[str]) -> str:
+    """The first of them where they are many: each one's folder says the same."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
 def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, float] | None:
     """What finished cells took on the clock, and what the others would take one after another."""
     folders = [study / "cells" / cell.name for cell in cells]
@@ -199,7 +206,7 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         alike: defaultdict[str, list[str]] = defaultdict(list)
         for name, why in content["failed"].items():
             alike[why].append(f"`{name}`")
-        reasons = "\n".join(f"- {', '.join(of)}: {why}" for why, of in alike.items())
+        reasons = "\n".join(f"- {_listed(of)}: {why}" for why, of in alike.items())
         parts.append(f"**{len(content['failed'])} cells failed** and are in no number below:\n\n{reasons}")
     for setting in dict.fromkeys(record["setting"] for record in records):
         parts.append(f"## {setting}")

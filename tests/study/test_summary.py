@@ -18,6 +18,8 @@ def test_cells_that_failed_alike_are_told_together():
     content |= {"weights": [], "seconds": None, "failed": {"a": "no such key", "b": "signal 9", "c": "no such key"}}
     told = summary._markdown(content, [])
     assert "**3 cells failed**" in told and "- `a`, `c`: no such key\n- `b`: signal 9" in told
+    content["failed"] = {str(i): "no such file" for i in range(80)}
+    assert "`6`, `7` and 72 more: no such file" in summary._markdown(content, [])
 
 
 def test_what_every_fold_was_asked_counts_once_and_a_failed_fold_takes_its_seed_along(tmp_path):
