@@ -1,4 +1,4 @@
-"""The head's row pass on a GPU: launches :mod:`compact_kernels.head.kernels`."""
+"""The head's row pass on a GPU: launches the kernels of its neighbours, `kernels` and `row_kernels`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from compact_kernels import divergence_triton, native_cuda, rule_triton
 from compact_kernels.dispatch import INTERPRETER, native_cuda_applies
 from compact_kernels.dot import dot_precision
-from compact_kernels.head import kernels
+from compact_kernels.head import kernels, row_kernels
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import Answers, RowStatistics, product
@@ -87,7 +87,7 @@ def statistics(
     inner, outer = head.base2
     softcap, has_bias = head.softcap is not None, head.bias is not None
     ids, cu_ids, cu_rows = answers[:3] if answers is not None else (targets, targets, targets)
-    kernels.probe_kernel[(n,)](
+    row_kernels.probe_kernel[(n,)](
         x, head.weight, head.bias, targets, cu_rows, ids, cu_ids,
         columns, flags, z, slope, probed, first_row, cu_ids.numel() - 1, vocabulary, x.shape[1], ignore_index,
         x.stride(0), head.weight.stride(0), inner, outer,
@@ -97,7 +97,7 @@ def statistics(
     sums = x.new_empty((parts, n, 4), dtype=torch.float32)
     mode = kernels.STATISTICS if buffer is None else kernels.EXPONENTIALS
     _product(x, head, buffer, columns, flags, z, None, None, sums, 0, vocabulary, mode)
-    kernels.finish_kernel[(triton.cdiv(n, 16),)](
+    row_kernels.finish_kernel[(triton.cdiv(n, 16),)](
         sums, targets, columns, z, slope, probed, table, buffer, x, head.weight, head.bias,
         n, parts, table.stride(0), buffer.stride(0) if buffer is not None else 0, ignore_index,
         vocabulary, x.shape[1], x.stride(0), head.weight.stride(0), inner, outer,
@@ -129,7 +129,7 @@ def gradient_block(
     targets = targets.contiguous()
     curve = None if curve is None else curve * LN2
     _product(x, head, block, targets, None, rows.pivot, slope, curve, None, first_column, width, kernels.GRADIENT)
-    kernels.target_kernel[(triton.cdiv(n, 128),)](
+    row_kernels.target_kernel[(triton.cdiv(n, 128),)](
         block, targets, target_gradient, n, first_column, width, block.stride(0), ROWS=128
     )
 
@@ -165,7 +165,7 @@ def scale_rows(
     n, dim = source.shape
     first = first.contiguous()  # the gradient of a sum is one number, expanded
     if n:
-        kernels.scale_rows_kernel[(n,)](
+        row_kernels.scale_rows_kernel[(n,)](
             source, first, second, place, out, dim, source.stride(0), out.stride(0), constant,
             HAS_SECOND=second is not None, SCATTER=place is not None, BLOCK_D=min(1024, triton.next_power_of_2(dim)),
         )  # fmt: skip
@@ -177,7 +177,7 @@ def rescale(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = source if source.dtype == dtype else torch.empty_like(source, dtype=dtype)
     count = source.numel()
     if count:
-        kernels.rescale_kernel[(triton.cdiv(count, 4096),)](
+        row_kernels.rescale_kernel[(triton.cdiv(count, 4096),)](
             source, factor, out, count, SAME=out is source, BLOCK=4096, num_warps=8
         )
     return out
