@@ -118,6 +118,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "rationales": run.data.get("rationales") or dict.fromkeys(("used", "cut", "refused", "wrong")),
         "refusals": run.data.get("reason_counts"),
         "refusal_examples": run.data.get("reasons"),
+        "trained_on": run.data.get("trained_on"),
         "steps": rows[-1]["step"] if rows else None,
         "epochs": rows[-1]["epoch"] if rows else None,
         "seconds": sum(phases.values()) if phases else (rows[-1]["seconds"] if rows else None),

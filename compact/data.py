@@ -50,7 +50,7 @@ from compact.rows import (
 from compact.sources import Source, cache_folder, open_source, write_arrow
 from compact.tokenization import tokenize_questions
 
-__all__ = ["DataReport", "load_questions", "prompt_of", "question_text", "split", "tokenize_questions"]
+__all__ = ["DataReport", "load_questions", "prompt_of", "prompt_text", "question_text", "split", "tokenize_questions"]
 
 _FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read
 
@@ -271,7 +271,11 @@ def prompt_of(row: dict[str, Any]) -> str | list[dict[str, str]]:
 
 def question_text(row: dict[str, Any]) -> str:
     """What makes two questions the same question: the text up to case, spacing and Unicode form."""
-    prompt = prompt_of(row)
+    return prompt_text(prompt_of(row))
+
+
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """The text of a prompt up to case, spacing and Unicode form."""
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class DataReport:
     rationales: dict[str, int] = _zeros("read", "used", "cut", "refused", "wrong", "unrecognised_closings")
     reason_counts: dict[str, int] = field(default_factory=dict)  # why something was refused: how often
     reasons: list[str] = field(default_factory=list)  # "place: reason", the first `EXAMPLES`
+    trained_on: dict[str, int] = field(default_factory=dict)  # by evaluation task: its questions that are trained on
 
     def because(self, place: str, reason: str, detail: str = "") -> None:
         """Note why something was refused; `reason` is counted, `detail` only shown."""
@@ -61,6 +63,7 @@ class DataReport:
             rationales=_chained(self.rationales, later.rationales),
             reason_counts=_added(self.reason_counts, later.reason_counts),
             reasons=(self.reasons + later.reasons)[:EXAMPLES],
+            trained_on=self.trained_on | later.trained_on,
         )
 
     def __add__(self, other: DataReport) -> DataReport:
@@ -71,6 +74,7 @@ class DataReport:
             rationales=_added(self.rationales, other.rationales),
             reason_counts=_added(self.reason_counts, other.reason_counts),
             reasons=(self.reasons + other.reasons)[:EXAMPLES],
+            trained_on=self.trained_on | other.trained_on,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +102,16 @@ class DataReport:
         more = sum(self.reason_counts.values()) - examples
         if more > 0:
             lines.append(f"  … and {more:,} more (data_report.json has the first {EXAMPLES})")
+        lines += [f"  {told}" for told in told_trained_on(self.trained_on)]
         return "\n".join(lines)
+
+
+def told_trained_on(trained_on: Mapping[str, int]) -> list[str]:
+    """A line for each task of which the run trains on questions."""
+    return [
+        f"{name}: {count:,} of its questions are among those trained on; its accuracy is of what was memorised too"
+        for name, count in trained_on.items()
+    ]
 
 
 def _added(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:

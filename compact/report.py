@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compact.data_report import told_trained_on
+
 SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
 MISSING = "not measured"
 
@@ -249,6 +251,7 @@ def _data(content: Mapping[str, Any]) -> list[str]:
     unknown = content["rationales"].get("unrecognised_closings")
     if unknown:
         parts.append(f"{unknown:,} rationales had no closing statement that was recognised and taken off.")
+    parts += told_trained_on(content.get("trained_on") or {})
     if content["refusals"]:
         parts.append(table(["refused because", "times"], [[why, f"{n:,}"] for why, n in content["refusals"].items()]))
         examples = content["refusal_examples"][:5]

@@ -11,13 +11,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from compact.config import Recipe
-from compact.data import load_questions, prompt_of, question_text, split, tokenize_questions
+from compact.data import load_questions, prompt_of, prompt_text, question_text, split, tokenize_questions
 from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
 from compact.generation import suffix_ids
 from compact.results import write_atomically
 from compact.strategies import build_strategy
+from compact.tasks import load_task
 from compact.tokenization import prompt_ids
 
 
@@ -49,6 +50,7 @@ def training_data(
         train_questions, tokenizer, recipe.data, teachers=read.teachers, cache_dir=cache
     )
     report = read.then(tokenized)
+    report.trained_on = _trained_on(recipe, {question_text(row) for row in train_questions})
     reference = recipe.evaluation.reference
     if reference is not None and reference not in report.teachers:
         raise UserError(
@@ -74,6 +76,17 @@ def training_data(
         _recount(report, train_set, kept)
     train_set = with_embeddings(kept, tokenizer, recipe, cache_dir=cache, device=PartialState().device)
     return train_set, held_out, report
+
+
+def _trained_on(recipe: Recipe, asked: set[str]) -> dict[str, int]:
+    """How many questions of each evaluation file are among those that are `asked` in training, if any are."""
+    found = {}
+    for name, path in (recipe.evaluation.tasks | recipe.evaluation.forgetting).items():
+        prompts = (row.prompt for row in load_task(name, path, instruct=False).rows)
+        count = sum(prompt_text(prompt) in asked for prompt in prompts)
+        if count:
+            found[name] = count
+    return found
 
 
 def _check_unchanged(folder: Path, *datasets: Dataset) -> None:

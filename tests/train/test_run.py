@@ -218,6 +218,20 @@ def test_a_held_out_file_is_counted_too_and_may_know_teachers_that_training_lack
     assert any("held.jsonl:2" in example for example in report["refusal_examples"])
 
 
+def test_an_evaluation_task_with_questions_that_are_trained_on_is_named(toy, tmp_path, capsys):
+    rows = toy_rows(8, seed=5)
+    held_out = write_rows(tmp_path / "held.jsonl", [{**row, "id": f"held-{row['id']}"} for row in rows])
+    trained = [json.loads(line) for line in (toy / "questions.jsonl").read_text().splitlines()[:3]]
+    seen = [
+        {"id": f"seen-{i}", "question": f" {row['prompt'].upper()}", "answer": "1"} for i, row in enumerate(trained)
+    ]
+    task = write_rows(tmp_path / "seen.jsonl", [*seen, {"id": "new", "question": "How many?", "answer": "2"}])
+    words = flags(toy, tmp_path / "run", data__held_out=held_out, evaluation__tasks__seen=task, training__max_steps=2)
+    assert main(words) == 0
+    told = "seen: 3 of its questions are among those trained on"
+    assert told in capsys.readouterr().out and told in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkeypatch):
     file = write_rows(tmp_path / "mine.jsonl", toy_rows(11))
     words = flags(toy, tmp_path / "run", data__train=file)
