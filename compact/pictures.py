@@ -226,6 +226,7 @@ def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
     Args:
         records: of a study, all of one setting and measure, each with `diff_ci95`.
     """
+    key = f"diff_vs_{baseline}"
     tasks = list(dict.fromkeys((record["task"], record["split"]) for record in records))
     methods = list(dict.fromkeys(record["method"] for record in records))
     columns = 2 if len(tasks) == 4 else min(3, len(tasks))
@@ -242,10 +243,10 @@ def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
                 y, (low, high) = methods.index(record["method"]), record["diff_ci95"]
                 colour = PALETTE[2] if low > 0 else PALETTE[3] if high < 0 else GREY
                 ax.plot([low, high], [y, y], color=colour, linewidth=2.4)
-                ax.plot(record["diff_vs_uniform"], y, "o", color=colour, markersize=5)
-                text = f"{record['diff_vs_uniform']:+.1f}".replace("-", "−")
+                ax.plot(record[key], y, "o", color=colour, markersize=5)
+                text = f"{record[key]:+.1f}".replace("-", "−")
                 ax.annotate(
-                    text, (record["diff_vs_uniform"], y), (0, 4), textcoords="offset points",
+                    text, (record[key], y), (0, 4), textcoords="offset points",
                     ha="center", va="bottom", fontsize=7.5, color=colour,
                 )  # fmt: skip
         ax.set_title(f"{plain(task)}\n{SPLITS[split]}", fontsize=9)

@@ -19,8 +19,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # that Triton uses, slowly, if asked before it is imported
-INTERPRETED = INTERPRETER  # CPU tensors take the kernels; tests say when
+# Whether Triton interprets its kernels, slowly, on CPUs: it has to be asked for before Triton is imported.
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = INTERPRETER  # whether CPU tensors take the kernels; tests choose
 
 
 def triton_applies(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -21,9 +21,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def dot_precision(dtype: torch.dtype) -> str:
     """The `PRECISION` of :func:`dot` for tiles of `dtype`.
 
-    NVIDIA's tensor cores make a float32 product of three of TF32: as exact as fused multiply-adds (log-probs on an
-    H200: at most 9.2e-7 off, by multiply-adds 1.0e-6) and eight times as fast; others have no such product.
-    The interpreter multiplies bfloat16 wrongly.
+    NVIDIA's tensor cores make a float32 product of three of TF32, as exact as multiply-adds (log-probs on an H200: at
+    most 9.2e-7 off, by multiply-adds 1.0e-6); GPUs before Ampere multiply and add. Others have no such product. The
+    interpreter multiplies bfloat16 wrongly.
     """
     if INTERPRETER:
         return "ieee"

@@ -28,7 +28,7 @@ Values = dict[Key, dict[str, float]]  # question → value, of one seed
 NAMES = dict(zip(MEASURES, ("accuracy", "answer_logprob", "solution_logprob")))
 UNITS = {"accuracy": "%", "answer_logprob": "nats a token", "solution_logprob": "nats a token", "kl": "nats a token"}
 BEFORE = "before training"
-NAMED = 8  # cells that failed alike
+NAMED = 8  # of the cells that failed alike
 NOTES = {
     "answer_logprob": "of the gold answer put right after the prompt, without a rationale: a place in which training "
     "never showed an answer, so it tells how far the student moved rather than what it can"
@@ -84,7 +84,7 @@ def _setting(study: Path, setting: str, cells: Sequence[Cell], baseline: str) ->
             record |= {"measure": key[2], "mean": estimate.mean, "se": estimate.se, "seeds": len(found)}
             record["n"] = len(next(values[key] for values in found.values() if key in values))
             difference = None if method in (BEFORE, baseline) else _difference(found, seeds[baseline], key)
-            record["diff_vs_uniform"] = None if difference is None else difference.mean
+            record[f"diff_vs_{baseline}"] = None if difference is None else difference.mean
             record["diff_ci95"] = None if difference is None else difference.interval()
             records.append(record)
     return records
@@ -213,7 +213,7 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         ours = [record for record in records if record["setting"] == setting]
         for measure in dict.fromkeys(record["measure"] for record in ours):
             note = f" ({NOTES[measure]})" if measure in NOTES else ""
-            parts += [f"**{measure}**, {UNITS[measure]}{note}", _table(ours, measure)]
+            parts += [f"**{measure}**, {UNITS[measure]}{note}", _table(ours, measure, content["baseline"])]
         weights = [entry for entry in content["weights"] if entry["setting"] == setting]
         if weights:
             names = list(dict.fromkeys(name for entry in weights for name in entry["alpha"]))
@@ -232,7 +232,7 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(records: Sequence[dict[str, Any]], measure: str) -> str:
+def _table(records: Sequence[dict[str, Any]], measure: str, baseline: str) -> str:
     found = [record for record in records if record["measure"] == measure]
     tasks = list(dict.fromkeys((record["task"], record["split"]) for record in found))
     sizes = {(record["task"], record["split"]): record["n"] for record in found}
@@ -241,17 +241,18 @@ def _table(records: Sequence[dict[str, Any]], measure: str) -> str:
     for method in dict.fromkeys(record["method"] for record in found):
         by_task = {(record["task"], record["split"]): record for record in found if record["method"] == method}
         seeds = max(record["seeds"] for record in by_task.values())
-        rows.append([method, seeds, *(_cell(by_task.get(task), measure) for task in tasks)])
+        rows.append([method, seeds, *(_cell(by_task.get(task), measure, baseline) for task in tasks)])
     return table(["method", "seeds", *names], rows)
 
 
-def _cell(record: Mapping[str, Any] | None, measure: str) -> str:
+def _cell(record: Mapping[str, Any] | None, measure: str, baseline: str) -> str:
     if record is None:
         return "–"
     digits = 1 if measure == "accuracy" else 3
     text = f"{record['mean']:.{digits}f}" + ("" if record["se"] is None else f" ± {record['se']:.{digits}f}")
-    if record["diff_vs_uniform"] is not None:
-        shown = f"{record['diff_vs_uniform']:+.{digits}f}"
+    difference = record[f"diff_vs_{baseline}"]
+    if difference is not None:
+        shown = f"{difference:+.{digits}f}"
         if record["diff_ci95"] is not None:
             low, high = record["diff_ci95"]
             shown += f" [{low:+.{digits}f}, {high:+.{digits}f}]"

@@ -51,8 +51,9 @@ def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Product
         return ProductTile(128, max(16, triton.next_power_of_2(n)), 64, 4, 3)
     if m <= 64:
         return ProductTile(max(16, triton.next_power_of_2(m)), 128, 64, 4, 3)
-    k, stages = (64, 3) if dtype.itemsize == 2 else (32, 2)
-    return ProductTile(128, 128, k, 8, stages)
+    if dtype.itemsize == 2:
+        return ProductTile(128, 128, 64, 8, 3)
+    return ProductTile(128, 128, 32 if torch.version.cuda is not None else 16, 8, 2)  # AMD's GPUs have 64 KiB
 
 
 @functools.cache
