@@ -221,6 +221,9 @@ class CompactConfig:
     sft_reduction: Literal["mean", "sum", "token"] = option(
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )
+    head_dtype: Literal["auto", "float32"] = option(
+        "auto", "of the head's products; auto: the forward's own, under autocast that; float32: slower, no autocast"
+    )
     workspace_mib: int = option(
         512,
         "MiB of logits that may exist at once; fewer are slower; with a head that trains, all at once are fastest",

@@ -58,7 +58,7 @@ class InformationLog:
         ragged: Ragged = batch["ragged"]
         head, options = output.head, self.config.adaptability
         evidence = result.statistics.tokens.evidence
-        with output.precision():
+        with output.precision(self.config.head_dtype):
             controls = proxy_controls(
                 output.hidden,
                 head.weight,

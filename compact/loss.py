@@ -83,7 +83,7 @@ def distillation_loss(
         reference = None
         if strategy is not None and config.difficulty.kind == "ifd":
             alone = batch["unconditional"]
-            reference = _mean_loss(forward(model, alone), alone, config.workspace_mib)
+            reference = _mean_loss(forward(model, alone), alone, config)
     hidden = output.hidden
     if config.gradients.cap is not None and config.gradients.cap_by == "hidden":
         if lm_head.weight.requires_grad and torch.is_grad_enabled():
@@ -102,7 +102,7 @@ def distillation_loss(
         rule = strategy.bind(context) if weights is None else None
     if cap is not None:
         weights, rule = _held(weights, rule, cap.most(batch, normalizer))
-    with output.precision():
+    with output.precision(config.head_dtype):
         result = compatibility_loss(
             hidden,
             lm_head.weight,
@@ -186,18 +186,18 @@ def targets_of(batch: Mapping[str, Any]) -> Tensor:
     return F.pad(batch["labels"][0, 1:], (0, 1), value=-100)
 
 
-def _mean_loss(output: StudentOutput, batch: Mapping[str, Any], workspace_mib: int) -> Tensor:
+def _mean_loss(output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig) -> Tensor:
     """(S,) mean negative log-likelihood a token."""
     ragged: Ragged = batch["ragged"]
     lm_head = output.head
-    with output.precision():
+    with output.precision(config.head_dtype):
         tokens = linear_token_stats(
             output.hidden,
             lm_head.weight,
             targets_of(batch),
             ragged,
             **lm_head.options,
-            workspace_mib=workspace_mib,
+            workspace_mib=config.workspace_mib,
         )
     return -segment_sum(tokens.logprob, ragged.cu_rows) / ragged.cu_rows.diff().clamp_min(1)
 

@@ -91,8 +91,8 @@ def test_one_teacher_under_token_is_transformers_own_loss(tmp_path):
 def test_the_head_is_computed_in_the_precision_of_the_forward(tmp_path):
     """accelerate has autocast around the forward alone; transformers' own head is inside of it."""
 
-    def result(inside, around):
-        trainer = toy_trainer(tmp_path)
+    def result(inside, around, head_dtype="auto"):
+        trainer = toy_trainer(tmp_path, method={"head_dtype": head_dtype})
         batch, forward = trainer.data_collator([trainer.train_dataset[i] for i in range(4)]), trainer.model.forward
 
         def under_autocast(*args, **kwargs):
@@ -109,6 +109,18 @@ def test_the_head_is_computed_in_the_precision_of_the_forward(tmp_path):
     assert torch.equal(result(inside=True, around=True)[0], logprob)
     assert gradient.dtype == torch.float32
     assert not torch.allclose(result(inside=False, around=False)[0], logprob, atol=1e-4, rtol=0)
+    exact = result(inside=True, around=False, head_dtype="float32")[0]
+    assert torch.equal(result(inside=True, around=True, head_dtype="float32")[0], exact)
+    assert not torch.allclose(exact, logprob, atol=1e-4, rtol=0)
+
+
+def test_a_float32_head_is_refused_where_the_head_is_not(tmp_path):
+    trainer = toy_trainer(tmp_path, method={"head_dtype": "float32"}, model=toy_model().bfloat16())
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    with pytest.raises(
+        UserError, match="head_dtype: float32 needs a head in float32, and this student's is in bfloat16"
+    ):
+        trainer.compute_loss(trainer.model, batch)
 
 
 @pytest.mark.parametrize("strategy", ["compact", "uniform", "lowest_loss", "mind"])
