@@ -146,6 +146,7 @@ class GradientsConfig:
         "measure each rationale's gradient over all parameters; unweighted: what it is before α, also where α is 0 "
         "(head frozen, divergence.weight 0); hutchinson: by random projections",
     )
+    every: int = option(1, "optimizer steps between two measurements of the norms", ge=1)
     probes: int = option(16, "projections of hutchinson", ge=2, le=64)
     cap: float | None = option(None, "longest gradient of a rationale's weighted loss, by cap_by", gt=0)
     cap_by: Literal["hidden", "last"] = option(
@@ -264,6 +265,10 @@ class CompactConfig:
         gradients = self.gradients
         if gradients.cap is not None and gradients.cap_by == "last" and gradients.norms == "off":
             raise UserError("gradients.cap_by: last caps by measured norms; set gradients.norms to exact")
+        if gradients.every > 1 and gradients.norms == "off":
+            raise UserError("gradients.every: only gradients.norms reads it, and that is off")
+        if gradients.every > 1 and gradients.cap is not None and gradients.cap_by == "last":
+            raise UserError("gradients.every: gradients.cap_by last caps by the norms of every step; set it to 1")
         if gradients.cap is None and gradients.cap_by != "hidden":
             raise UserError("gradients.cap_by: only gradients.cap reads it, and that is null")
         if gradients.norms == "unweighted" and self.divergence.weight:

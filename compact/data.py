@@ -275,9 +275,10 @@ def question_text(row: dict[str, Any]) -> str:
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    """The text of a prompt up to case, spacing and Unicode form."""
+    """The text of a prompt up to case, spacing and Unicode form; an exponent stays one, as 3² is not 32."""
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    raised = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
+    return " ".join(unicodedata.normalize("NFKC", raised).casefold().split())
 
 
 def split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -221,9 +221,9 @@ class MetricsTable:
             logs[f"spread/{name}"] = mean([row["spread"][name] for row in rows])
         for teacher in sorted({name for row in rows for name in row["teachers"]}):
             present = [row["teachers"][teacher] for row in rows if teacher in row["teachers"]]
-            measured = [name for name in ("alpha", *METRICS, *NORMS) if name in present[0]]
-            for name in measured:
-                logs[f"{name}/{teacher}"] = mean([entry[name] for entry in present])
+            for name in ("alpha", *METRICS, *NORMS):
+                if known := [entry[name] for entry in present if name in entry]:
+                    logs[f"{name}/{teacher}"] = mean(known)
         return logs
 
 

@@ -146,7 +146,8 @@ class CompactTrainer(DistillationMixin, Trainer):
         return (loss, result) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.config.gradients.norms == "off":
+        gradients = self.config.gradients
+        if gradients.norms == "off" or self.state.global_step % gradients.every:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._recorder is None:  # now that the model has its wrappers and knows what trains
             self._recorder = self._new_recorder(model)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from compact.data import load_questions, prompt_of, question_text, split
+from compact.data import load_questions, prompt_of, prompt_text, question_text, split
 from compact.data_report import DataReport
 from compact.errors import UserError
 from compact.sources import JsonLines
@@ -317,3 +317,10 @@ def test_reading_holds_no_rows_in_memory(tmp_path, monkeypatch):
     dataset, _ = load_questions(path, cache_dir=tmp_path / "cache")
     assert len(dataset) == 1000 and peak < 10
     assert dataset.cache_files  # memory-mapped
+
+
+def test_questions_are_told_apart_by_their_text_and_by_exponents_but_not_by_its_form():
+    texts = ["What is 3² + 1?", "what  is 3^2 + 1?", "What is 32 + 1?", "What is ３2 + 1?"]
+    squared, spelled, plain, wide = map(prompt_text, texts)
+    assert squared == spelled != plain == wide
+    assert prompt_text([{"role": "user", "content": texts[0]}]) == squared

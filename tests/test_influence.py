@@ -162,12 +162,38 @@ def test_unweighted_norms_are_logged_where_a_rationale_weighs_nothing_too(tmp_pa
         assert silent and all(entry["influence"] == 0 for entry in silent)
 
 
+def test_norms_may_be_measured_every_so_many_steps(tmp_path):
+    common = {"questions": 12, "batch": 2, "accumulate": 2, "epochs": 2, "optim": "sgd", "logging_steps": 2}
+    logged = {}
+    for every in (1, 3):
+        trainer = toy_trainer(
+            tmp_path / str(every), method={"gradients": {"norms": "exact", "every": every}}, **common
+        )
+        logs = _Logs()
+        trainer.add_callback(logs)
+        trainer.train()
+        logged[every] = read_metrics(tmp_path / str(every) / "metrics.jsonl")
+        assert {"influence/terse", "gradient_noise_scale"} <= logs.names
+    for each, some in zip(logged[1], logged[3], strict=True):
+        measured = (some["step"] - 1) % 3 == 0
+        assert ("noise_trace" in some) == measured
+        for name, entry in some["teachers"].items():
+            assert ("influence" in entry) == measured
+            same = {key: each["teachers"][name][key] for key in entry}
+            assert entry == pytest.approx(same, rel=1e-2, abs=1e-5)  # and training is the same
+
+
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [
         ({"cap": 1.0, "cap_by": "last"}, "gradients.cap_by: last caps by measured norms"),
         ({"cap_by": "last"}, "gradients.cap_by: only gradients.cap reads it"),
         ({"norms": "unweighted"}, "gradients.norms: unweighted needs divergence.weight 0"),
+        ({"every": 2}, "gradients.every: only gradients.norms reads it"),
+        (
+            {"norms": "exact", "every": 2, "cap": 1.0, "cap_by": "last"},
+            "gradients.every: gradients.cap_by last caps by",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(gradients, message):
