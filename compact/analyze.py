@@ -107,6 +107,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "alpha_mean": {name: _tail_mean(rows, name, "alpha") for name in run.teachers},
         "teachers": {name: {m: _tail_mean(rows, name, m) for m in _measured(rows)} for name in run.teachers},
         "drift": _json(run.folder / "evaluation" / "after" / "drift.json") or None,
+        "steps_with_norms": len(_with_norm(rows, NORMS[0])),
         "spread": {m: _mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
         "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
         "effective_teachers": {"first_tenth": _effective(rows[:tenth]), "last_tenth": _effective(rows[-tenth:])},
@@ -210,13 +211,18 @@ def _tail(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 def _measured(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The metrics that the table has, with the gradient norms where they were measured."""
-    known = {key for row in _tail(rows) for entry in row["teachers"].values() for key in entry}
-    return [*METRICS, *(key for key in NORMS if key in known)]
+    return [*METRICS, *(key for key in NORMS if _with_norm(rows, key))]
+
+
+def _with_norm(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The steps that measured it: norms need not be measured at every one."""
+    return [row for row in rows if any(key in entry for entry in row["teachers"].values())]
 
 
 def _tail_mean(rows: Sequence[dict[str, Any]], teacher: str, key: str) -> float | None:
-    """Mean over the teacher's rationales in the last quarter of the steps."""
-    entries = [row["teachers"][teacher] for row in _tail(rows) if key in row["teachers"].get(teacher, ())]
+    """Mean over the teacher's rationales in the last quarter of the steps, of norms in that of those with norms."""
+    tail = _tail(_with_norm(rows, key) if key in NORMS else rows)
+    entries = [row["teachers"][teacher] for row in tail if key in row["teachers"].get(teacher, ())]
     count = sum(entry["count"] for entry in entries)
     return sum(entry[key] * entry["count"] for entry in entries) / count if count else None
 

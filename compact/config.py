@@ -223,7 +223,9 @@ class CompactConfig:
         "mean", "of L_SFT over a rationale's tokens; sum: eq. 8; token: over all tokens of the step"
     )
     head_dtype: Literal["auto", "float32"] = option(
-        "auto", "of the head's products; auto: the forward's own, under autocast that; float32: slower, no autocast"
+        "auto",
+        "of the head's products; auto: the forward's own, under autocast that; float32: without autocast, slower (the "
+        "head must be in float32: not LoRA in bfloat16)",
     )
     workspace_mib: int = option(
         512,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from array import array
 from collections.abc import Iterator
@@ -51,6 +52,9 @@ from compact.sources import Source, cache_folder, open_source, write_arrow
 from compact.tokenization import tokenize_questions
 
 __all__ = ["DataReport", "load_questions", "prompt_of", "prompt_text", "question_text", "split", "tokenize_questions"]
+
+_EXPONENT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 
 _FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read
 
@@ -276,9 +280,15 @@ def question_text(row: dict[str, Any]) -> str:
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
     """The text of a prompt up to case, spacing and Unicode form; an exponent stays one, as 3² is not 32."""
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    raised = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
-    return " ".join(unicodedata.normalize("NFKC", raised).casefold().split())
+    return _folded(_EXPONENT.sub(lambda found: "^" + found[0].translate(_LOWERED), _joined(prompt)))
+
+
+def _joined(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -292,12 +302,11 @@ def split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datase
     """
     if not 0 <= fraction < 1:
         raise UserError(f"data.holdout: {fraction} is not in [0, 1); it is the share of the questions held out")
-    columns = dataset.select_columns(["prompt", "is_messages"])
+    rows = dataset.select_columns(["prompt", "is_messages"])
+    # Folded alone: two questions that differ in exponents may share a side, and sides stay what they were.
+    keys = (f"{seed}\0{_folded(_joined(prompt_of(row)))}".encode() for row in rows)
     hashes = np.fromiter(
-        (
-            int.from_bytes(hashlib.blake2b(f"{seed}\0{question_text(row)}".encode(), digest_size=8).digest(), "little")
-            for row in columns
-        ),
+        (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys),
         dtype=np.uint64,
         count=len(dataset),
     )

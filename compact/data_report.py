@@ -26,7 +26,8 @@ class DataReport:
     rationales: dict[str, int] = _zeros("read", "used", "cut", "refused", "wrong", "unrecognised_closings")
     reason_counts: dict[str, int] = field(default_factory=dict)  # why something was refused: how often
     reasons: list[str] = field(default_factory=list)  # "place: reason", the first `EXAMPLES`
-    trained_on: dict[str, int] = field(default_factory=dict)  # by evaluation task: its questions that are trained on
+    # Evaluation tasks that ask what is trained on: how many such questions, and how many they ask.
+    trained_on: dict[str, list[int]] = field(default_factory=dict)
 
     def because(self, place: str, reason: str, detail: str = "") -> None:
         """Note why something was refused; `reason` is counted, `detail` only shown."""
@@ -106,11 +107,12 @@ class DataReport:
         return "\n".join(lines)
 
 
-def told_trained_on(trained_on: Mapping[str, int]) -> list[str]:
+def told_trained_on(trained_on: Mapping[str, list[int]]) -> list[str]:
     """A line for each task of which the run trains on questions."""
     return [
-        f"{name}: {count:,} of its questions are among those trained on; its accuracy is of what was memorised too"
-        for name, count in trained_on.items()
+        f"{name}: {shared:,} of its {asked:,} questions {'is' if shared == 1 else 'are'} trained on too; its accuracy "
+        "counts what was memorised"
+        for name, (shared, asked) in trained_on.items()
     ]
 
 

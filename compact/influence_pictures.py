@@ -21,10 +21,12 @@ def influence(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fig
     for ax, (key, title) in zip(fig.subplots(1, 2), panels.items()):
         ends = []
         for teacher, colour in colours(teachers).items():
-            middle, _ = smooth(series(rows, teacher, key))
-            if np.isfinite(middle).any():
-                ax.plot(steps, middle, color=colour)
-                ends.append((middle[np.isfinite(middle)][-1], teacher, colour))
+            values = series(rows, teacher, key)
+            known = np.isfinite(values)  # norms may be measured now and then
+            if known.any():
+                middle, _ = smooth(values[known])
+                ax.plot(steps[known], middle, color=colour, marker="." if known.sum() == 1 else None)
+                ends.append((middle[-1], teacher, colour))
         ax.set(title=title, xlabel="optimizer step")
         ax.set_ylim(bottom=0)
         _span(ax, steps)

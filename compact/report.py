@@ -19,6 +19,7 @@ def markdown(content: Mapping[str, Any], recipe: str, pictures: Mapping[str, str
         *([f"> **Note.** {content['note'].strip()}"] if content["note"] else []),
         "## Accuracy",
         *_accuracy(content["accuracy"]),
+        *(f"**{told}.**" for told in told_trained_on(content.get("trained_on") or {})),
         "## Teachers",
         *_teachers(content),
         *(["## Inside the student", *_states(content["states"])] if content["states"] else []),
@@ -106,6 +107,10 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
         "influence": "u (gradient norm)",
         "own_norm": "n (before α)",
     }
+    some = content.get("steps_with_norms")
+    norms = (
+        f" Norms of {some:,} measured steps, the last quarter of these." if some and some < content["steps"] else ""
+    )
     effective = [number(content["effective_teachers"][when], 2) for when in ("first_tenth", "last_tenth")]
     return [
         table(["teacher", "α", *(columns[name] for name in next(iter(content["teachers"].values())))], rows),
@@ -113,7 +118,7 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
         f"entropy of α: {entropy} nats. α is worth {effective[0]} teachers of equal weight in the first tenth of the "
         f"steps and {effective[1]} in the last (1: it has collapsed onto one). "
         "Weights come from z-scores within a question, so they tell the order of the "
-        "teachers and not how far apart they are: the spread (standard deviation, raw) tells that.",
+        f"teachers and not how far apart they are: the spread (standard deviation, raw) tells that.{norms}",
     ]
 
 
@@ -251,7 +256,6 @@ def _data(content: Mapping[str, Any]) -> list[str]:
     unknown = content["rationales"].get("unrecognised_closings")
     if unknown:
         parts.append(f"{unknown:,} rationales had no closing statement that was recognised and taken off.")
-    parts += told_trained_on(content.get("trained_on") or {})
     if content["refusals"]:
         parts.append(table(["refused because", "times"], [[why, f"{n:,}"] for why, n in content["refusals"].items()]))
         examples = content["refusal_examples"][:5]

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from compact.attention import attention_for, windows_noted
 from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, unwrap
 from compact.compilation import compile_layers
-from compact.config import LoraConfig, StudentConfig
+from compact.config import CompactConfig, LoraConfig, StudentConfig
 from compact.errors import UserError
 from compact.randomness import random_state_kept
 from compact_kernels.ragged import Ragged
@@ -230,6 +230,19 @@ def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
 
 
 @torch.no_grad()
+def check_head(config: CompactConfig, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        UserError: the head is to be computed in float32, and the student that trains has it in another `dtype`.
+    """
+    if config.head_dtype == "float32" and dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"head_dtype: float32 needs a head in float32, and this student's is in {kind}: train all of it "
+            "(student.lora null), load it in float32 (student.dtype), or set head_dtype to auto"
+        )
+
+
 def check(model: nn.Module) -> None:
     """Try on two short sequences what COMPACT relies on, for this very model (a few tokens; model on any one device).
 

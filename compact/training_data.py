@@ -50,7 +50,6 @@ def training_data(
         train_questions, tokenizer, recipe.data, teachers=read.teachers, cache_dir=cache
     )
     report = read.then(tokenized)
-    report.trained_on = _trained_on(recipe, {question_text(row) for row in train_questions})
     reference = recipe.evaluation.reference
     if reference is not None and reference not in report.teachers:
         raise UserError(
@@ -74,19 +73,31 @@ def training_data(
     kept = build_strategy(recipe, report.teachers).restrict(train_set)
     if kept is not train_set:
         _recount(report, train_set, kept)
+    trained = set(kept["id"])
+    chosen = [index for index, name in enumerate(train_questions["id"]) if name in trained]
+    report.trained_on = _trained_on(recipe, train_questions.select(chosen))
     train_set = with_embeddings(kept, tokenizer, recipe, cache_dir=cache, device=PartialState().device)
     return train_set, held_out, report
 
 
-def _trained_on(recipe: Recipe, asked: set[str]) -> dict[str, int]:
-    """How many questions of each evaluation file are among those that are `asked` in training, if any are."""
-    found = {}
-    for name, path in (recipe.evaluation.tasks | recipe.evaluation.forgetting).items():
-        prompts = (row.prompt for row in load_task(name, path, instruct=False).rows)
-        count = sum(prompt_text(prompt) in asked for prompt in prompts)
-        if count:
-            found[name] = count
+def _trained_on(recipe: Recipe, questions: Dataset) -> dict[str, list[int]]:
+    """Of each task that asks what is trained on: how many such questions, and how many it asks."""
+    known = {text for row in questions for text in _texts(prompt_of(row))}
+    config, found = recipe.evaluation, {}
+    seed = recipe.seed if config.seed is None else config.seed  # that the evaluation draws with
+    for name, path in (config.tasks | config.forgetting).items():
+        rows = load_task(name, path, limit=config.limit, seed=seed, instruct=False).rows
+        shared = sum(not known.isdisjoint(_texts(row.prompt)) for row in rows)
+        if shared:
+            found[name] = [shared, len(rows)]
     return found
+
+
+def _texts(prompt: str | list[dict[str, str]]) -> set[str]:
+    """A prompt's text, and what its user says alone: one file has a system's message, another has none."""
+    if isinstance(prompt, str):
+        return {prompt_text(prompt)}
+    return {prompt_text(prompt), prompt_text([message for message in prompt if message["role"] == "user"])}
 
 
 def _check_unchanged(folder: Path, *datasets: Dataset) -> None:

@@ -17,7 +17,9 @@ import yaml
 from matplotlib.figure import Figure
 
 import compact
+from compact import influence_pictures
 from compact.analyze import main, read_run, summarize, versions, write_report
+from compact.metrics import read_metrics
 from compact.pictures import style
 from compact.question_pictures import consensus_graph, graph_of, terms, trajectory
 from compact.results import TaskResult, store_results
@@ -216,6 +218,22 @@ def test_an_empty_run_is_reported_as_not_measured(tmp_path):
     assert report["accuracy"] == {} and report["seconds"] is None and report["questions"]["used"] is None
     text = (tmp_path / "report.md").read_text()
     assert text.count("not measured") >= 5 and "nan" not in text.lower().split()
+
+
+def test_norms_that_were_measured_now_and_then_are_a_line_and_a_mean(tmp_path, undrawn):
+    folder = plausible_run(tmp_path / "run", steps=30)
+    rows = read_metrics(folder / "metrics.jsonl")
+    for row in (rows[0], rows[20]):
+        for entry in row["teachers"].values():
+            entry["influence"] = float(row["step"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = write_report(folder)
+    assert report["steps_with_norms"] == 2
+    assert all(teacher["influence"] == 21 for teacher in report["teachers"].values())
+    assert "Norms of 2 measured steps" in (folder / "report.md").read_text()
+    figure = influence_pictures.influence(rows, report["alpha_mean"])
+    lines = figure.axes[1].get_lines()
+    assert len(lines) == len(report["teachers"]) and list(lines[0].get_xdata()) == [1, 21]
 
 
 @pytest.mark.parametrize(

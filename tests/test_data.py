@@ -324,3 +324,4 @@ def test_questions_are_told_apart_by_their_text_and_by_exponents_but_not_by_its_
     squared, spelled, plain, wide = map(prompt_text, texts)
     assert squared == spelled != plain == wide
     assert prompt_text([{"role": "user", "content": texts[0]}]) == squared
+    assert prompt_text("10⁻³ of 2¹⁰") == "10^-3 of 2^10"

@@ -22,6 +22,28 @@ def test_cells_that_failed_alike_are_told_together():
     assert "`6`, `7` and 72 more: no such file" in summary._markdown(content, [])
 
 
+def test_differences_are_named_by_their_baseline(tmp_path):
+    made = [Cell("s", method, seed, None, None, None, 1, 0) for method in ("a", "b") for seed in (0, 1)]
+    for at in made:
+        answers = [
+            {
+                "id": f"q{i}",
+                "correct": at.method == "b" or i == at.seed,
+                "strict_correct": True,
+                "answer_logprob": None,
+            }
+            | {"options": 0, "solution_logprob": None, "finished": True, "tokens": 1}
+            for i in range(2)
+        ]
+        store_results({"t": TaskResult("t", "id", "number", answers)}, {}, tmp_path / "cells" / at.name, "after")
+        (tmp_path / "cells" / at.name / "report.json").write_text("{}")
+    records = summary._setting(tmp_path, "s", made, "a")
+    assert {key for record in records for key in record if key.startswith("diff_vs")} == {"diff_vs_a"}
+    ours = next(record for record in records if record["method"] == "b" and record["measure"] == "accuracy")
+    assert ours["diff_vs_a"] == pytest.approx(50)
+    assert "| b | 2 | 100.0" in (told := summary._table(records, "accuracy", "a")) and "(**+50.0" in told
+
+
 def test_what_every_fold_was_asked_counts_once_and_a_failed_fold_takes_its_seed_along(tmp_path):
     made = [Cell("s", "m", seed, fold, None, None, 2, 0) for seed in (0, 1) for fold in (0, 1)]
     for at in made:

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import safe_globals
 
 from compact.config import read_recipe
+from compact.influence import read_influence
 from compact.metrics import read_metrics
 from compact.options import plain
+from compact.states import read_states
 from compact.train import main
 from tests.test_embed import save_encoder
 from tests.toy import toy_tokenizer
@@ -218,18 +220,49 @@ def test_a_held_out_file_is_counted_too_and_may_know_teachers_that_training_lack
     assert any("held.jsonl:2" in example for example in report["refusal_examples"])
 
 
-def test_an_evaluation_task_with_questions_that_are_trained_on_is_named(toy, tmp_path, capsys):
+def test_an_evaluation_task_with_questions_that_are_trained_on_is_named_before_training(toy, tmp_path, capsys):
     rows = toy_rows(8, seed=5)
     held_out = write_rows(tmp_path / "held.jsonl", [{**row, "id": f"held-{row['id']}"} for row in rows])
     trained = [json.loads(line) for line in (toy / "questions.jsonl").read_text().splitlines()[:3]]
     seen = [
         {"id": f"seen-{i}", "question": f" {row['prompt'].upper()}", "answer": "1"} for i, row in enumerate(trained)
     ]
-    task = write_rows(tmp_path / "seen.jsonl", [*seen, {"id": "new", "question": "How many?", "answer": "2"}])
-    words = flags(toy, tmp_path / "run", data__held_out=held_out, evaluation__tasks__seen=task, training__max_steps=2)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": trained[0]["prompt"]}]
+    new = {"id": "new", "question": "How many?", "answer": "2"}
+    tasks = {"seen": [*seen, new], "chat": [{"id": "chat", "prompt": chat, "answer": "1"}], "new": [new]}
+    files = {f"evaluation__tasks__{name}": write_rows(tmp_path / f"{name}.jsonl", of) for name, of in tasks.items()}
+    words = flags(toy, tmp_path / "run", data__held_out=held_out, **files, evaluation__limit=4, training__max_steps=2)
     assert main(words) == 0
-    told = "seen: 3 of its questions are among those trained on"
-    assert told in capsys.readouterr().out and told in (tmp_path / "run" / "report.md").read_text()
+    out, report = capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text()
+    for told in ("seen: 3 of its 4 questions are trained on too", "chat: 1 of its 1 questions is trained on too"):
+        assert told in out[: out.index("parameters train")] and told in report[: report.index("## Teachers")]
+    assert "new: 1 of" not in out + report
+
+
+def test_a_run_with_a_float32_head_is_read_in_the_students_own_dtype(toy, tmp_path):
+    run = tmp_path / "run"
+    whole = {"student__lora__rank": None, "student__lora": "null", "student__dtype": "bfloat16"}
+    words = flags(toy, run, head_dtype="float32", difficulty__kind="ifd", **whole)
+    assert main([*words, "--training.max_steps", "2"]) == 0 and (run / "report.md").exists()
+    assert read_states(run, 2) and read_influence(run, 2)
+
+
+def test_a_float32_head_over_a_narrow_student_is_refused_before_the_run_has_a_folder(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    narrow = {"head_dtype": "float32", "student__dtype": "bfloat16", "student__lora__rank": 2}
+    assert main(flags(toy, run, **narrow)) == 2 and not run.exists()
+    assert "this student's is in bfloat16" in capsys.readouterr().err
+
+
+def test_what_the_strategy_does_not_train_on_is_not_named(toy, tmp_path, capsys):
+    rows = toy_rows(12)
+    for row in rows[:6]:
+        row["rationales"] = [rationale for rationale in row["rationales"] if rationale["teacher"] != "terse"]
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    task = write_rows(tmp_path / "task.jsonl", [{"question": row["prompt"], "answer": "1"} for row in rows[:6]])
+    words = flags(toy, tmp_path / "run", data__train=data, evaluation__tasks__left=task, training__max_steps=2)
+    assert main([*words, "--strategy", "single", "--weights.teacher", "terse"]) == 0
+    assert "trained on too" not in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkeypatch):
