@@ -227,7 +227,7 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         text = f"A cell took {seconds['median']:.0f} s (median), the finished ones {seconds['sum'] / 60:.0f} min."
         if seconds["missing"]:
             minutes = seconds["to_come"] / 60
-            text += f" Missing: {seconds['missing']}, at that price {minutes:.0f} min, one after another."
+            text += f" {seconds['missing']} missing: at that price {minutes:.0f} min, one after another."
         parts.append(text)
     return "\n\n".join(parts) + "\n"
 
