@@ -168,7 +168,7 @@ class GatherProducts:
         self.blocks, tiles = triton.cdiv(vocabulary, width), triton.cdiv(n, rows)
         self.keep = torch.empty(self.blocks, n, dtype=torch.int8, device=on)
         self.kept = torch.empty(n, dtype=torch.int32, device=on)
-        self.order = torch.empty(n, dtype=torch.int64, device=on)
+        self.order: Tensor  # of the rows, by how much they keep
         self.rows = torch.empty(self.blocks, n, dtype=torch.int32, device=on)
         self.row_counts = torch.empty(self.blocks, dtype=torch.int32, device=on)
         self.tile_blocks = torch.empty(tiles, self.blocks, dtype=torch.int32, device=on)

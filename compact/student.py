@@ -28,7 +28,7 @@ from transformers.utils import logging
 from compact.attention import attention_for, windows_noted
 from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, unwrap
 from compact.compilation import compile_layers
-from compact.config import CompactConfig, LoraConfig, StudentConfig
+from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
 from compact.randomness import random_state_kept
 from compact_kernels.ragged import Ragged
@@ -229,13 +229,13 @@ def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
 # ------------------------------------------------------------------------------------------------------------ check
 
 
-@torch.no_grad()
-def check_head(config: CompactConfig, dtype: torch.dtype) -> None:
-    """
+def check_float32_head(dtype: torch.dtype) -> None:
+    """What `head_dtype: float32` asks of a student that trains, whose head is in `dtype`.
+
     Raises:
-        UserError: the head is to be computed in float32, and the student that trains has it in another `dtype`.
+        UserError: that is another one.
     """
-    if config.head_dtype == "float32" and dtype != torch.float32:
+    if dtype != torch.float32:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(
             f"head_dtype: float32 needs a head in float32, and this student's is in {kind}: train all of it "
@@ -243,6 +243,7 @@ def check_head(config: CompactConfig, dtype: torch.dtype) -> None:
         )
 
 
+@torch.no_grad()
 def check(model: nn.Module) -> None:
     """Try on two short sequences what COMPACT relies on, for this very model (a few tokens; model on any one device).
 

@@ -37,7 +37,7 @@ from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.results import load_results, write_atomically
 from compact.run_folder import Phases, claim, locked, save_student
-from compact.student import check_head, compute_dtype, load_student, merged, prepare
+from compact.student import check_float32_head, compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer, check_length
 from compact.training_data import example_question, training_data
@@ -96,8 +96,8 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
     """
     folder = Path(recipe.run)
     recipe.validate()
-    if recipe.student.lora is not None:  # all of a student trains in float32
-        check_head(recipe, compute_dtype(recipe.student))
+    if recipe.head_dtype == "float32" and recipe.student.lora is not None:  # all of a student trains in float32
+        check_float32_head(compute_dtype(recipe.student))
     arguments = training_arguments(recipe)  # before PartialState: it knows backend, timeout and engine
     with ExitStack() as held:
         with _main_process_first():

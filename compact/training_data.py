@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from compact.data import load_questions, prompt_of, prompt_text, question_text, 
 from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
+from compact.evaluate import recipe_tasks
 from compact.generation import suffix_ids
 from compact.results import write_atomically
 from compact.strategies import build_strategy
-from compact.tasks import load_task
 from compact.tokenization import prompt_ids
 
 
@@ -83,13 +84,11 @@ def training_data(
 def _trained_on(recipe: Recipe, questions: Dataset) -> dict[str, list[int]]:
     """Of each task that asks what is trained on: how many such questions, and how many it asks."""
     known = {text for row in questions for text in _texts(prompt_of(row))}
-    config, found = recipe.evaluation, {}
-    seed = recipe.seed if config.seed is None else config.seed  # that the evaluation draws with
-    for name, path in (config.tasks | config.forgetting).items():
-        rows = load_task(name, path, limit=config.limit, seed=seed, instruct=False).rows
-        shared = sum(not known.isdisjoint(_texts(row.prompt)) for row in rows)
+    found = {}
+    for task in recipe_tasks(replace(recipe.evaluation, instruct=False), None, recipe.seed):
+        shared = sum(not known.isdisjoint(_texts(row.prompt)) for row in task.rows)
         if shared:
-            found[name] = [shared, len(rows)]
+            found[task.name] = [shared, len(task.rows)]
     return found
 
 

@@ -10,10 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def environment() -> dict[str, str]:
+    """This process's, importing what it imports, but not in Triton's interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])}
+
+
 def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m module`` in two gloo processes of one thread each: as users' are, so not in Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     return subprocess.run(
         [
             sys.executable,
@@ -26,7 +30,7 @@ def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             *arguments,
         ],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**environment(), "OMP_NUM_THREADS": "1"},
         timeout=300,
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +38,7 @@ from tests.head_cases import (
     poison_fresh_memory,
     round_bfloat16,
 )
+from tests.processes import environment
 
 
 @pytest.fixture(params=["triton", "native", "torch"])
@@ -325,12 +325,10 @@ def test_a_rule_of_ones_own_decides_without_autocast():
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
     pytest.importorskip("triton", reason="needs Triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run(
         [sys.executable, str(script)],
-        env=environment
-        | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(script.parents[1]), *sys.path])},
+        env=environment() | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ from compact.student import add_lora, check, prepare
 from tests.architectures import CONFIGS, MORE, tiny, token_ids
 from tests.processes import two_ranks
 from tests.student_cases import LENGTHS, assert_same_gradients, directions, gradients, ragged, run, stir
-from tests.toy_run import toy_trainer
+from tests.toy_run import toy_model, toy_trainer
 
 
 @pytest.fixture(params=[*CONFIGS, *MORE])
@@ -136,6 +136,13 @@ def test_unknown_projections_name_the_option_that_replaces_them():
         prepare(
             transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
         )
+
+
+def test_the_check_records_no_gradients():
+    model, seen = prepare(toy_model()), []
+    model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    check(model)
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

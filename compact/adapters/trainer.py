@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from compact import backbone, student
+from compact import student
 from compact.collate import Collator
 from compact.config import CompactConfig
 from compact.controls import controlled
@@ -101,8 +101,8 @@ class DistillationMixin(_Host):
             )
         self._columns = list(TOKENS.names) if train_dataset is None else list(train_dataset.column_names)
         model = student.prepare(model, projections=config.consensus.affinity == "attention")
-        if config.head_dtype != "auto":
-            student.check_head(config, backbone.head(model).weight.dtype)
+        if config.head_dtype == "float32":
+            student.check_float32_head(student.head(model).weight.dtype)
         if not is_deepspeed_zero3_enabled():  # whose parameters are in shards already
             student.check(model)
         super().__init__(
