@@ -330,6 +330,29 @@ def test_a_normalised_input_that_autograd_keeps_is_not_kept_again():
     assert torch.equal(*found) and found[0].min() > 0
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_gradient_of_a_norm_layers_weight_is_the_sum_of_its_rationales(monkeypatch, heads_first):
+    _, x, ragged = setting()
+    norm = LlamaRMSNorm(6).double()
+    norm.weight.data.normal_()
+    x = (torch.cat([x, 2 * x]).transpose(0, 1)[None].transpose(1, 2) if heads_first else x).requires_grad_()
+
+    def losses() -> Tensor:
+        y = norm(x).mul_(3.0)  # an output that is changed in place
+        return y.square().sum((0, 1, 3) if heads_first else (0, 2))
+
+    expected = truth(norm, losses, ragged)
+    plain_grads = torch.autograd.grad(losses().sum(), [norm.weight, x])
+    monkeypatch.setattr(hooks, "give", lambda *_: pytest.fail("a hook is taken"))
+    recorder = SampleGradNorms(nn.Sequential(norm))
+    with recorder.record(ragged), pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(losses().sum(), [norm.weight], create_graph=True)
+    with recorder.record(ragged) as norms:
+        losses().sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close((norm.weight.grad, x.grad), plain_grads, rtol=1e-9, atol=0)
+
+
 def test_an_input_that_was_changed_is_an_error_though_autograd_has_a_copy():
     _, x, ragged = setting()
     norm = nn.Sequential(Gemma3RMSNorm(6)).bfloat16()  # its factor is 1 + weight

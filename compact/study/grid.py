@@ -96,7 +96,10 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         near = options.nearest(argv[0], embedded_grids())
         raise UserError(f"{argv[0]}: no such file, nor an embedded grid ({', '.join(embedded_grids())}){near}")
     tree = read_file(path)
+    own = dict(tree.value)
     set_flags(Grid, tree, argv[1:])  # --set.KEY value gives a recipe key to every cell
+    for key in ("methods", "settings"):
+        _choose(tree, own, key)
     grid = options.build(Grid, tree)
     methods = _methods(tree.value.get("methods", Given([])))
     if grid.baseline not in methods:
@@ -108,6 +111,19 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         if "/" in name or name.startswith("."):
             refuse(tree, name, "is a folder's name too: letters, digits, : . _ -")
     return grid, _cells(grid, tree, methods), tree
+
+
+def _choose(tree: Given, own: Mapping[str, Given], key: str) -> None:
+    """Names on the command line of what the grid's own file says under `key` choose from it."""
+    given = tree.value.get(key, Given(None))
+    there = own[key].value if key in own else {}
+    if not isinstance(given.value, list) or not isinstance(there, dict):
+        return
+    for name in given.value:
+        if key == "settings" and name not in there:
+            near = options.nearest(str(name), there)
+            refuse(given, key, f"{name!r} is no setting of the grid ({', '.join(map(str, there))}){near}")
+    tree.value[key] = Given({name: there.get(name, Given(None, given.place)) for name in given.value}, given.place)
 
 
 def _methods(given: Given) -> dict[str, Given]:

@@ -64,29 +64,14 @@ class Kept:
             self.tensor = None
 
 
-class Saved:
-    """What autograd has saved with a node, for a hook that runs before it: costs no memory of its own."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get(self) -> Tensor:
-        return getattr(torch._C._current_autograd_node(), self.name)
-
-    def release(self) -> None:
-        """Autograd does."""
-
-
-def other_factor(node: Node, weight: Tensor | None, shape: torch.Size) -> Saved | None:
-    """What `weight` is multiplied with, if `node` is a product of both; `shape` is the product's."""
+def other_factor(node: Node, weight: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """What `weight` is multiplied with, in its graph, if `node` is a product of both; `shape` is the product's."""
     if node.name() != "MulBackward0":
         return None
     for (before, _), name in zip(node.next_functions, ("_saved_other", "_saved_self")):
         if weight is not None and getattr(before, "variable", None) is weight:
             factor = getattr(node, name)
-            return Saved(name) if factor is not None and factor.shape == shape else None
+            return factor if factor is not None and factor.shape == shape else None
     return None
 
 

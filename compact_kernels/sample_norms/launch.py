@@ -256,10 +256,10 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
     x, gradient = _unit(x), _unit(gradient)
     tokens, heads, dim = gradient.shape
     out = torch.empty(cu.shape[0] - 1, slices, dim, dtype=torch.float32, device=x.device)
-    block, rows, warps = _scale_tile(dim, kind)
+    block, rows, warps = _scale_tile(dim)
     _launch(
         kernels.scale_kernel,
-        (out.shape[0] * slices, triton.cdiv(dim, block), 1),
+        (out.shape[0] * slices, 1, 1),
         (x, gradient, cu, out),
         (*x.stride()[:2], *gradient.stride()[:2], heads, dim, slices, eps, KINDS.index(kind), SLICE, rows, block),
         num_warps=warps,
@@ -268,13 +268,11 @@ def scale_gradients(x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: 
 
 
 @functools.cache
-def _scale_tile(dim: int, kind: str) -> tuple[int, int, int]:
-    """Its width, rows and warps: what is to be normalised is read in whole rows."""
-    block, rows = triton.next_power_of_2(dim), 16
-    if kind in ("ones", "given"):
-        block, rows = min(block, 256), SLICE
-    rows = max(1, min(rows, 8192 // block))
-    return block, rows, max(4, min(16, rows * block // 1024))
+def _scale_tile(dim: int) -> tuple[int, int, int]:
+    """Its width, rows and warps."""
+    block = triton.next_power_of_2(dim)
+    rows = max(1, min(16, 8192 // block))
+    return block, rows, max(4, min(16, rows * block // 2048))
 
 
 def token_rows(

@@ -12,9 +12,9 @@ Function can make the weight's gradient too. Linear layers with one input share 
 *carrier*, an expanded scalar in the shape of the layer's output whose value nobody looks at and whose gradient is the
 output's. When all are there, the node is run, and sees every G at once.
 
-Nothing here changes what a layer computes, nor its ordinary gradients; but for its neighbour's
-:class:`~compact_kernels.sample_norms.linear.OwnProduct`, which makes the weight's gradient from the same pass as the
-norms. Here: norm layers, embeddings, and the head tied to one.
+Nothing here changes what a layer computes, nor its ordinary gradients; but for :class:`NormProduct`, and its
+neighbour's :class:`~compact_kernels.sample_norms.linear.OwnProduct`, which make the weight's gradient from the same
+pass as the norms. Here: norm layers, embeddings, and the head tied to one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from compact_kernels.head.rows import refuse_second_derivative
 from compact_kernels.sample_norms import hooks, ops
 from compact_kernels.sample_norms.plain import row_products
 
@@ -109,6 +110,26 @@ class ScaleTap(Function):
         return gradient, None, weight, bias, None, None, None, None, *own
 
 
+class NormProduct(Function):
+    """(y, x, weight, slot) → y, which is x ∘ weight: the weight's gradient is the sum of its rationales'."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, slot: Tensor, cu: Tensor, heads_first: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, cu)
+        ctx.slices, ctx.heads_first = slot.shape[1], heads_first
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view: it may be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a norm layer whose norms are recorded")
+        x, weight, cu = ctx.saved_tensors
+        dx = gradient * weight if ctx.needs_input_grad[1] else None
+        if ctx.heads_first:
+            x, gradient = x.transpose(1, 2), gradient.transpose(1, 2)
+        parts = ops.scale_gradients(by_token(x), by_token(gradient), cu, ctx.slices, "given", 0.0)
+        return None, dx, parts.sum((0, 1)).to(weight.dtype), parts, None, None
+
+
 def scale_gradients(
     x: Tensor, gradient: Tensor, cu: Tensor, slices: int, kind: str, eps: float, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -140,13 +161,11 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     source = None if recorder.unweighted else hooks.source(y)
     if source is not None:
         node, place = source
-        kept: hooks.Kept | hooks.Saved = hooks.Kept(x)
-        kind = member.kind
-        # The normalised input: where autograd keeps that itself, the input need not be kept beside it. An instance's
-        # own forward may be any, a checkpoint too.
-        if member.before is None and (factor := hooks.other_factor(node, self.weight, y.shape)):  # type: ignore[arg-type]
-            kept, kind = factor, "given"
-        node.register_prehook(scale_hook(member, recorder.segments, kept, kind, y.shape, heads_first, place))
+        # An instance's own forward may be any, a checkpoint too.
+        factor = None if member.before is not None else hooks.other_factor(node, self.weight, y.shape)  # type: ignore[arg-type]
+        if factor is not None:
+            return NormProduct.apply(y.detach(), factor, self.weight, member.slot, recorder.segments.cu, heads_first)
+        node.register_prehook(scale_hook(member, recorder.segments, hooks.Kept(x), y.shape, heads_first, place))
         return y
     own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
     if heads_first:
@@ -163,19 +182,9 @@ def _heads_first(x: Tensor, tokens: int) -> bool:
 
 
 def scale_hook(
-    member: ScaleMember,
-    segments: Segments,
-    kept: hooks.Kept | hooks.Saved,
-    kind: str,
-    shape: torch.Size,
-    heads_first: bool,
-    place: int,
+    member: ScaleMember, segments: Segments, kept: hooks.Kept, shape: torch.Size, heads_first: bool, place: int
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
-    """What gives a norm layer's norms when the gradient of its output is there, (…) of `shape`.
-
-    Args:
-        kept: the layer's input; with `kind` given the normalised one.
-    """
+    """What gives a norm layer's norms when the gradient of its output is there, (…) of `shape`."""
     slots, cu, slices = (member.slot, member.bias_slot), segments.cu, segments.slices
 
     def arrived(grads: tuple[Tensor | None, ...]) -> None:
@@ -185,7 +194,7 @@ def scale_hook(
         x, gradient = kept.get(), gradient.reshape(shape)
         if heads_first:
             x, gradient = x.transpose(1, 2), gradient.transpose(1, 2)
-        found = scale_gradients(x, gradient, cu, slices, kind, member.eps, member.trains)
+        found = scale_gradients(x, gradient, cu, slices, member.kind, member.eps, member.trains)
         for slot, parts in zip(slots, found):
             if slot is not None and parts is not None:
                 hooks.give(slot, parts)
@@ -244,7 +253,7 @@ class TokenTap(Function):
         g, ids = flat(gradient), ids.reshape(-1)
         norms = ops.token_norms(ids, g, cu, tiles, ctx.padding) * ctx.scale**2
         if rows is not None:
-            kept = rows * (ids != ctx.padding)[:, None]
+            kept = rows if ctx.padding < 0 else rows * (ids != ctx.padding)[:, None]
             cross = row_products(g, kept, cu) * (2 * ctx.scale)
             first = (tiles[:, 1] == 0) & (tiles[:, 2] == 0)  # one tile of each rationale
             norms = norms + torch.where(first, cross[tiles[:, 0].long()], 0.0).to(norms.dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from compact import options
 from compact.errors import UserError
 from compact.study import runner
 from compact.study.data import recipe_of
@@ -40,6 +41,19 @@ def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
 def test_a_mistaken_grid_is_named_with_its_line(toy, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_grid([str(grid_file(tmp_path, toy, **changes))])
+
+
+def test_names_on_the_command_line_choose_from_the_grid(toy, tmp_path):
+    mine = {"weights": {"temperature": 3}}
+    path = grid_file(
+        tmp_path, toy, methods={"uniform": None, "mine": mine}, settings={"a": {"skills": {}}, "b": {"skills": {}}}
+    )
+    _, cells, tree = load_grid([str(path), "--methods", "[mine, compact]", "--settings", "[b]", "--baseline", "mine"])
+    assert [one.name for one in cells] == ["b/mine/seed-0", "b/compact/seed-0"]
+    assert options.plain(cells[0].tree)["weights"]["temperature"] == 3
+    assert options.plain(tree)["methods"] == {"mine": mine, "compact": None}
+    with pytest.raises(UserError, match=r"--settings: 'bb' is no setting of the grid \(a, b\); did you mean b\?"):
+        load_grid([str(path), "--settings", "[bb]"])
 
 
 def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
