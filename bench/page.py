@@ -53,7 +53,7 @@ def write(records: Sequence[Record], path: Path) -> None:
     parts = [f"# Losses side by side on {records[-1]['device']}", _provenance(records)]
     mean_p = sorted({record["mean_p"] for record in records if "mean_p" in record})
     parts.append(
-        READING.format(mean_p=" to ".join(f"{p:.2f}" for p in {mean_p[0]: 0, mean_p[-1]: 0}) if mean_p else "-")
+        READING.format(mean_p=" to ".join(dict.fromkeys(f"{p:.2f}" for p in (*mean_p[:1], *mean_p[-1:]))) or "-")
     )
     if not pictures.AVAILABLE:
         parts.append("Without pictures: matplotlib is not installed.")
