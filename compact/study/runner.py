@@ -130,6 +130,12 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
                     assert worker.job is not None
                     failed += not _finish(worker.job, code)
                     bar.update(bool(worker.job.method))
+                    if code == 2:  # a mistake of the recipe's: what waits for this has made it too
+                        spared = [job for job in waiting if job.needs is worker.job]
+                        _give_up(spared, worker.job)
+                        failed += len(spared)
+                        bar.update(len(spared))
+                        waiting = [job for job in waiting if job not in spared]
                     if code not in (0, 2):
                         worker.stop()
                     worker.job, ended = None, True
@@ -280,6 +286,12 @@ def _finish(job: Job, code: int) -> bool:
         said = [f"it ended with {ending} ({log}), after: {lines[-1] if lines else 'nothing'}"]
     write_atomically(job.error, said[-1])
     return False
+
+
+def _give_up(jobs: Sequence[Job], failed: Job) -> None:
+    """They fail as `failed` did, without a start."""
+    for job in jobs:
+        write_atomically(job.error, failed.error.read_text(encoding="utf-8"))
 
 
 def _fitting(jobs: Sequence[Job]) -> int:

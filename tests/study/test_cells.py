@@ -16,7 +16,7 @@ from compact.errors import UserError
 from compact.run_folder import locked
 from compact.study import cell, runner
 from compact.study.grid import load_grid
-from tests.study_cases import grid_file
+from tests.study_cases import InProcess, grid_file, study
 
 
 def test_fewer_cells_at_once_are_expected_to_take_less_and_the_slowest_of_a_kind_speaks_for_it(tmp_path):
@@ -122,6 +122,22 @@ def test_a_failed_cell_says_why(tmp_path, code, log, expected):
     (tmp_path / "log.txt").write_text(log)
     assert not runner._finish(job, code)
     assert re.match(expected, job.error.read_text())
+
+
+def test_where_the_untrained_student_fails_by_a_mistake_no_cell_is_started(toy, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(InProcess, "begin", InProcess.start, raising=False)
+    monkeypatch.setattr(
+        InProcess, "start", lambda self, job, at_once: (started.append(job.name), self.begin(job, at_once))
+    )
+    path = grid_file(tmp_path, toy, methods=["uniform"], set={"student.model": str(tmp_path / "nobody")})
+    assert study(path, "--seeds", "[0, 1]") == 1
+    assert started == ["base of few"]
+    for seed in (0, 1):
+        folder = tmp_path / "study" / "cells" / "few" / "uniform" / f"seed-{seed}"
+        assert "nobody" in (folder / "failed.txt").read_text()
+    told = (tmp_path / "study" / "study.md").read_text()
+    assert "**2 cells failed**" in told
 
 
 def test_two_studies_do_not_write_to_one_folder(tmp_path):
