@@ -15,7 +15,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from compact_kernels import Ragged, SampleGradNorms
-from compact_kernels.sample_norms import hooks, ops, plain
+from compact_kernels.sample_norms import hooks, layers, ops, plain
 from compact_kernels.sample_norms.linear import Family
 
 LENGTHS = (3, 2, 4)
@@ -338,19 +338,84 @@ def test_the_gradient_of_a_norm_layers_weight_is_the_sum_of_its_rationales(monke
     x = (torch.cat([x, 2 * x]).transpose(0, 1)[None].transpose(1, 2) if heads_first else x).requires_grad_()
 
     def losses() -> Tensor:
-        y = norm(x).mul_(3.0)  # an output that is changed in place
+        y = norm(hidden_states=x).mul_(3.0)  # an output that is changed in place
         return y.square().sum((0, 1, 3) if heads_first else (0, 2))
 
     expected = truth(norm, losses, ragged)
     plain_grads = torch.autograd.grad(losses().sum(), [norm.weight, x])
-    monkeypatch.setattr(hooks, "give", lambda *_: pytest.fail("a hook is taken"))
-    recorder = SampleGradNorms(nn.Sequential(norm))
-    with recorder.record(ragged), pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(losses().sum(), [norm.weight], create_graph=True)
-    with recorder.record(ragged) as norms:
+    monkeypatch.setattr(layers, "scale_hook", lambda *_: pytest.fail("a hook is taken"))
+    with SampleGradNorms(nn.Sequential(norm)).record(ragged) as norms:
         losses().sum().backward()
     torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
     torch.testing.assert_close((norm.weight.grad, x.grad), plain_grads, rtol=1e-9, atol=0)
+
+
+def norm_then_linear() -> tuple[nn.Sequential, Tensor, Ragged]:
+    _, x, ragged = setting()
+    model = nn.Sequential(LlamaRMSNorm(6), nn.Linear(6, 5, bias=False)).double()
+    model[0].weight.data.normal_()
+    return model, x, ragged
+
+
+def test_passes_over_a_norm_layer_that_name_their_inputs_count():
+    model, x, ragged = norm_then_linear()
+    expected = truth(model, lambda: rows(model(x)), ragged)
+    with SampleGradNorms(model, products="gram").record(ragged) as norms:
+        loss = rows(model(x)).sum()
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)  # leaves no gradient, and no norm
+        loss.backward(inputs=list(model.parameters()))
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+
+
+def test_a_norm_layer_whose_norms_are_recorded_has_a_second_derivative():
+    model, x, ragged = norm_then_linear()
+    x.requires_grad_()
+
+    def penalised() -> Tensor:
+        loss = rows(model(x)).sum()
+        [gradient] = torch.autograd.grad(loss, [x], create_graph=True)
+        return loss + gradient.square().sum()
+
+    expected = torch.autograd.grad(penalised(), [*model.parameters(), x])
+    with SampleGradNorms(model, products="gram").record(ragged):
+        found = torch.autograd.grad(penalised(), [*model.parameters(), x])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_another_class_does_with_its_output_is_seen():
+    class MyRMSNorm(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            self.out = super().forward(x)
+            if self.out.requires_grad:
+                self.out.register_hook(lambda gradient: 2 * gradient)
+            return self.out
+
+    _, x, ragged = setting()
+    norm = MyRMSNorm(6).double()
+
+    def losses() -> Tensor:
+        return rows(norm(x), norm.out * 3)
+
+    expected = truth(norm, losses, ragged)
+    with SampleGradNorms(nn.Sequential(norm)).record(ragged) as norms:
+        losses().sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-6, atol=0)  # its class normalises in float32
+
+
+def test_a_norm_layer_without_a_gradient_leaves_none():
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    model, x, ragged = norm_then_linear()
+    with SampleGradNorms(nn.Sequential(model[0])).record(ragged):
+        (rows(Nothing.apply(model[0](x))).sum() + x.sum().requires_grad_()).backward()
+    assert model[0].weight.grad is None
 
 
 def test_an_input_that_was_changed_is_an_error_though_autograd_has_a_copy():

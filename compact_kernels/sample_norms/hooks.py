@@ -65,7 +65,7 @@ class Kept:
 
 
 def other_factor(node: Node, weight: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """What `weight` is multiplied with, in its graph, if `node` is a product of both; `shape` is the product's."""
+    """What `weight` is multiplied with, with its graph, if `node` is a product of both; `shape` is the product's."""
     if node.name() != "MulBackward0":
         return None
     for (before, _), name in zip(node.next_functions, ("_saved_other", "_saved_self")):

@@ -4,7 +4,7 @@ A layer has a *slot*, a leaf whose gradient is defined to be (parts of) the squa
 
 By a hook (:mod:`compact_kernels.sample_norms.hooks`), for linear and norm layers that run eagerly: it sees the
 gradient of the layer's output, has kept the layer's input, and puts what it makes of them into the slot's ``grad``.
-Layers with one input wait for each other's gradients.
+Layers with one input wait for each other's gradients. A norm layer of transformers' own is a :class:`NormProduct`.
 
 By a Function of autograd's that takes the slot, wherever a hook will not do: autograd then brings norms wherever it
 brings gradients, through compiled graphs and hooks of saved tensors (checkpoints that are not reentrant), and a
@@ -14,7 +14,7 @@ output's. When all are there, the node is run, and sees every G at once.
 
 Nothing here changes what a layer computes, nor its ordinary gradients; but for :class:`NormProduct`, and its
 neighbour's :class:`~compact_kernels.sample_norms.linear.OwnProduct`, which make the weight's gradient from the same
-pass as the norms. Here: norm layers, embeddings, and the head tied to one.
+pass as the norms: the same but for rounding. Here: norm layers, embeddings, and the head tied to one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from compact_kernels.head.rows import refuse_second_derivative
 from compact_kernels.sample_norms import hooks, ops
 from compact_kernels.sample_norms.plain import row_products
 
@@ -111,23 +110,39 @@ class ScaleTap(Function):
 
 
 class NormProduct(Function):
-    """(y, x, weight, slot) → y, which is x ∘ weight: the weight's gradient is the sum of its rationales'."""
+    """(y, x̂, weight, …) → y = x̂ ∘ weight: the weight's gradient is the sum of its rationales', which norms ask for.
+
+    Autograd would multiply and add up once more. The slot gets its gradient as from a hook.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, slot: Tensor, cu: Tensor, heads_first: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, cu)
-        ctx.slices, ctx.heads_first = slot.shape[1], heads_first
+    def forward(
+        ctx: Any, y: Tensor, normalised: Tensor, weight: Tensor, slot: Tensor, cu: Tensor, heads_first: bool
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(normalised, weight if ctx.needs_input_grad[1] else None, cu)
+        ctx.slot, ctx.heads_first, ctx.dtype = slot, heads_first, weight.dtype
         return torch.ops.aten._unsafe_view(y, y.shape)  # no view: it may be changed in place
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("a norm layer whose norms are recorded")
-        x, weight, cu = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 6
+        normalised, weight, cu = ctx.saved_tensors
         dx = gradient * weight if ctx.needs_input_grad[1] else None
-        if ctx.heads_first:
-            x, gradient = x.transpose(1, 2), gradient.transpose(1, 2)
-        parts = ops.scale_gradients(by_token(x), by_token(gradient), cu, ctx.slices, "given", 0.0)
-        return None, dx, parts.sum((0, 1)).to(weight.dtype), parts, None, None
+        again = torch.is_grad_enabled()  # someone will differentiate this
+        dw = (gradient * normalised).flatten(0, -2).sum(0) if again else None
+        accumulates = hooks.accumulates(torch._C._current_graph_task_id())
+        if accumulates or dw is None:
+            if ctx.heads_first:
+                normalised, gradient = normalised.transpose(1, 2), gradient.transpose(1, 2)
+            with torch.no_grad():
+                slices = ctx.slot.shape[1]
+                parts = ops.scale_gradients(by_token(normalised), by_token(gradient), cu, slices, "given", 0.0)
+            dw = parts.sum((0, 1)) if dw is None else dw
+            if accumulates:
+                hooks.give(ctx.slot, parts)
+        return None, dx, dw.to(ctx.dtype), None, None, None
 
 
 def scale_gradients(
@@ -148,12 +163,13 @@ def by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-2], x.shape[-1])
 
 
-def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def scale_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     member: ScaleMember = self._sample_norms  # type: ignore[assignment]
     recorder = member.recorder
     if recorder.segments is None or not torch.is_grad_enabled():
-        return original(self, member.before, x, *args, **kwargs)
-    y = (detached if recorder.unweighted else original)(self, member.before, x, *args, **kwargs)
+        return original(self, member.before, *args, **kwargs)
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))  # whatever its class calls it
+    y = (detached if recorder.unweighted else original)(self, member.before, *args, **kwargs)
     heads_first = x.dim() == 4 and _heads_first(x, recorder.segments.tokens)
     rows = x.shape[:-1] if x.dim() != 4 else (x.shape[0], x.shape[2 if heads_first else 1])
     recorder.check_rows(self, math.prod(rows))
@@ -161,10 +177,13 @@ def scale_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     source = None if recorder.unweighted else hooks.source(y)
     if source is not None:
         node, place = source
-        # An instance's own forward may be any, a checkpoint too.
-        factor = None if member.before is not None else hooks.other_factor(node, self.weight, y.shape)  # type: ignore[arg-type]
-        if factor is not None:
-            return NormProduct.apply(y.detach(), factor, self.weight, member.slot, recorder.segments.cu, heads_first)
+        # Another forward may do anything with its output: hook it, keep it, checkpoint it.
+        known = member.before is None and type(self).forward.__module__.startswith("transformers.")
+        normalised = hooks.other_factor(node, self.weight, y.shape) if known else None  # type: ignore[arg-type]
+        if normalised is not None:
+            return NormProduct.apply(
+                y.detach(), normalised, self.weight, member.slot, recorder.segments.cu, heads_first
+            )
         node.register_prehook(scale_hook(member, recorder.segments, hooks.Kept(x), y.shape, heads_first, place))
         return y
     own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
