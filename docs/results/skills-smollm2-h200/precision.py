@@ -1,4 +1,4 @@
-"""python precision.py STUDY OTHER: accuracy in STUDY less that in OTHER over the cells of both, mean ± standard error."""
+"""python precision.py STUDY OTHER: accuracy in STUDY less that in OTHER over cells of both, mean ± standard error."""
 
 from __future__ import annotations
 
