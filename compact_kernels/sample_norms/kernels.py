@@ -227,12 +227,12 @@ def scale_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One slice of one rationale: Σ x̂ ∘ g over its rows."""
+    """One slice of one rationale: Σ x̂ ∘ g over its rows; with KIND 2 and 3 some of its columns alone."""
     s = tl.program_id(0) // slices
     piece = tl.program_id(0) % slices
     start = tl.load(cu_ptr + s) + piece * SLICE
     end = tl.minimum(start + SLICE, tl.load(cu_ptr + s + 1))
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_in = d < dim
     total = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     for k in range(start * heads, end * heads, ROWS):
