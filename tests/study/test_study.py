@@ -222,8 +222,9 @@ def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(to
     command = [sys.executable, "-m", "compact.study", str(path)]
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where nohup runs the tests
+        )  # fmt: skip
         deadline = time.time() + 240
         while not (folder / "base" / "few" / "recipe.yaml").exists():  # the worker is on its way
             assert process.poll() is None and time.time() < deadline
