@@ -214,6 +214,12 @@ def test_a_merged_student_is_evaluated_on_the_questions_that_its_branches_held_o
     assert len(load_results(Path(recipe.run), "after")[0]["held_out"].predictions) > 0
 
 
+def heed_signals() -> None:
+    """Those that are ignored where nohup or a shell's & runs the tests."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(toy, tmp_path):
     path = grid_file(
         tmp_path, toy, methods=["uniform"], settings={"few": {"skills": {"questions": 16, "held_out": 2}}}
@@ -223,7 +229,7 @@ def test_a_study_that_is_stopped_stops_its_cells_and_the_same_command_goes_on(to
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where nohup runs the tests
+            preexec_fn=heed_signals,
         )  # fmt: skip
         deadline = time.time() + 240
         while not (folder / "base" / "few" / "recipe.yaml").exists():  # the worker is on its way
