@@ -119,11 +119,13 @@ def _choose(tree: Given, own: Mapping[str, Given], key: str) -> None:
     there = own[key].value if key in own else {}
     if not isinstance(given.value, list) or not isinstance(there, dict):
         return
-    for name in given.value:
+    there = {str(name): item for name, item in there.items()}
+    names = [str(name) for name in given.value]  # whatever was given: it may be no name
+    for name in names:
         if key == "settings" and name not in there:
-            near = options.nearest(str(name), there)
-            refuse(given, key, f"{name!r} is no setting of the grid ({', '.join(map(str, there))}){near}")
-    tree.value[key] = Given({name: there.get(name, Given(None, given.place)) for name in given.value}, given.place)
+            near = options.nearest(name, there)
+            refuse(given, key, f"{name!r} is no setting of the grid ({', '.join(there)}){near}")
+    tree.value[key] = Given({name: there.get(name, Given(None, given.place)) for name in names}, given.place)
 
 
 def _methods(given: Given) -> dict[str, Given]:

@@ -130,8 +130,8 @@ class NormProduct(Function):
             return (None,) * 6
         normalised, weight, cu = ctx.saved_tensors
         dx = gradient * weight if ctx.needs_input_grad[1] else None
-        again = torch.is_grad_enabled()  # someone will differentiate this
-        dw = (gradient * normalised).flatten(0, -2).sum(0) if again else None
+        # By autograd's own functions where someone will differentiate this pass.
+        dw = (gradient * normalised).flatten(0, -2).sum(0) if torch.is_grad_enabled() else None
         accumulates = hooks.accumulates(torch._C._current_graph_task_id())
         if accumulates or dw is None:
             if ctx.heads_first:

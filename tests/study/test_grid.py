@@ -54,6 +54,8 @@ def test_names_on_the_command_line_choose_from_the_grid(toy, tmp_path):
     assert options.plain(tree)["methods"] == {"mine": mine, "compact": None}
     with pytest.raises(UserError, match=r"--settings: 'bb' is no setting of the grid \(a, b\); did you mean b\?"):
         load_grid([str(path), "--settings", "[bb]"])
+    with pytest.raises(UserError, match="--methods: .* is no known method"):
+        load_grid([str(path), "--methods", "[{mine: 3}]"])
 
 
 def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
