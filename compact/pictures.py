@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from compact.results import wilson
 
@@ -248,6 +249,7 @@ def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
                 ax.annotate(
                     text, (record[key], y), (0, 4), textcoords="offset points",
                     ha="center", va="bottom", fontsize=7.5, color=colour,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],  # legible on the line of zero
                 )  # fmt: skip
         ax.set_title(f"{plain(task)}\n{SPLITS[split]}", fontsize=9)
         ax.grid(axis="y", visible=False)

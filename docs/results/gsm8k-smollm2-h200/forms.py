@@ -1,6 +1,6 @@
 """python forms.py STUDY/cells/gsm8k METHOD …: in what form held-out questions are answered, and how many right.
 
-Before training too.
+Before training too; of all seeds that there are.
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ cells = Path(sys.argv[1])
 base = cells.parent.parent / "base"
 tell("before training", sorted(base.glob(f"{cells.name}-fold-*/evaluation/before/held_out.jsonl")))
 for method in sys.argv[2:]:
-    tell(method, sorted((cells / method).glob("seed-0-fold-*/evaluation/after/held_out.jsonl")))
+    tell(method, sorted((cells / method).glob("seed-*-fold-*/evaluation/after/held_out.jsonl")))

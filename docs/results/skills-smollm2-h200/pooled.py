@@ -1,0 +1,41 @@
+"""python pooled.py STUDY FRESH: `compact` less other methods, in points, over the seeds of both studies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from compact.study.statistics import crossed
+
+TASKS = {"held_out": ["held_out"], "wordings": ["wordings"], "tasks": ["tasks"], "ood": ["wordings", "tasks"]}
+
+
+def table(cells: list[Path], tasks: list[str]) -> np.ndarray:
+    """Whether each answer is right, seeds × questions."""
+    seeds = []
+    for cell in cells:
+        right = {}
+        for task in tasks:
+            for line in (cell / "evaluation" / "after" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                right[task, row["id"]] = float(row["correct"])
+        seeds.append(right)
+    if any(right.keys() != seeds[0].keys() for right in seeds):
+        sys.exit("the studies asked different questions")
+    return np.array([[right[key] for key in sorted(right)] for right in seeds])
+
+
+studies = [Path(word) / "cells" / "misleading" for word in sys.argv[1:3]]
+ours = {cell.name: cell for study in studies for cell in (study / "compact").glob("seed-*")}
+for method in ("uniform", "uniform_token", "single-verbose"):
+    theirs = {cell.name: cell for study in studies for cell in (study / method).glob("seed-*")}
+    names = sorted(ours.keys() & theirs.keys())
+    said = []
+    for label, tasks in TASKS.items():
+        found = crossed(100 * (table([ours[n] for n in names], tasks) - table([theirs[n] for n in names], tasks)))
+        low, high = found.interval() or (float("nan"), float("nan"))
+        said.append(f"{label} {found.mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+    print(f"compact - {method}, {len(names)} seeds: {', '.join(said)}")
