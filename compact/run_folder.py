@@ -28,7 +28,7 @@ def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
     """Make `folder` this recipe's run, or find that it is already.
 
     A run that stopped before its first evaluation has nothing to lose: it takes the recipe as it is now. One that has
-    been moved goes on with what was moved along.
+    been moved goes on with what was moved along. Keys that an older version did not write are at their defaults.
 
     Args:
         flag: what the user chooses another folder with.
@@ -41,7 +41,7 @@ def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
         raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with {flag}")
     begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
     if stored.exists() and begun:
-        theirs, ours = _leaves(stored_recipe(folder)), _leaves(to_dict(recipe))
+        theirs, ours = (_leaves(to_dict(one)) for one in (from_dict(stored_recipe(folder)), recipe))
         apart = ("run", "demo.arms")  # however the folder is called from here; arms are runs of their own
         differing = [key for key in ours | theirs if key not in apart and theirs.get(key) != ours.get(key)]
         if differing:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from transformers import BertConfig, BertModel, T5Config, T5Model
 
+from compact.config import from_dict, read_recipe
+from compact.options import plain
+from compact.run_folder import claim
 from compact.train import main
+from compact.yamlfile import write_file
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_rows, write_rows
 from tests.train_cases import files, flags
@@ -140,6 +145,16 @@ def test_an_output_folder_that_is_not_this_run_is_left_alone(refused, finished, 
     refused("is not empty and holds no run", "--run", run=tmp_path / "thesis")
     assert files(tmp_path / "thesis") == {"chapter.tex"}
     refused("is a file, and a run needs a folder", run=tmp_path / "thesis" / "chapter.tex")
+
+
+def test_a_key_that_an_older_version_did_not_write_is_at_its_default(refused, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "older")
+    recipe = read_recipe(str(tmp_path / "older" / "recipe.yaml"))
+    del recipe.value["head_dtype"], recipe.value["gradients"].value["every"]
+    write_file(plain(recipe), tmp_path / "older" / "recipe.yaml")
+    options = {"head_dtype": "float32", "training__disable_tqdm": False, "trained": True}
+    refused("holds another run: head_dtype is 'auto' there and 'float32' here.", run=tmp_path / "older", **options)
+    claim(tmp_path / "older", from_dict({**plain(recipe), "run": str(tmp_path / "older")}))
 
 
 def test_a_command_that_failed_before_its_run_began_may_be_mended(refused, toy, tmp_path):
