@@ -208,8 +208,8 @@ class EvaluationConfig:
 class CompactConfig:
     """The method: what α is and what the loss is (method §2–3, §5)."""
 
-    strategy: Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind"] = option(
-        "compact", "what α is"
+    strategy: Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind", "MODULE:CLASS"] = (
+        option("compact", "what α is; MODULE:CLASS: a subclass of compact.strategies.Strategy, of your own")
     )
     adaptability: AdaptabilityConfig = option(AdaptabilityConfig, "eq. 2–3")
     consensus: ConsensusConfig = option(ConsensusConfig, "eq. 4–5")
@@ -434,7 +434,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     set_flags(Recipe, tree, argv[1:] if named else argv)
     if "training" in tree.value and isinstance(tree.value["training"].value, dict):
         check_training(tree.value["training"])  # here too: places are known here
-    return _checked(tree)
+    return checked(tree)
 
 
 def read_recipe(name: str | None) -> Given:
@@ -448,7 +448,8 @@ def read_recipe(name: str | None) -> Given:
     return read_file(Path(name))
 
 
-def _checked(tree: Given) -> Recipe:
+def checked(tree: Given) -> Recipe:
+    """A checked recipe from a tree of what somebody gave, whose places errors name."""
     recipe = options.build(Recipe, tree)
     recipe.validate()
     return recipe
@@ -456,7 +457,7 @@ def _checked(tree: Given) -> Recipe:
 
 def from_dict(values: dict[str, Any], source: str = "") -> Recipe:
     """A checked recipe from plain nested values; `source` is named in errors."""
-    return _checked(as_given(values, source))
+    return checked(as_given(values, source))
 
 
 def to_dict(recipe: CompactConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from compact.errors import UserError
 
+OWN_CLASS = "MODULE:CLASS"  # among a Literal's choices: a class of the user's own, by where it is imported from
 NOTHING_NEAR = "; --help lists all keys, and what transformers.TrainingArguments has is training.NAME"
 COMPARE = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -133,6 +135,8 @@ def convert(hint: Any, given: Given, key: str, bounds: dict[str, float]) -> Any:
         return {name: convert(entry, item, f"{key}.{name}", bounds) for name, item in items.items()}
     if origin is Literal:
         if value in get_args(hint) and type(value) is type(get_args(hint)[0]):
+            return value
+        if OWN_CLASS in get_args(hint) and isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value):
             return value
         near = nearest(str(value), map(str, get_args(hint)))
         refuse(given, key, f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}{near}")

@@ -124,10 +124,13 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
 
 def _states(content: Mapping[str, Any]) -> list[str]:
     """What :func:`compact.states.read_states` found."""
+    chance = content.get("cka_of_chance", {})  # not in what an older version wrote
+    shuffled = [number(chance.get(layer), 3) for layer in ("pooled", "last")]
     lines = [
         f"Both students read the same {content['questions']} questions with all their rationales. Linear CKA of the "
         f"mean states, before against after: {number(content['cka']['pooled'], 3)}, of the last states "
-        f"{number(content['cka']['last'], 3)} (1: the same up to rotation and scale). The centre moved by "
+        f"{number(content['cka']['last'], 3)} (1: the same up to rotation and scale; chance, with the rationales "
+        f"shuffled: {shuffled[0]} and {shuffled[1]}). The centre moved by "
         f"{number(content['pca_shift']['pooled'], 2)} spreads in the main plane of the states before.",
     ]
     rows = [

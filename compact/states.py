@@ -152,6 +152,7 @@ def summary(
             }
     return {
         "cka": {layer: linear_cka(before[layer], after[layer]) for layer in ("pooled", "last")},
+        "cka_of_chance": {layer: chance_of_cka(before[layer], after[layer]) for layer in ("pooled", "last")},
         "pca_shift": {layer: pca_shift(before[layer], after[layer])["shift"] for layer in ("pooled", "last")},
         "trajectories": {
             when: {name: mean(values[name].tolist()) for name in ("peaks", "sharpest", "rise")}
@@ -177,6 +178,13 @@ def linear_cka(one: np.ndarray, other: np.ndarray) -> float | None:
     x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
     cross, own, theirs = (np.linalg.norm(a.T @ b) for a, b in ((x, y), (x, x), (y, y)))
     return float(cross**2 / (own * theirs)) if own > 0 and theirs > 0 else None
+
+
+def chance_of_cka(one: np.ndarray, other: np.ndarray, draws: int = 10) -> float | None:
+    """Its mean where the items of `other` are shuffled: far above 0 where they are few beside the dimensions."""
+    rng = np.random.default_rng(0)
+    found = [linear_cka(one, other[rng.permutation(len(other))]) for _ in range(draws)]
+    return mean([value for value in found if value is not None])
 
 
 def pca_shift(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:

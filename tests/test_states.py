@@ -13,7 +13,7 @@ import compact.analyze
 from compact import influence
 from compact.controls import controlled
 from compact.drift import token_divergences
-from compact.states import auc, linear_cka, pca_shift
+from compact.states import auc, chance_of_cka, linear_cka, pca_shift
 from compact.train import main
 from tests.toy_run import save_student, toy_model, toy_rows, toy_trainer, write_rows
 from tests.train_cases import flags
@@ -26,6 +26,8 @@ def test_cka_is_one_for_a_rotation_and_small_for_what_has_nothing_to_do_with_it(
     assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
     assert linear_cka(x, rng.normal(size=(400, 8))) < 0.1
     assert linear_cka(x, np.ones((400, 3))) is None
+    few, others = rng.normal(size=(2, 24, 32))  # fewer items than dimensions: far above 0 by chance
+    assert 0.4 < linear_cka(few, others) == pytest.approx(chance_of_cka(few, few), abs=0.1)
 
 
 def test_the_shift_is_measured_in_the_spread_of_the_states_before():
@@ -99,6 +101,7 @@ def test_analyze_looks_into_the_student_and_the_report_tells(run):
     assert states["finds_wrong"]["after"]["alpha"] is not None
     text = (run / "report.md").read_text()
     assert "Inside the student" in text and "Linear CKA" in text
+    assert f"shuffled: {states['cka_of_chance']['pooled']:.3f}" in text
     pictures = {path.stem for path in (run / "pictures").iterdir()}
     assert {"latent", "metrics", "evidence", "weights"} <= pictures
     assert ("tsne" in pictures) == _has_sklearn() != ("scikit-learn is not installed" in text)

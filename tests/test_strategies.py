@@ -281,3 +281,17 @@ def test_in_a_loop_of_ones_own_teachers_who_are_not_trained_on_weigh_nothing(giv
     strategy = build_strategy(toy_config(given), ["a", "b", "c"])
     _, context = batch_of([3, 1, 2])
     assert strategy.given(context).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("nowhere.at_all:Mine", "there is no module nowhere to import nowhere.at_all:Mine from: start in its folder"),
+        ("compact.strategies.mind:Mine", "compact.strategies.mind has no class Mine that is a subclass"),
+        ("compact.config:Recipe", "compact.config has no class Recipe that is a subclass of compact.strategies"),
+        ("mine:", "strategy: 'mine:' is not one of compact, uniform, .*, mind, MODULE:CLASS"),
+    ],
+)
+def test_a_class_of_one_s_own_that_cannot_be_had_is_named(place, said):
+    with pytest.raises(UserError, match=said):
+        build_strategy(toy_config({"strategy": place}), ["a", "b"])

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from compact.errors import UserError
 from compact.metrics import read_metrics
-from compact.strategies import STRATEGIES, Strategy
+from compact.strategies import Strategy
 from compact.trainer import CompactTrainer
 from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
@@ -176,9 +176,8 @@ class _Learned(Strategy):
         self.seen = state["seen"]
 
 
-def test_a_learned_strategy_trains_beside_the_student_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setitem(STRATEGIES, "uniform", _Learned)
-    settings = {"method": {"strategy": "uniform"}, "save_strategy": "steps", "save_steps": 3}
+def test_a_learned_strategy_of_one_s_own_trains_beside_the_student_and_resumes(tmp_path):
+    settings = {"method": {"strategy": f"{__name__}:_Learned"}, "save_strategy": "steps", "save_steps": 3}
     straight = toy_trainer(tmp_path, **settings)
     straight.train()
     assert straight.strategy.score.abs().min() > 0

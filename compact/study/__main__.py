@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from compact.errors import UserError
@@ -21,6 +22,13 @@ from compact.study.summary import write_summary
 from compact.yamlfile import write_file
 
 
+def _minutes(text: str) -> float:
+    with suppress(ValueError):
+        if (minutes := float(text)) >= 0:
+            return minutes
+    raise argparse.ArgumentTypeError(f"{text} is no number of minutes, 0 or more")
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if "--help" in words or "-h" in words:
@@ -28,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parser = argparse.ArgumentParser(prog="compact.study", add_help=False, allow_abbrev=False)
     parser.add_argument("--price", action="store_true")
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--minutes", type=_minutes)
     given, words = parser.parse_known_args(words)
     try:
         grid, cells, tree = load_grid(words)

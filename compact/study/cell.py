@@ -40,8 +40,8 @@ from compact.training_data import training_data
 def run_merged(recipe: Recipe, rounds: int) -> None:
     """Branches that each learn from one teacher, merged by averaging their weights (Merge-of-Thought's idea).
 
-    Every round trains its branches from the last round's average, with an even share of the recipe's epochs; the
-    branches are ordinary runs in RUN/branches. RUN then holds the merged student, its evaluation and a report.
+    Every round trains its branches from the last round's average, with an even share of the recipe's epochs or steps;
+    the branches are ordinary runs in RUN/branches. RUN then holds the merged student, its evaluation and a report.
     """
     assert recipe.data.train is not None
     folder = Path(recipe.run)
@@ -51,7 +51,9 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     teachers = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")[
         1
     ].teachers
-    epochs = float(recipe.training.get("num_train_epochs", 3)) / rounds  # type: ignore[arg-type]
+    share = {"num_train_epochs": float(recipe.training.get("num_train_epochs", 3)) / rounds}  # type: ignore[arg-type]
+    if (steps := int(recipe.training.get("max_steps", -1))) > 0:  # type: ignore[call-overload]
+        share["max_steps"] = max(1, round(steps / rounds))
     student = recipe.student
     for number in range(1, rounds + 1):
         branches = []
@@ -62,7 +64,7 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
                 strategy="single",
                 weights=replace(recipe.weights, teacher=teacher),
                 student=student,
-                training={**recipe.training, "num_train_epochs": epochs},
+                training={**recipe.training, **share},
                 evaluation=replace(recipe.evaluation, tasks={}, forgetting={}, held_text=None, limit=1),
             )
             run(branch)
@@ -77,7 +79,8 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(average, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(average)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    _, held_out, _ = training_data(recipe, tokenizer, folder)  # the same as every branch's
+    _, held_out, report = training_data(recipe, tokenizer, folder)  # the same as every branch's
+    write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
     settings = recipe.evaluation
     evaluate_tasks(
         model,
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(recipe)
     except UserError as error:
-        print(f"compact.study: {error}", file=sys.stderr)
+        print(f"\ncompact.study: {error}", file=sys.stderr)  # a line of its own, below a progress bar
         return 2
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     price = {"seconds": max(time.time() - started, _phases(folder)), "at_once": given.at_once, "peak_reserved": peak}

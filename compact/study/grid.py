@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from compact import options
 from compact.commandline import find, set_flags
-from compact.config import Recipe, embedded_recipes, read_recipe
+from compact.config import Recipe, checked, embedded_recipes, read_recipe
 from compact.errors import UserError
 from compact.options import Given, as_given, option, refuse
 from compact.yamlfile import read_file
@@ -69,7 +70,11 @@ class Cell:
     @property
     def name(self) -> str:
         fold = "" if self.fold is None else f"-fold-{self.fold}"
-        return f"{self.setting}/{self.method.replace(':', '-')}/seed-{self.seed}{fold}"
+        return f"{self.setting}/{_folder(self.method)}/seed-{self.seed}{fold}"
+
+
+def _folder(method: str) -> str:
+    return method.replace(":", "-")
 
 
 def known_methods() -> dict[str, Given]:
@@ -92,10 +97,14 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
     path = Path(argv[0])
     if not path.is_file() and argv[0] in embedded_grids():
         path = GRIDS / f"{argv[0]}.yaml"
+    if path.is_dir():
+        raise UserError(f"{argv[0]} is a folder: name a grid, a YAML file; a study's folder is given with --study")
     if not path.is_file():
         near = options.nearest(argv[0], embedded_grids())
         raise UserError(f"{argv[0]}: no such file, nor an embedded grid ({', '.join(embedded_grids())}){near}")
     tree = read_file(path)
+    if not isinstance(tree.value, dict):
+        refuse(tree, "", f"expected keys and values, got {tree.value!r}")
     own = dict(tree.value)
     set_flags(Grid, tree, argv[1:])  # --set.KEY value gives a recipe key to every cell
     for key in ("methods", "settings"):
@@ -107,10 +116,19 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         refuse(place, "baseline", f"{grid.baseline!r} is none of the methods: {', '.join(methods)}")
     if not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
         refuse(tree.value["seeds"], "seeds", f"{grid.seeds}: at least one, each once")
+    if not grid.settings:
+        refuse(tree.value["settings"], "settings", "name at least one, or leave the key out")
     for name in (*methods, *grid.settings):
         if "/" in name or name.startswith("."):
             refuse(tree, name, "is a folder's name too: letters, digits, : . _ -")
-    return grid, _cells(grid, tree, methods), tree
+    by_folder: dict[str, str] = {}
+    for name in methods:
+        if (other := by_folder.setdefault(_folder(name), name)) != name:
+            problem = f"{other} and {name} would share the folder {_folder(name)}: rename one"
+            refuse(tree.value["methods"], "methods", problem)
+    cells = _cells(grid, tree, methods)
+    _check(cells)
+    return grid, cells, tree
 
 
 def _choose(tree: Given, own: Mapping[str, Given], key: str) -> None:
@@ -132,23 +150,25 @@ def _methods(given: Given) -> dict[str, Given]:
     """Name → recipe keys, from a list of names or a mapping."""
     known, value = known_methods(), given.value
     if isinstance(value, list):
+        if twice := [name for name in value if value.count(name) > 1]:
+            refuse(given, "methods", f"{twice[0]!r} is there twice")
         value = {str(name): Given(None, given.place) for name in value}
     if not isinstance(value, dict) or not value:
         refuse(given, "methods", "name at least one: a list of names, or name: recipe keys")
     methods = {}
     for name, keys in value.items():
-        if isinstance(keys.value, dict):
-            methods[str(name)] = keys
-        elif keys.value is not None:
+        name, own = str(name), keys.value
+        if own is not None and not isinstance(own, dict):
             refuse(keys, f"methods.{name}", "a method is a mapping, such as '{weights.temperature: 0.3}'")
-        elif name in known:
-            methods[name] = known[name]
-        elif str(name).startswith("single:"):
-            teacher = str(name).partition(":")[2]
-            methods[name] = as_given({"strategy": "single", "weights.teacher": teacher}, keys.place)
-        else:
-            near = options.nearest(str(name), known)
+        if name.startswith("single:"):
+            teacher = name.partition(":")[2]
+            base = as_given({"strategy": "single", "weights.teacher": teacher}, keys.place).value
+        elif own is None and name not in known:
+            near = options.nearest(name, known)
             refuse(keys, "methods", f"{name!r} is no known method ({', '.join(known)}, single:TEACHER){near}")
+        else:
+            base = known[name].value if name in known else {}
+        methods[name] = Given({**base, **(own or {})}, keys.place)  # a known method's keys, and those over them
     return methods
 
 
@@ -165,10 +185,13 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
             own = dict(keys.value or {})
             skills = _skills(own.pop("skills", None))
             folds = _whole(own.pop("folds", None), "folds", least=2)
+            if skills is not None and folds:
+                refuse(keys, f"settings.{setting}", "skills makes the held-out questions, and so does folds: name one")
             for fold in range(folds) if folds else [None]:
                 for method, changes in methods.items():
                     theirs = dict(changes.value)
                     merge = _whole(theirs.pop("merge", None), "merge", least=1)
+                    _refuse_made(own | theirs, skills is not None, bool(folds))
                     recipe = read_recipe(grid.recipe)
                     for overrides in (common.value, own, theirs, {"seed": Given(seed)}):
                         overlay(recipe, overrides)
@@ -176,6 +199,56 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
     if grid.order == "methods":  # stable: settings, seeds and folds stay in their order
         cells.sort(key=lambda cell: [*methods].index(cell.method))
     return cells
+
+
+def _refuse_made(given: Mapping[str, Given], skills: bool, folds: bool) -> None:
+    """Keys of a setting or a method that the study would put its own values in place of."""
+    tree = Given({})
+    overlay(tree, given)
+    made = {"run": "study names the folder", "seed": "seeds names them"}
+    made |= {key: "skills makes it" for key in ("data.train", "data.held_out", "evaluation.limit") if skills}
+    made |= {"data.held_out": "folds makes it"} if folds else {}
+    for key, why in made.items():
+        if (item := _at(tree, key)) is not None:
+            refuse(item, key, f"is not a setting's or a method's to say: {why}")
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Every recipe, as far as it is known before its data are made.
+
+    Raises:
+        UserError: what only the user can give and has not, a wrong type, a value out of range, or a contradiction.
+    """
+    kinds: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        kinds.setdefault((cell.setting, cell.method), cell)
+    for cell in kinds.values():
+        tree = _copy(cell.tree)
+        if cell.skills is not None:
+            overlay(tree, {"data.train": Given("train.jsonl"), "data.held_out": Given("held_out.jsonl")})
+        for key, item in _leaves(tree):
+            if isinstance(item.value, options.Required):
+                refuse(item, key, f"is yours to give ({item.value}): --set.{key} VALUE")
+        try:
+            checked(tree)
+        except UserError as error:
+            raise UserError(f"{cell.setting}, {cell.method}: {error}") from None
+
+
+def _leaves(tree: Given, prefix: str = "") -> Iterator[tuple[str, Given]]:
+    for name, item in tree.value.items():
+        if isinstance(item.value, dict):
+            yield from _leaves(item, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", item
+
+
+def _at(tree: Given, key: str) -> Given | None:
+    """What a tree holds at a key with dots."""
+    found: Given | None = tree
+    for name in key.split("."):
+        found = found.value.get(name) if found is not None and isinstance(found.value, dict) else None
+    return found
 
 
 def overlay(tree: Given, overrides: Mapping[str, Given]) -> None:
@@ -220,7 +293,7 @@ def _skills(given: Given | None) -> SkillsConfig | None:
 def _whole(given: Given | None, key: str, least: int) -> int:
     if given is None:
         return 0
-    if not isinstance(given.value, int) or given.value < least:
+    if not isinstance(given.value, int) or isinstance(given.value, bool) or given.value < least:
         refuse(given, key, f"{given.value!r} is not a whole number of at least {least}")
     return given.value
 
@@ -233,10 +306,14 @@ def grid_help() -> str:
         "--minutes N: start no cell that would not be finished by then; the same command goes on later.",
         f"GRID: a YAML file, or {', '.join(embedded_grids())}.",
     ]
-    lines += [f"  {spec.name}: {spec.metadata['help']}" for spec in fields(Grid)]
-    lines += [f"skills.{spec.name}: {spec.metadata['help']}" for spec in fields(SkillsConfig)]
+    lines += [f"  {spec.name}: {spec.metadata['help']}{_default(spec)}" for spec in fields(Grid)]
+    lines += [f"  skills.{spec.name}: {spec.metadata['help']}{_default(spec)}" for spec in fields(SkillsConfig)]
     lines += ["", f"Known methods: {', '.join(known_methods())}, single:TEACHER."]
     return "\n".join(lines)
+
+
+def _default(spec: Field) -> str:
+    return "" if spec.default is MISSING or spec.default is None else f" ({json.dumps(spec.default)})"
 
 
 def plain_tree(cell: Cell) -> dict[str, Any]:

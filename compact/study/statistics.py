@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A mean with its standard error and the degrees of freedom of that error; None where one value is all."""
+    """A mean, its standard error and the degrees of freedom of that error; None where nothing varies."""
 
     mean: float
     se: float | None
@@ -36,7 +36,7 @@ def crossed(values: np.ndarray) -> Estimate:
     """
     seeds, items = values.shape
     grand = float(values.mean())
-    if values.size == 1:
+    if (values == values[0, 0]).all():  # of values that are all alike none tells how others would differ
         return Estimate(grand, None, 0.0)
     if seeds == 1 or items == 1:
         return Estimate(grand, float(values.std(ddof=1)) / math.sqrt(values.size), values.size - 1.0)
@@ -47,7 +47,7 @@ def crossed(values: np.ndarray) -> Estimate:
     by_seed, by_item, residual = (float(square) / dof for square, dof in zip(squares, dofs))
     variance = max(by_seed + by_item - residual, by_seed, by_item)
     if variance == 0:
-        return Estimate(grand, 0.0, float(dofs[0]))
+        return Estimate(grand, None, 0.0)
     dof = variance**2 / (by_seed**2 / dofs[0] + by_item**2 / dofs[1] + residual**2 / dofs[2])
     return Estimate(grand, math.sqrt(variance / values.size), max(dof, float(dofs[0])))
 

@@ -195,12 +195,13 @@ def seconds_of(folder: Path) -> float:
 
 def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     records, baseline = content["records"], content["baseline"]
+    few = " Two seeds say little of others: such an interval can be too short." if len(content["seeds"]) == 2 else ""
     parts = [
         f"# {content['study']}",
         f"{content['cells']} cells, recipe `{content['recipe']}`, seeds {content['seeds']}. "
         f"Mean ± one standard error; in brackets the paired difference from `{baseline}`, over the seeds that both "
         "have, with its 95% interval, which allows for other seeds and other questions (two-way random effects; of "
-        "one seed for other questions alone). Bold: the interval is clear of zero.",
+        f"one seed for other questions alone). Bold: the interval is clear of zero.{few}",
     ]
     if content["failed"]:
         alike: defaultdict[str, list[str]] = defaultdict(list)
@@ -214,6 +215,7 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         for measure in dict.fromkeys(record["measure"] for record in ours):
             note = f" ({NOTES[measure]})" if measure in NOTES else ""
             parts += [f"**{measure}**, {UNITS[measure]}{note}", _table(ours, measure, content["baseline"])]
+        parts += _best_teacher(ours)
         weights = [entry for entry in content["weights"] if entry["setting"] == setting]
         if weights:
             names = list(dict.fromkeys(name for entry in weights for name in entry["alpha"]))
@@ -230,6 +232,19 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
             text += f" {seconds['missing']} missing: at that price {minutes:.0f} min, one after another."
         parts.append(text)
     return "\n\n".join(parts) + "\n"
+
+
+def _best_teacher(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which single teachers are the baselines "best" and "worst": known afterwards."""
+    accuracy = {
+        record["method"]: record["mean"]
+        for record in records
+        if record["method"].startswith("single:") and record["measure"] == "accuracy" and record["split"] == "id"
+    }
+    if len(accuracy) < 2:
+        return []
+    best, worst = (choose(accuracy, key=accuracy.__getitem__) for choose in (max, min))
+    return [f"Of the single teachers `{best}` is best in distribution, `{worst}` worst."]
 
 
 def _table(records: Sequence[dict[str, Any]], measure: str, baseline: str) -> str:
@@ -249,12 +264,14 @@ def _cell(record: Mapping[str, Any] | None, measure: str, baseline: str) -> str:
     if record is None:
         return "–"
     digits = 1 if measure == "accuracy" else 3
+    low, high = record["diff_ci95"] or (0.0, 0.0)
+    while digits < 7 and low * high > 0 and not round(min(abs(low), abs(high)), digits):
+        digits += 1  # an interval that is clear of zero shows it
     text = f"{record['mean']:.{digits}f}" + ("" if record["se"] is None else f" ± {record['se']:.{digits}f}")
     difference = record[f"diff_vs_{baseline}"]
     if difference is not None:
         shown = f"{difference:+.{digits}f}"
         if record["diff_ci95"] is not None:
-            low, high = record["diff_ci95"]
             shown += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
             shown = f"**{shown}**" if low > 0 or high < 0 else shown
         text += f" ({shown})"

@@ -36,11 +36,43 @@ def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
         ({"settings": {"a.skills.questions": 9}}, r"settings.a.skills.questions: a setting is a mapping"),
         ({"settings": {"a": {"folds": 1}}}, "folds: 1 is not a whole number of at least 2"),
         ({"methods": []}, "methods: name at least one"),
+        ({"methods": ["uniform", "uniform"]}, "methods: 'uniform' is there twice"),
+        ({"methods": {"uniform": None, "a-b": {}, "a:b": {}}}, "methods: a-b and a:b would share the folder a-b"),
+        ({"methods": {"uniform": {"merge": True}}}, "merge: True is not a whole number"),
+        ({"methods": {"uniform": {"run": "x"}}}, r"grid.yaml:\d+: run: is not .* to say: study names the folder"),
+        (
+            {"settings": {"a": {"skills": {}, "data": {"train": "x.jsonl"}}}},
+            r"grid.yaml:\d+: data.train: is not .* to say: skills makes it",
+        ),
+        (
+            {"methods": {"uniform": None, "broken": {"weights.temperature": -1}}},
+            r"few, broken: .*grid.yaml:\d+: weights.temperature: -1 is out of range",
+        ),
+        ({"set": {"weights.teacher": "terse"}}, "few, compact: weights.teacher: only strategy single reads it"),
+        ({"settings": {}}, "settings: name at least one"),
+        (
+            {"settings": {"a": {"skills": {}, "folds": 2}}},
+            "settings.a: skills makes the held-out questions, and so does",
+        ),
     ],
 )
 def test_a_mistaken_grid_is_named_with_its_line(toy, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_grid([str(grid_file(tmp_path, toy, **changes))])
+
+
+def test_what_only_the_user_can_give_is_asked_for_by_its_flag():
+    with pytest.raises(UserError, match=r"skills.yaml:\d+: student.model: is yours .*: --set.student.model VALUE"):
+        load_grid(["skills"])
+
+
+@pytest.mark.parametrize("content", ["[]", "- a", "hello"])
+def test_a_file_that_holds_no_keys_is_no_grid(tmp_path, content):
+    (tmp_path / "grid.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"grid.yaml:1: expected keys and values"):
+        load_grid([str(tmp_path / "grid.yaml")])
+    with pytest.raises(UserError, match="is a folder: name a grid"):
+        load_grid([str(tmp_path)])
 
 
 def test_names_on_the_command_line_choose_from_the_grid(toy, tmp_path):
@@ -58,17 +90,29 @@ def test_names_on_the_command_line_choose_from_the_grid(toy, tmp_path):
         load_grid([str(path), "--methods", "[{mine: 3}]"])
 
 
-def test_a_value_that_no_recipe_can_have_fails_its_cell_alone(toy, tmp_path):
-    methods = {"uniform": None, "broken": {"weights.temperature": -1}}
-    grid, cells, _ = load_grid([str(grid_file(tmp_path, toy, methods=methods))])
-    jobs = runner._jobs(grid, cells, Path(grid.study))
-    assert [job.name for job in jobs] == ["base of few", "few/uniform/seed-0"]
-    other, _, _ = load_grid([str(grid_file(tmp_path, toy, methods=["no_consensus", "uniform"])), "--seeds", "[5]"])
-    again = runner._jobs(other, load_grid([str(tmp_path / "grid.yaml"), "--seeds", "[5]"])[1], Path(grid.study))
+def test_the_untrained_student_is_asked_once_whatever_methods_and_seeds_come_later(toy, tmp_path):
+    grid, cells, _ = load_grid([str(grid_file(tmp_path, toy, methods=["uniform"]))])
+    assert [job.name for job in runner._jobs(grid, cells, Path(grid.study))] == ["base of few", "few/uniform/seed-0"]
+    other, cells, _ = load_grid([str(grid_file(tmp_path, toy, methods=["no_consensus", "uniform"])), "--seeds", "[5]"])
+    again = runner._jobs(other, cells, Path(grid.study))
     assert [job.name for job in again] == ["base of few", "few/no_consensus/seed-5", "few/uniform/seed-5"]
-    assert all(job.needs is again[0] for job in again[1:])  # whatever methods and seeds come later
-    said = (Path(grid.study) / "cells" / "few" / "broken" / "seed-0" / "failed.txt").read_text()
-    assert "weights.temperature: -1 is out of range" in said
+    assert all(job.needs is again[0] for job in again[1:])
+
+
+def test_keys_under_a_known_method_are_put_over_its_own(toy, tmp_path):
+    methods = {
+        "uniform": {"sft_reduction": "token"},
+        "mind": {"mind": {"threshold": 0.5}},
+        "single:verbose": {"sft_reduction": "sum"},
+    }
+    path = grid_file(tmp_path, toy, methods=methods)
+    of = {one.method: options.plain(one.tree) for one in load_grid([str(path)])[1]}
+    assert of["uniform"]["strategy"] == "uniform" and of["uniform"]["divergence"]["weight"] == 0
+    assert of["uniform"]["sft_reduction"] == "token"
+    assert of["mind"]["strategy"] == "mind" and of["mind"]["mind"]["threshold"] == 0.5
+    assert of["single:verbose"]["weights"]["teacher"] == "verbose" and of["single:verbose"]["sft_reduction"] == "sum"
+    with pytest.raises(UserError, match=r"grid.yaml:\d+: seed: is not a setting's or a method's to say"):
+        load_grid([str(grid_file(tmp_path, toy, methods={"uniform": {"seed": 1}}))])
 
 
 def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):

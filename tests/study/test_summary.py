@@ -41,7 +41,7 @@ def test_differences_are_named_by_their_baseline(tmp_path):
     assert {key for record in records for key in record if key.startswith("diff_vs")} == {"diff_vs_a"}
     ours = next(record for record in records if record["method"] == "b" and record["measure"] == "accuracy")
     assert ours["diff_vs_a"] == pytest.approx(50)
-    assert "| b | 2 | 100.0" in (told := summary._table(records, "accuracy", "a")) and "(**+50.0" in told
+    assert "| b | 2 | 100.0 (+50.0) |" in summary._table(records, "accuracy", "a")  # of two alike no interval
 
 
 def test_what_every_fold_was_asked_counts_once_and_a_failed_fold_takes_its_seed_along(tmp_path):
@@ -82,4 +82,25 @@ def test_one_seed_or_one_question_leaves_an_ordinary_mean():
     values = np.array([[1.0, 2.0, 4.0]])
     assert crossed(values).se == pytest.approx(values.std(ddof=1) / 3**0.5)
     assert crossed(values.T).se == crossed(values).se
-    assert crossed(np.ones((1, 1))).se is None and crossed(np.ones((3, 4))).interval() == [1, 1]
+    assert crossed(np.ones((1, 1))).se is None
+
+
+@pytest.mark.parametrize("values", [np.ones((3, 4)), np.ones((1, 4)), np.eye(2)])
+def test_values_of_which_nothing_varies_claim_no_interval(values):
+    assert crossed(values).mean == values.mean() and crossed(values).interval() is None
+
+
+def test_an_interval_that_is_clear_of_zero_shows_it():
+    record = {"mean": -0.2, "se": 0.1, "diff_vs_a": -0.0002, "diff_ci95": [-0.0003, -0.0001]}
+    assert summary._cell(record, "kl", "a") == "−0.2000 ± 0.1000 (**−0.0002 [−0.0003, −0.0001]**)"
+    record |= {"diff_vs_a": -7.3, "diff_ci95": [-14.6, 0.04]}
+    assert summary._cell(record, "accuracy", "a") == "−0.2 ± 0.1 (−7.3 [−14.6, +0.0])"
+
+
+def test_the_best_and_the_worst_single_teacher_are_named_afterwards():
+    records = [
+        {"method": method, "measure": "accuracy", "split": "id", "mean": mean}
+        for method, mean in (("uniform", 9), ("single:a", 3), ("single:b", 5), ("single:c", 1))
+    ]
+    assert "`single:b` is best in distribution, `single:c` worst" in summary._best_teacher(records)[0]
+    assert summary._best_teacher(records[:2]) == []
