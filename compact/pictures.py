@@ -225,7 +225,7 @@ def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
     """Each method's paired difference from the baseline with its 95% interval, a panel a task, at most three to a row.
 
     Args:
-        records: of a study, all of one setting and measure, each with `diff_ci95`.
+        records: of a study, all of one setting and measure; where `diff_ci95` is None there is a point alone.
     """
     key = f"diff_vs_{baseline}"
     tasks = list(dict.fromkeys((record["task"], record["split"]) for record in records))
@@ -241,9 +241,11 @@ def differences(records: Sequence[Mapping[str, Any]], baseline: str) -> Figure:
         ax.axvline(0, color=GREY, linewidth=1)
         for record in records:
             if (record["task"], record["split"]) == (task, split):
-                y, (low, high) = methods.index(record["method"]), record["diff_ci95"]
+                y, interval = methods.index(record["method"]), record["diff_ci95"]
+                low, high = interval or (0.0, 0.0)
                 colour = PALETTE[2] if low > 0 else PALETTE[3] if high < 0 else GREY
-                ax.plot([low, high], [y, y], color=colour, linewidth=2.4)
+                if interval is not None:
+                    ax.plot([low, high], [y, y], color=colour, linewidth=2.4)
                 ax.plot(record[key], y, "o", color=colour, markersize=5)
                 text = f"{record[key]:+.1f}".replace("-", "−")
                 ax.annotate(

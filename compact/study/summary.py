@@ -292,7 +292,9 @@ def _pictures(study: Path, records: Sequence[dict[str, Any]], baseline: str) -> 
             shown = [
                 record
                 for record in records
-                if record["setting"] == setting and record["measure"] == "accuracy" and record["diff_ci95"] is not None
+                if record["setting"] == setting
+                and record["measure"] == "accuracy"
+                and record[f"diff_vs_{baseline}"] is not None
             ]
             if shown:
                 png = io.BytesIO()
