@@ -241,7 +241,7 @@ def _best_teacher(records: Sequence[Mapping[str, Any]]) -> list[str]:
         for record in records
         if record["method"].startswith("single:") and record["measure"] == "accuracy" and record["split"] == "id"
     }
-    if len(accuracy) < 2:
+    if len(set(accuracy.values())) < 2:
         return []
     best, worst = (choose(accuracy, key=accuracy.__getitem__) for choose in (max, min))
     return [f"Of the single teachers `{best}` is best in distribution, `{worst}` worst."]
