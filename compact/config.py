@@ -204,12 +204,15 @@ class EvaluationConfig:
     note: str | None = option(None, "a warning at the top of the report: what its numbers may not be set beside")
 
 
+StrategyName = Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind", "MODULE:CLASS"]
+
+
 @dataclass
 class CompactConfig:
     """The method: what α is and what the loss is (method §2–3, §5)."""
 
-    strategy: Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind", "MODULE:CLASS"] = (
-        option("compact", "what α is; MODULE:CLASS: a subclass of compact.strategies.Strategy, of your own")
+    strategy: StrategyName = option(
+        "compact", "what α is; MODULE:CLASS: a subclass of compact.strategies.Strategy, of your own"
     )
     adaptability: AdaptabilityConfig = option(AdaptabilityConfig, "eq. 2–3")
     consensus: ConsensusConfig = option(ConsensusConfig, "eq. 4–5")
