@@ -24,7 +24,7 @@ import yaml
 
 from compact.comparison import comparison
 from compact.errors import UserError
-from compact.metrics import INFORMATION, METRICS, NORMS, read_metrics
+from compact.metrics import EQUAL, INFORMATION, METRICS, NORMS, read_metrics
 from compact.report import markdown
 from compact.results import TaskResult, compare, load_results, write_atomically
 
@@ -105,6 +105,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "note": run.recipe.get("evaluation", {}).get("note"),
         "accuracy": {name: _accuracy(run, name) for name in {**run.before, **run.after}},
         "alpha_mean": {name: _tail_mean(rows, name, "alpha") for name in run.teachers},
+        "equal": {name: _tail_mean(rows, name, EQUAL) for name in run.teachers},
         "teachers": {name: {m: _tail_mean(rows, name, m) for m in _measured(rows)} for name in run.teachers},
         "drift": _json(run.folder / "evaluation" / "after" / "drift.json") or None,
         "steps_with_norms": len(_with_norm(rows, NORMS[0])),

@@ -21,7 +21,8 @@ METRICS = ("adaptability", "consensus", "difficulty")
 _SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS, "squared_norms")
 INFORMATION = ("adaptability", "shuffled_mask", "wrong_answer", "phsic_mean")  # of compact.information, by rationale
 NORMS = ("influence", "own_norm")  # u_s, and n_s where it was measured apart; known after the backward pass
-_PER_TEACHER = ("count", "alpha", *METRICS, *NORMS)
+EQUAL = "equal"  # what α would be if a question's rationales weighed the same: teachers may be missing from some
+_PER_TEACHER = ("count", "alpha", EQUAL, *METRICS, *NORMS)
 
 
 def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: int) -> Tensor:
@@ -37,7 +38,8 @@ def batch_metrics(result: CompatibilityOutput, teachers: Tensor, num_teachers: i
     spreads = [question_spread(value, ragged)[1].sum() for value in values]
     one_hot = torch.nn.functional.one_hot(teachers, num_teachers).to(result.alpha.dtype)  # (S, teachers)
     later = [torch.zeros_like(result.alpha)] * len(NORMS)
-    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, *values, *later])  # (7, S)
+    equal = ragged.cu_questions.diff().to(result.alpha.dtype).reciprocal()[ragged.question_of_sequence]
+    columns = torch.stack([torch.ones_like(result.alpha), result.alpha, equal, *values, *later])  # (8, S)
     none = torch.zeros_like(result.sft)
     scalars = [result.loss.detach(), result.sft, result.divergence, none, questions, entropy, *spreads, none]
     return torch.cat([torch.stack(scalars), (columns @ one_hot).flatten()]).double()

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from compact.metrics import EQUAL
 from compact.results import wilson
 
 WIDTH = 9.0  # inches; at 160 dots an inch a README shows it at about half size
@@ -150,8 +151,9 @@ def weights(rows: Sequence[Mapping[str, Any]], alpha_mean: Mapping[str, float | 
         ax.plot(steps, middle, color=colour)
         mean = alpha_mean[teacher]
         ends.append((middle[~np.isnan(middle)][-1], f"{teacher}  {'' if mean is None else f'{mean:.2f}'}", colour))
-    if ends:
-        equal = 1 / len(ends)
+    known = {round(float(value), 3) for name in alpha_mean for value in series(rows, name, EQUAL) if value == value}
+    if ends and len(known) < 2:  # the same for all teachers in all questions
+        equal = known.pop() if known else 1 / len(ends)
         ax.axhline(equal, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
         ends.append((equal, f"equal  {equal:.2f}", GREY))
     if len(steps) >= 12:
@@ -211,7 +213,8 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
     entropy = np.array([row.get("alpha_entropy", math.nan) for row in rows], dtype=float)
     axes[3].plot(steps, entropy, color=INK, alpha=0.2, linewidth=0.9)
     axes[3].plot(steps, smooth(entropy)[0], color=INK)
-    most = math.log(max(1, len(teachers)))
+    equal = [value for teacher in teachers for value in series(rows, teacher, EQUAL) if value == value]
+    most = -math.log(min(equal, default=1 / max(1, len(teachers))))  # of the largest question
     axes[3].axhline(most, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     axes[3].annotate("equal weights", (steps[0], most), (3, 3), textcoords="offset points", fontsize=8, color=GREY)
     axes[3].set(title="Entropy of α (nats)", ylim=(0, most * 1.2 or 1))

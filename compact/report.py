@@ -19,6 +19,7 @@ def markdown(content: Mapping[str, Any], recipe: str, pictures: Mapping[str, str
         *([f"> **Note.** {content['note'].strip()}"] if content["note"] else []),
         "## Accuracy",
         *_accuracy(content["accuracy"]),
+        *_drift(content["drift"]),
         *(f"**{told}.**" for told in told_trained_on(content.get("trained_on") or {})),
         "## Teachers",
         *_teachers(content),
@@ -91,14 +92,42 @@ def _accuracy(tasks: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _drift(drift: Mapping[str, Any] | None) -> list[str]:
+    if not drift:
+        return []
+    kl = drift["kl"]
+    return [
+        f"How far the student has moved on held text ({count(kl['n'])} texts of `{drift['text']}`): "
+        f"KL(before ‖ after) is {number(kl['mean'], 4)} ± {number(kl['standard_error'], 4)} nats a token."
+    ]
+
+
+def _equal(content: Mapping[str, Any]) -> float | None:
+    """What α would be if all weighed the same; None where that is not the same for all teachers."""
+    known = {round(value, 3) for value in content.get("equal", {}).values() if value is not None}
+    if len(known) > 1:
+        return None
+    return known.pop() if known else 1 / len(content["alpha_mean"])
+
+
 def _teachers(content: Mapping[str, Any]) -> list[str]:
     if not content["alpha_mean"]:
         return [f"Teachers: {MISSING}."]
+    equal = _equal(content)
+    apart = [] if equal is not None else ["if equal"]  # some questions lack some teachers
     rows = [
-        [name, number(alpha, 3), *(number(value, 3) for value in content["teachers"][name].values())]
+        [name, number(alpha, 3), *(number(content["equal"][name], 3) for _ in apart)]
+        + [number(value, 3) for value in content["teachers"][name].values()]
         for name, alpha in content["alpha_mean"].items()
     ]
-    rows.append(["*spread within a question*", "", *(number(value, 3) for value in content["spread"].values())])
+    rows.append(
+        [
+            "*spread within a question*",
+            "",
+            *("" for _ in apart),
+            *(number(value, 3) for value in content["spread"].values()),
+        ]
+    )
     entropy = number(content["alpha_entropy"], 2)
     columns = {
         "adaptability": "S_MI (adaptability)",
@@ -111,14 +140,21 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
     norms = (
         f" Norms of {some:,} measured steps, the last quarter of these." if some and some < content["steps"] else ""
     )
+    told = f"Equal weights would be {number(equal, 3)}."
+    if equal is None:
+        told = "Teachers are missing from some questions: *if equal* is what α would be if those there weighed alike."
+    scores = ""
+    if content["strategy"] == "compact":
+        scores = (
+            " Weights come from z-scores within a question, so they tell the order of the teachers and not how far "
+            "apart they are: the spread (standard deviation, raw) tells that."
+        )
     effective = [number(content["effective_teachers"][when], 2) for when in ("first_tenth", "last_tenth")]
     return [
-        table(["teacher", "α", *(columns[name] for name in next(iter(content["teachers"].values())))], rows),
-        f"Means over the last quarter of training. Equal weights would be {1 / len(content['alpha_mean']):.3f}; "
-        f"entropy of α: {entropy} nats. α is worth {effective[0]} teachers of equal weight in the first tenth of the "
-        f"steps and {effective[1]} in the last (1: it has collapsed onto one). "
-        "Weights come from z-scores within a question, so they tell the order of the "
-        f"teachers and not how far apart they are: the spread (standard deviation, raw) tells that.{norms}",
+        table(["teacher", "α", *apart, *(columns[name] for name in next(iter(content["teachers"].values())))], rows),
+        f"Means over the last quarter of training. {told} Entropy of α: {entropy} nats. α is worth {effective[0]} "
+        f"teachers of equal weight in the first tenth of the steps and {effective[1]} in the last (1: it has "
+        f"collapsed onto one).{scores}{norms}",
     ]
 
 
@@ -201,7 +237,7 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         return [f"Nothing to draw: {MISSING}."]
     captions = {
         "accuracy": "Accuracy and log-probability of the gold answer, before and after training.",
-        "weights": _weights_caption(content["alpha_mean"]),
+        "weights": _weights_caption(content["alpha_mean"], _equal(content)),
         "loss": _loss_caption(content["loss"]),
         "statistics": "What the weights are made from: each teacher's raw metrics, and how even the weights are.",
         "trajectory": "One question: how sure the student is of the gold answer as it reads each rationale. A rise is "
@@ -227,14 +263,15 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
     return lines
 
 
-def _weights_caption(alphas: Mapping[str, float | None]) -> str:
+def _weights_caption(alphas: Mapping[str, float | None], equal: float | None) -> str:
     known = {name: alpha for name, alpha in alphas.items() if alpha is not None}
     if len(known) < 2:
         return "Weight of the teacher over training."
     most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
+    told = "teachers are missing from some questions" if equal is None else f"equal weights would be {equal:.2f}"
     return (
         f"Weights over training: in the last quarter {most} weighs most ({known[most]:.2f}) and {least} least "
-        f"({known[least]:.2f}); equal weights would be {1 / len(known):.2f}."
+        f"({known[least]:.2f}); {told}."
     )
 
 

@@ -54,8 +54,6 @@ def check_loss(
             "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
             "or CompatibilityRule(consensus=0)"
         )
-    if weights is None and isinstance(rule, CompatibilityRule) and not torch.compiler.is_compiling():
-        check_scored(ragged)
     if sft_reduction not in ("mean", "sum", "token"):
         raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
     if divergence not in ("kl", "jsd"):
@@ -65,9 +63,16 @@ def check_loss(
     return rule
 
 
-def check_scored(ragged: Ragged) -> None:
-    """A rationale without a scored row has a loss of 0, which a rule takes for the easiest there is."""
+def check_scored(ragged: Ragged, targets: Tensor | None = None, ignore_index: int = -100) -> None:
+    """A rationale without a scored row has a loss of 0, which a rule takes for the easiest there is.
+
+    Args:
+        targets: of the scored rows (N,): in debug mode those that are ignored do not count.
+    """
     rows, questions = ragged.sizes.cu_rows, ragged.sizes.cu_questions
+    if targets is not None and DEBUG:
+        counted = torch.nn.functional.pad((targets != ignore_index).cumsum(0), (1, 0))
+        rows = counted[rows].tolist()
     for first, last in zip(questions, questions[1:]):
         counts = [rows[s + 1] - rows[s] for s in range(first, last)]
         if any(counts) and not all(counts):
@@ -77,7 +82,18 @@ def check_scored(ragged: Ragged) -> None:
             )
 
 
+def check_tensors(**given: Tensor | None) -> None:
+    """What is no tensor is named, and not found out by what it lacks."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            hint = "; of a module, its weight" if isinstance(value, torch.nn.Module) else ""
+            raise ValueError(f"{name} is a {type(value).__name__}; it is a tensor{hint}")
+
+
 def check_packed(hidden: Tensor, ragged: Ragged) -> None:
+    check_tensors(hidden=hidden)
+    if not isinstance(ragged, Ragged):
+        raise ValueError(f"ragged is a {type(ragged).__name__}; it is a compact_kernels.Ragged")
     if torch.compiler.is_compiling():  # the op in the graph looks at sizes when it runs
         return
     total = ragged.sizes.cu_seqlens[-1]
@@ -88,6 +104,7 @@ def check_packed(hidden: Tensor, ragged: Ragged) -> None:
 
 
 def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(head_weight=head_weight, **({} if bias is None else {"bias": bias}))
     for name, tensor in (("hidden", hidden), ("head_weight", head_weight), ("bias", bias)):
         if isinstance(tensor, DTensor):
             raise ValueError(
@@ -129,6 +146,7 @@ def check_ids(targets: Tensor) -> None:
 
 
 def check_targets(targets: Tensor, ragged: Ragged) -> None:
+    check_tensors(targets=targets)
     check_ids(targets)
     if torch.compiler.is_compiling():
         return
@@ -137,6 +155,16 @@ def check_targets(targets: Tensor, ragged: Ragged) -> None:
     total = ragged.sizes.cu_seqlens[-1]
     if targets.numel() != total:
         raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
+
+
+def check_alpha(alpha: Tensor, ragged: Ragged) -> None:
+    """What a rule gave."""
+    if not isinstance(alpha, Tensor):
+        raise ValueError(f"the rule gave a {type(alpha).__name__}; α is a tensor, one number a rationale")
+    if alpha.shape != (ragged.num_sequences,):
+        raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
+    if DEBUG and not bool(((alpha >= 0) & alpha.isfinite()).all()):
+        raise ValueError(f"the rule gave α {alpha.tolist()}; weights are finite and not negative")
 
 
 def check_rows(targets: Tensor, ragged: Ragged) -> None:
@@ -174,6 +202,7 @@ def check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
 
 
 def check_query_key(query: Tensor, key: Tensor, ragged: Ragged) -> None:
+    check_tensors(query=query, key=key)
     if query.shape != key.shape or query.shape[0] != ragged.num_sequences:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "

@@ -13,7 +13,7 @@ from compact_kernels.dispatch import native_applies, on_its_device, triton_appli
 from compact_kernels.head import native_rows
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.passes import product_dtype
+from compact_kernels.head.passes import product_dtype, refuse_beside_unweighted
 from compact_kernels.head.planner import Chunk as HeadChunk
 from compact_kernels.head.rows import RowStatistics, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.torch_rows import capped_slope
@@ -58,6 +58,8 @@ def answer_divergence(
     arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib)
     arguments.check_per_rationale("alpha", alpha, ragged)
     dtype = product_dtype(hidden, head_weight)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        refuse_beside_unweighted("answer_divergence")
     if torch.compiler.is_compiling():
         numbers = LinearHead(head_weight, bias, logit_scale, softcap, temperature).numbers
         shape, host = ragged.tensors(), ragged.host.tensors()

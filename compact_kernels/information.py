@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, linear_token_stats
+from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, Implementation, linear_token_stats
 from compact_kernels.ragged import Ragged, segment_of
 from compact_kernels.rule import AdaptabilityOptions, segment_sum, sequence_adaptability
 
@@ -44,21 +44,33 @@ def proxy_controls(
     generator: torch.Generator | None = None,
     evidence: Tensor | None = None,
     *,
+    ignore_index: int = -100,
     workspace_mib: int = DEFAULT_WORKSPACE_MIB,
+    implementation: Implementation = "auto",
     **head: Any,
 ) -> ProxyControls:
     """The logit-lens proxy of eq. 2–3 and its two controls. A gap to both is what may be called information.
 
     Args:
-        hidden, head_weight, targets, ragged, head: as :func:`compact_kernels.linear_token_stats` takes them.
+        hidden, head_weight, targets, ragged, ignore_index, implementation, head: as
+            :func:`compact_kernels.linear_token_stats` takes them.
         options: `length_norm="mean"` takes the sum's growth with length away.
         generator: draws the shuffles, on the batch's device.
         evidence: of the scored rows where it is known: then nothing passes over the vocabulary. (N,)
     """
     if evidence is None:
         evidence = linear_token_stats(
-            hidden, head_weight, targets, ragged, workspace_mib=workspace_mib, **head
+            hidden,
+            head_weight,
+            targets,
+            ragged,
+            ignore_index=ignore_index,
+            workspace_mib=workspace_mib,
+            implementation=implementation,
+            **head,
         ).evidence
+    elif evidence.shape != (ragged.num_rows,):
+        raise ValueError(f"evidence has shape {tuple(evidence.shape)}, the batch has {ragged.num_rows} scored rows")
     kinds, thinking = [evidence, evidence], [ragged.thinking, _shuffled_mask(ragged, generator)]
     if ragged.num_questions > 1 and ragged.evidence_ids.numel():
         kinds.append(_next_answers_evidence(hidden, LinearHead(head_weight, **head), ragged, evidence))
@@ -142,6 +154,8 @@ def _hsic(
         a, b = _kernel(x[rows], x, scale_x) * pairs, _kernel(y[rows], y, scale_y) * pairs
         k, l_ = a.sum(1), b.sum(1)
         parts.append(torch.stack([(a * b).sum(1), k, l_, k * l_]))
+    if not parts:
+        return count / 0
     inner, k, l_, product = torch.cat(parts, 1).sum(1)
     n, n1, n2, n3 = count - torch.arange(4, device=count.device)
     found = inner.addcdiv(k * l_, n1 * n2).addcdiv(product, n2, value=-2) / (n * n3)
@@ -187,8 +201,8 @@ class InformationQueue:
     """
 
     def __init__(self, size: int = 256) -> None:
-        if size < 4:
-            raise ValueError(f"size is {size}; an estimate needs 4 questions at least")
+        if not isinstance(size, int) or size < 4:
+            raise ValueError(f"size is {size!r}; it is a whole number, and an estimate needs 4 questions at least")
         self.size = size
         # Σ_t r_qt (M, D), ψ (M, D_y), tokens (M,) and ids (M,) of the last M ≤ size questions, oldest first
         self._kept: tuple[Tensor, ...] | None = None
@@ -210,15 +224,18 @@ class InformationQueue:
         if answers.dim() != 2 or answers.shape[0] != questions:
             raise ValueError(f"answers has shape {tuple(answers.shape)}, not (Q, D_y) with Q = {questions} questions")
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != (questions,):
-            raise ValueError(f"ids must be an int64 tensor, one number for each of the {questions} questions")
+            given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"ids is {given}; ids must be int64, one number for each of the {questions} questions")
         rows = hidden[ragged.rows].to(torch.promote_types(hidden.dtype, torch.float32))
         answers = answers.to(rows.dtype)
         question = ragged.question_of_sequence[ragged.sequence_of_row]  # (N,)
         members = (question == torch.arange(ragged.num_questions, device=question.device)[:, None]).to(rows.dtype)
         batch = members @ rows, answers, members.sum(1), ids
         earlier = tuple(part[:0] for part in batch) if self._kept is None else self._kept
-        everything = tuple(torch.cat([old, new]) for old, new in zip(earlier, batch))
-        self._kept = tuple(part[-self.size :] for part in everything)
+        for name, old, new in zip(("hidden", "answers"), earlier, batch):
+            if old.shape[1] != new.shape[1]:
+                raise ValueError(f"{name} has {new.shape[1]} columns, those in the queue have {old.shape[1]}")
+        everything = tuple(torch.cat([old.to(new), new]) for old, new in zip(earlier, batch))
         all_rows, all_answers, all_counts, all_ids = everything
         others = (all_ids != ids[:, None]).to(rows.dtype)  # (Q, M): which questions each one's covariance is made of
         weight = all_counts * others  # their tokens
@@ -236,7 +253,9 @@ class InformationQueue:
         # One pair a question: of a question met twice, the newest.
         there = all_counts > 0
         again = ((all_ids[:, None] == all_ids) & there).triu(1).any(1)
-        return Information(curve, scalar, _hsic(pooled, all_answers, there & ~again, None, None))
+        found = Information(curve, scalar, _hsic(pooled, all_answers, there & ~again, None, None))
+        self._kept = tuple(part[-self.size :] for part in everything)
+        return found
 
 
 @torch.no_grad()
@@ -244,7 +263,9 @@ def answer_embeddings(weight: Tensor, ragged: Ragged) -> Tensor:
     """ψ(a) (Q, D): the mean of the answer ids' rows of an embedding or head (V, D), of length 1; zeros without ids."""
     rows = weight[ragged.evidence_ids].to(torch.promote_types(weight.dtype, torch.float32))
     sums = torch.segment_reduce(rows, "sum", offsets=ragged.cu_evidence, axis=0, unsafe=True, initial=0.0)
-    sums = sums.view(ragged.num_sequences, -1).index_select(0, ragged.cu_questions[:-1])  # of a first rationale each
+    sums = sums.view(ragged.num_sequences, weight.shape[1]).index_select(
+        0, ragged.cu_questions[:-1]
+    )  # of a first rationale each
     return torch.nn.functional.normalize(sums, dim=-1)
 
 

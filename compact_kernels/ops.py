@@ -17,7 +17,7 @@ from compact_kernels.divergence import answer_divergence
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
+from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule, Statistics, TokenStatistics
 from compact_kernels.weighting import Weighting, decide, metrics, settled
 
 DEFAULT_WORKSPACE_MIB = 512
@@ -67,7 +67,7 @@ def compatibility_loss(
         targets: the id that each position is to predict (labels shifted by one), `ignore_index` where none. (T,)
         ragged: the batch's shape; only its scored rows are looked at.
         rule: statistics → α (S,), non-negative; default :class:`CompatibilityRule`. Called without gradient.
-        weights: α given beforehand, in place of a rule. (S,)
+        weights: α given beforehand, in place of a rule; constants, of which no gradient is asked. (S,)
         consensus: S_cons from :func:`question_consensus`. (S,) Needed where the rule weighs it.
         difficulty_reference: the loss of each rationale without its question; difficulty becomes the IFD ratio. (S,)
         divergence, divergence_weight: L_MCon's kind and λ (eq. 9–10); 0 leaves it out.
@@ -91,6 +91,7 @@ def compatibility_loss(
             otherwise.
         RuntimeError: a second derivative is asked for.
     """
+    arguments.check_packed(hidden, ragged)
     rule = arguments.check_loss(
         rule,
         weights,
@@ -105,6 +106,8 @@ def compatibility_loss(
     )
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     row_targets = _scored(hidden, head, targets, ragged, ignore_index, workspace_mib, implementation)
+    if weights is None and isinstance(rule, CompatibilityRule) and not torch.compiler.is_compiling():
+        arguments.check_scored(ragged, row_targets, ignore_index)
     weighting = Weighting(
         rule=rule,
         weights=weights,
@@ -199,6 +202,7 @@ def linear_logprob(
     Returns:
         log p(target) and entropy, each (…) in nats; both 0 where the target is ignored.
     """
+    arguments.check_tensors(hidden=hidden, head_weight=head_weight, targets=targets)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
     arguments.check_ids(targets)

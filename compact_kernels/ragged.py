@@ -154,7 +154,16 @@ class Ragged:
         Args:
             labels: (T,) int64, ``ignore_index`` where a token is not a target.
             cu_seqlens: (S+1,) token offsets. cu_questions: (Q+1,) rationale offsets.
+
+        Raises:
+            ValueError: what is no tensor of whole numbers, or offsets that do not cover the tokens or rationales.
         """
+        for name, given in (("labels", labels), ("cu_seqlens", cu_seqlens), ("cu_questions", cu_questions)):
+            kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            if kind not in (torch.int64, torch.int32) and not (isinstance(given, Tensor) and given.numel() == 0):
+                raise ValueError(f"{name} is {kind}; it is a tensor of whole numbers, int64 or int32")
+            if name != "labels" and given.dim() != 1:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}; offsets are one after the other")
         labels, cu_seqlens, cu_questions = labels.reshape(-1).cpu(), cu_seqlens.cpu().int(), cu_questions.cpu().int()
         _check_offsets("cu_seqlens", cu_seqlens, labels.numel(), "tokens")
         _check_offsets("cu_questions", cu_questions, cu_seqlens.numel() - 1, "rationales")

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from compact_kernels.arguments import check_alpha
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import (
     AdaptabilityOptions,
@@ -121,8 +122,7 @@ def decide(
     statistics = metrics(tokens, ragged, weighting, adaptability, difficulty, counted)
     with torch.autocast(difficulty.device.type, enabled=False):  # α is compared, and costs nothing
         alpha = weighting.rule(statistics) if weighting.weights is None else weighting.weights
-    if alpha.shape != difficulty.shape:
-        raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
+    check_alpha(alpha, ragged)
     alpha = alpha.detach().to(difficulty.dtype)
     row_weight = given_row_weight(alpha, counted, ragged, weighting)
     return Decision(alpha, adaptability, difficulty, counted, row_weight), statistics

@@ -287,13 +287,24 @@ def test_what_does_not_fit_is_refused_and_leaves_the_queue_as_it_was():
     for wrong, named in (
         ((hidden[None], answers, ids), "hidden has shape"),
         ((hidden, answers[:1], ids), r"answers has shape \(1, 3\), not \(Q, D_y\) with Q = 2"),
-        ((hidden, answers, ids[:1]), "ids must be an int64 tensor"),
-        ((hidden, answers, ["a", "b"]), "ids must be an int64 tensor"),
+        ((hidden, answers, ids[:1]), r"ids is torch.int64 \(1,\); ids must be int64, one number for each of the 2"),
+        ((hidden, answers, ["a", "b"]), "ids is list; ids must be int64"),
     ):
         with pytest.raises(ValueError, match=named):
             queue.measure(*wrong, ragged)
     first = queue.measure(hidden, answers, ids, ragged)
     torch.testing.assert_close(InformationQueue(8).measure(hidden, answers, ids, ragged), first, equal_nan=True)
+    for wrong, named in (
+        ((torch.randn(6, 5), answers, ids), "hidden has 5 columns, those in the queue have 4"),
+        ((hidden, torch.randn(2, 7), ids), "answers has 7 columns, those in the queue have 3"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            queue.measure(*wrong, ragged)
+    for dtype in (torch.float64, torch.float32):  # whatever comes next
+        queue.measure(hidden.to(dtype), answers.to(dtype), ids + 2, ragged)
+    empty = Ragged.from_labels(torch.zeros(0).long(), torch.tensor([0]), torch.tensor([0]))
+    found = InformationQueue(8).measure(hidden[:0], answers[:0], ids[:0], empty)
+    assert found.curve.shape == found.scalar.shape == (0,) and found.hsic.isnan()
 
 
 def test_a_forbidden_answer_of_one_question_spoils_no_others_control():

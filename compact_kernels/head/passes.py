@@ -32,6 +32,8 @@ def token_logprobs(
 ) -> TokenStatistics:
     """Statistics of the rows (n, D); log-prob and entropy are differentiable. Evidence needs `ragged`."""
     dtype, trains = product_dtype(rows, head.weight), torch.is_grad_enabled()
+    if ragged is None and trains and rows.requires_grad:
+        refuse_beside_unweighted("linear_logprob")
     if torch.compiler.is_compiling():
         frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
         keep = trains and rows.requires_grad and frozen and ragged is not None and dtype != torch.float16
@@ -68,6 +70,8 @@ def weighted_loss(
             "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
             'set divergence_weight to 0, or take norms="weighted"'
         )
+    if unweighted and recorder.scales._version and torch._C._current_graph_task_id() == -1:  # type: ignore[union-attr]
+        refuse_beside_unweighted("a second compatibility_loss")
     trains = torch.is_grad_enabled() and (
         head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     )
@@ -112,6 +116,20 @@ def _eager_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Decision, 
     return weighted_loss(*inputs)
 
 
+def refuse_beside_unweighted(what: str) -> None:
+    """Where norms are unweighted, layers weigh all that flows back through them by what one loss weighs.
+
+    Raises:
+        ValueError: a recorder of unweighted norms is under way.
+    """
+    recorder = active()
+    if recorder is not None and recorder.unweighted:
+        raise ValueError(
+            f"unweighted norms: {what} in the same record() would be weighed by the first loss's c_s too: leave it "
+            'out, or take norms="weighted"'
+        )
+
+
 def recorded(head: LinearHead, ragged: Ragged | None) -> tuple[HeadNorms | None, list[Tensor | None]]:
     """Where a recorder of the rationales' gradient norms is under way: what collects the head's, and its inputs.
 
@@ -137,7 +155,9 @@ def _compiled_loss(
     """The weighted loss as one node of a graph."""
 
     def scalar(value: float | Tensor | None) -> Tensor | None:
-        return torch.full((), value, device=hidden.device) if isinstance(value, float | int) else value
+        if not isinstance(value, float | int):
+            return value
+        return torch.full((), value, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
 
     rule = weighting.rule if isinstance(weighting.rule, CompatibilityRule) else CompatibilityRule()
     betas, options = (rule.adaptability, rule.consensus, rule.difficulty, rule.temperature), weighting.adaptability

@@ -72,8 +72,9 @@ class SampleGradNorms:
             pass, or whichever is less work for a batch. Where rationales are long, that pass stores each one's
             gradient of one layer at a time, in 512 MiB at most.
         norms: "weighted", u_s, or "unweighted": the loss of each rationale flows back unweighted and every layer
-            weighs its weight's gradient by c_s, so that n_s is known where α is 0 too. The gradients are the same.
-            The head has to be frozen and λ 0; layers make their own products, and are not compiled.
+            weighs its weight's gradient by c_s, so that n_s is known where α is 0 too. The gradients are the same, if
+            nothing but one compatibility_loss flows back: a penalty on the layers' states would be weighed too, and
+            is not seen. The head has to be frozen and λ 0; layers make their own products, and are not compiled.
 
     Raises:
         ValueError: a trainable parameter that is not covered, by name and with the reason.
@@ -92,6 +93,8 @@ class SampleGradNorms:
     ) -> None:
         if uncovered not in ("error", "skip"):
             raise ValueError(f"uncovered is {uncovered!r}; it is error or skip")
+        if products not in ("auto", "gram", "own"):
+            raise ValueError(f"products is {products!r}; it is auto, gram or own")
         if method not in ("exact", "hutchinson"):
             raise ValueError(f"method is {method!r}; it is exact or hutchinson")
         if method == "hutchinson" and not 2 <= probes <= costs.NARROW:
@@ -117,6 +120,7 @@ class SampleGradNorms:
         self.skipped: list[str] = []
         self._cut: tuple[Ragged, Segments, Segments | None] | None = None
         self._slots: Slots | None = None
+        self._removed = False
         self._called: set[int] = set()  # members of this pass, by id
         self._members: list[tuple[Any, nn.Module, list[str]]] = []
         self._families: list[Family] = []
@@ -128,7 +132,7 @@ class SampleGradNorms:
 
     @contextmanager
     def record(self, ragged: Ragged) -> Iterator[SampleNorms]:
-        """Around one forward pass over the packed batch `ragged`; its norms are there after the backward pass.
+        """Around one forward pass over the packed batch `ragged`; its norms are there after its one backward pass.
 
         The backward pass may come inside or after the block; with gradient checkpointing it has to come inside. For
         gradient accumulation: a block for every micro-batch, whose norms are read before the next one begins.
@@ -136,6 +140,8 @@ class SampleGradNorms:
         Raises:
             RuntimeError: a block inside a block; or parameters were frozen or unfrozen since this was made.
         """
+        if self._removed:
+            raise RuntimeError("this recorder has been removed from its model: make another one")
         if self.segments is not None:
             raise RuntimeError("a batch is being recorded already: one forward pass and its backward at a time")
         self._check_trains()
@@ -163,6 +169,7 @@ class SampleGradNorms:
 
     def remove(self) -> None:
         """Give the layers their own forwards back."""
+        self._removed = True
         for member, module, _ in self._members:
             before = member.before
             if before is None:
