@@ -204,6 +204,10 @@ class EvaluationConfig:
     note: str | None = option(None, "a warning at the top of the report: what its numbers may not be set beside")
 
 
+CAP_AND_HEAD = (
+    "gradients.cap: the output head trains, and its own gradient cannot be capped in the same backward pass; set "
+    "gradients.cap_by to last, train with LoRA, freeze the head, or set gradients.cap to null"
+)
 StrategyName = Literal["compact", "uniform", "single", "lowest_loss", "ca_mkd", "fixed", "mind", "MODULE:CLASS"]
 
 
@@ -326,6 +330,8 @@ class Recipe(CompactConfig):
     def validate(self) -> None:
         super().validate()
         check_training(as_given(self.training))
+        if self.gradients.cap is not None and self.gradients.cap_by == "hidden" and self.student.lora is None:
+            raise UserError(CAP_AND_HEAD)
         if not self.run:
             raise UserError("run: needs the name of a folder")
         if self.demo.arms and self.data.train is not None:

@@ -47,6 +47,7 @@ from compact.rows import (
     row_id,
     row_key,
     row_rationales,
+    unseen_options,
 )
 from compact.sources import Source, cache_folder, open_source, write_arrow
 from compact.tokenization import tokenize_questions
@@ -177,6 +178,8 @@ class _Reader:
         prompt = next(row["prompt"] for row in rows if prompt_problem(row.get("prompt")) is None)
         answer = next(answer for row in rows if (answer := answer_text(row.get("answer"))) is not None)
         self._check_agreement(members, prompt, answer, kind)
+        if unseen := unseen_options(rows, prompt):
+            report.because(place, "field 'options' is not read in training: write the choices into 'prompt'", unseen)
         parsed = self._parsed(rationales, answer, kind, row_id(rows[0]))
         if not parsed:
             report.refuse_question(place, "field 'rationales' is missing or empty, or none of them is usable")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compact.config import CompactConfig
+from compact.config import CAP_AND_HEAD, CompactConfig
 from compact.errors import UserError
 from compact.norm_cap import LastNormCap
 from compact.strategies.base import Context, Strategy
@@ -87,10 +87,7 @@ def distillation_loss(
     hidden = output.hidden
     if config.gradients.cap is not None and config.gradients.cap_by == "hidden":
         if lm_head.weight.requires_grad and torch.is_grad_enabled():
-            raise UserError(
-                "gradients.cap: the output head trains, and its own gradient cannot be capped in the same backward "
-                "pass; set gradients.cap_by to last, train with LoRA, freeze the head, or set gradients.cap to null"
-            )
+            raise UserError(CAP_AND_HEAD)
         # the loss is multiplied by the replicas
         hidden = capped(hidden, ragged, config.gradients.cap * replicas)
     normalizer, per_question = normalizers(config, ragged, denominators, replicas)

@@ -60,7 +60,8 @@ def question_problem(rows: list[Any], default_kind: str) -> tuple[tuple[str, str
         return ("the row is not a JSON object", ""), default_kind
     problems = [prompt_problem(row.get("prompt")) for row in rows]
     if None not in problems:
-        return problems[0], default_kind
+        hint = "; rename field 'question'" if all("question" in row and "prompt" not in row for row in rows) else ""
+        return (problems[0][0] + hint, problems[0][1]), default_kind  # type: ignore[index]
     kind = next((row["task"] for row in rows if row.get("task") is not None), default_kind)
     if kind not in KINDS:
         return ("field 'task' is unknown:", f"{kind!r}, not one of {', '.join(KINDS)}{nearest(kind)}"), default_kind
@@ -70,6 +71,19 @@ def question_problem(rows: list[Any], default_kind: str) -> tuple[tuple[str, str
     if not is_answer(answer, kind):
         return ("field 'answer' is not of its kind:", f"{answer!r} is no {kind} (data.answer_kind, or 'task')"), kind
     return None, kind
+
+
+def unseen_options(rows: list[Any], prompt: Any) -> str:
+    """The first choice that a question's row has and its prompt does not show: '(text)', or nothing."""
+    shown = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
+    for row in rows:
+        options = row.get("options") or row.get("choices") or ()
+        if isinstance(options, dict):
+            options = options.get("text", options.values())
+        for text in options if not isinstance(options, str) else ():
+            if isinstance(text, str) and text not in shown:
+                return f"({text})"
+    return ""
 
 
 def prompt_problem(prompt: Any) -> tuple[str, str] | None:

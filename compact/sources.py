@@ -78,7 +78,7 @@ class JsonLines:
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.name}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
-                f"convert it, for instance with: iconv -t UTF-8 {self.name}"
+                f"convert it, for instance with: iconv -f LATIN1 -t UTF-8 {self.name}"
             ) from None
         except (json.JSONDecodeError, RecursionError) as error:
             if number == 1 and line.lstrip().startswith(b"["):

@@ -195,6 +195,20 @@ def test_unusable_rationale_is_refused_and_the_others_stay(load, rationale, reas
     assert "questions.jsonl:1, rationale 3: " in report.reasons[0] and reason in report.reasons[0]
 
 
+@pytest.mark.parametrize(
+    "options", [{"A": "a lake", "B": "a hat"}, ["a lake", "a hat"], {"label": ["A", "B"], "text": ["a lake", "a hat"]}]
+)
+def test_choices_that_the_prompt_does_not_show_are_told_of(load, options):
+    row = {"answer": "B", "task": "choice", "rationales": [{"teacher": "t", "completion": "The answer is B."}]}
+    told = "field 'options' is not read in training: write the choices into 'prompt'"
+    _, report = load([{**row, "prompt": "What is worn?", "options": options}])
+    assert report.reason_counts == {told: 1} and report.questions["used"] == 1 and "(a lake)" in report.reasons[0]
+    _, report = load([{**row, "prompt": "What is worn? A) a lake B) a hat", "options": options}])
+    assert report.reason_counts == {}
+    _, report = load([row | {"question": "What is worn?"}, {**row, "prompt": "x"}])
+    assert "field 'prompt' is missing, empty or no text; rename field 'question'" in report.reason_counts
+
+
 def test_copies_of_a_row_are_refused(load):
     dataset, report = load([question(), long("a", id="2"), question(), long("b", id="2"), long("a", id="2")])
     assert [len(row["rationales"]) for row in dataset] == [2, 2]
