@@ -457,3 +457,22 @@ def test_a_rationale_without_a_scored_row_is_nothing_for_a_rule():
     assert weighed.loss.isfinite()
     with pytest.raises(ValueError, match="weights is a list; it is a tensor"):
         compatibility_loss(hidden, weight, labels.roll(-1), ragged, weights=[0.5, 0.5, 1.0])
+
+
+def test_what_is_no_tensor_is_named():
+    ragged = Ragged.build(sequence_lengths=[3], prompt_lengths=[1], rationales_per_question=[1])
+    given = {"hidden": torch.randn(3, 4), "head_weight": torch.randn(5, 4), "targets": torch.zeros(3).long()}
+    for name in given:
+        with pytest.raises(ValueError, match=f"{name} is a list; it is a tensor"):
+            compatibility_loss(**given | {name: [1.0]}, ragged=ragged, weights=torch.ones(1))
+        with pytest.raises(ValueError, match=f"{name} is a list; it is a tensor"):
+            linear_logprob(**given | {name: [1.0]})
+    with pytest.raises(ValueError, match="head_weight is a Linear; it is a tensor; of a module, its weight"):
+        linear_logprob(**given | {"head_weight": torch.nn.Linear(4, 5)})
+    with pytest.raises(ValueError, match="ragged is a dict; it is a compact_kernels.Ragged"):
+        compatibility_loss(**given, ragged={}, weights=torch.ones(1))
+    for gave, said in ((0.5, "the rule gave a float; α is a tensor"), (torch.ones(2), r"α of shape \(2,\) for 1 rat")):
+        with pytest.raises(ValueError, match=said):
+            compatibility_loss(**given, ragged=ragged, rule=lambda statistics, gave=gave: gave)
+    with pytest.raises(ValueError, match="labels is torch.bool; it is a tensor of whole numbers"):
+        Ragged.from_labels(torch.ones(3).bool(), torch.tensor([0, 3]), torch.tensor([0, 1]))

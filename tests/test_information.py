@@ -307,6 +307,20 @@ def test_what_does_not_fit_is_refused_and_leaves_the_queue_as_it_was():
     assert found.curve.shape == found.scalar.shape == (0,) and found.hsic.isnan()
 
 
+def test_controls_take_what_the_statistics_take():
+    ragged = Ragged.build(
+        sequence_lengths=[5] * 2, prompt_lengths=[1] * 2, rationales_per_question=[1] * 2, evidence_ids=[[1], [2]],
+        thinking=[[True] * 4] * 2,
+    )  # fmt: skip
+    hidden, weight, targets = torch.randn(10, 4), torch.randn(9, 4), torch.full((10,), 7)
+    expected = proxy_controls(hidden, weight, targets, ragged)
+    for options in ({"ignore_index": -1}, {"implementation": "reference"}):
+        found = proxy_controls(hidden, weight, targets, ragged, **options)
+        torch.testing.assert_close(found.wrong_answer, expected.wrong_answer)
+    with pytest.raises(ValueError, match=r"evidence has shape \(3,\), the batch has 8 scored rows"):
+        proxy_controls(hidden, weight, targets, ragged, evidence=torch.zeros(3))
+
+
 def test_a_forbidden_answer_of_one_question_spoils_no_others_control():
     ragged = Ragged.build(
         sequence_lengths=[5] * 3, prompt_lengths=[1] * 3, rationales_per_question=[1] * 3,

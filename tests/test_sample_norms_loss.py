@@ -13,6 +13,7 @@ from compact_kernels import (
     CompatibilityRule,
     Ragged,
     SampleGradNorms,
+    answer_divergence,
     compatibility_loss,
     linear_logprob,
     sample_grad_norms,
@@ -84,6 +85,26 @@ def test_unweighted_norms_leave_the_gradients_weighted_and_measure_what_weighs_n
         fused(model, ids, targets, ragged, divergence_weight=0.1, **options)
 
 
+def test_unweighted_norms_refuse_a_loss_beside_the_first_which_its_weights_would_weigh():
+    model = student("llama", lora=True)
+    ids, targets, ragged = batch()
+    alpha = torch.tensor([1.0, 0.5, 0.25, 0.75]).double()
+    output = model(input_ids=ids, compact=ragged)
+    for name, beside in {
+        "linear_logprob": lambda hidden, head: linear_logprob(hidden, head, targets)[0].sum(),
+        "a second compatibility_loss": lambda hidden, head: (
+            compatibility_loss(hidden, head, targets, ragged, weights=alpha).loss
+        ),
+        "answer_divergence": lambda hidden, head: answer_divergence(hidden, head, ragged, alpha).sum(),
+    }.items():
+        with sample_grad_norms(model, ragged, norms="unweighted"):
+            output = model(input_ids=ids, compact=ragged)
+            compatibility_loss(output.hidden, output.head.weight, targets, ragged, weights=alpha)
+            with pytest.raises(ValueError, match=f"unweighted norms: {name} in the same record"):
+                beside(output.hidden, output.head.weight)
+            linear_logprob(output.hidden.detach(), output.head.weight, targets)  # of which nothing flows back
+
+
 def test_unweighted_norms_refuse_what_they_cannot_weigh_by_name():
     _, _, ragged = batch()
     with pytest.raises(ValueError, match=r"unweighted norms: lm_head\.weight trains"):
@@ -92,6 +113,12 @@ def test_unweighted_norms_refuse_what_they_cannot_weigh_by_name():
     bias.model.layers[0].self_attn.q_proj.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"unweighted norms: model\.layers\.0\.self_attn\.q_proj\.bias trains"):
         SampleGradNorms(bias, norms="unweighted")
+    with pytest.raises(ValueError, match="products is 'x'; it is auto, gram or own"):
+        SampleGradNorms(student("llama", lora=True), products="x")
+    removed = SampleGradNorms(model := student("llama", lora=True))
+    removed.remove()
+    with pytest.raises(RuntimeError, match="has been removed from its model"), removed.record(batch()[2]):
+        model(input_ids=batch()[0])
     with pytest.raises(ValueError, match="unweighted norms are exact"):
         SampleGradNorms(student("llama", lora=True), norms="unweighted", method="hutchinson")
     model = student("llama", lora=True)
