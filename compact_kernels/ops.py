@@ -271,5 +271,7 @@ def _scored(
     arguments.check_head(hidden, head.weight, head.bias)
     arguments.check_numbers(head.logit_scale, head.softcap, head.temperature, workspace_mib, implementation)
     arguments.check_targets(targets, ragged)
+    if targets.numel() != hidden.shape[0]:  # in a graph, which looks at no ragged sizes
+        raise ValueError(f"targets has {targets.numel()} entries, hidden {hidden.shape[0]} rows: one target a row")
     arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
     return targets.reshape(-1).index_select(0, ragged.rows)

@@ -162,6 +162,20 @@ def test_a_compiled_frozen_head_keeps_the_gradients_of_its_rows():
     torch.testing.assert_close(torch.autograd.grad(compiled(hidden), hidden)[0], expected)
 
 
+def test_a_compiled_loss_refuses_targets_of_another_length_and_keeps_a_number_s_digits():
+    batch, hidden, weight, _, _ = tensors("plain", torch.float64)
+
+    def loss(hidden, targets):
+        weights = torch.ones(batch.ragged.num_sequences, dtype=torch.float64)
+        return compatibility_loss(hidden, weight, targets, batch.ragged, weights=weights, normalizer=0.1).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, batch.targets), loss(hidden, batch.targets), rtol=1e-13, atol=0)
+    for targets in (torch.cat([batch.targets, batch.targets]), batch.targets[:3]):
+        with pytest.raises(Exception, match="one target a row"):
+            compiled(hidden, targets)
+
+
 def test_compiled_logprobs_take_any_upstream_gradient():
     batch, hidden, weight, bias, _ = tensors()
 
