@@ -107,7 +107,7 @@ def _equal(content: Mapping[str, Any]) -> float | None:
     known = {round(value, 3) for value in content.get("equal", {}).values() if value is not None}
     if len(known) > 1:
         return None
-    return known.pop() if known else 1 / len(content["alpha_mean"])
+    return known.pop() if known else 1 / max(1, len(content["alpha_mean"]))
 
 
 def _teachers(content: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,8 @@ def check_loss(
     divergence_weight: float,
     divergence_normalizer: float | Tensor | None,
     ragged: Ragged,
+    targets: Tensor,
+    ignore_index: int,
 ) -> Callable[[Statistics], Tensor]:
     """The arguments of compatibility_loss that decide α; returns the rule."""
     if rule is not None and weights is not None:
@@ -54,6 +56,8 @@ def check_loss(
             "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
             "or CompatibilityRule(consensus=0)"
         )
+    if weights is None and isinstance(rule, CompatibilityRule) and not torch.compiler.is_compiling():
+        check_scored(ragged, targets, ignore_index)
     if sft_reduction not in ("mean", "sum", "token"):
         raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
     if divergence not in ("kl", "jsd"):
@@ -63,14 +67,14 @@ def check_loss(
     return rule
 
 
-def check_scored(ragged: Ragged, targets: Tensor | None = None, ignore_index: int = -100) -> None:
+def check_scored(ragged: Ragged, targets: Tensor, ignore_index: int) -> None:
     """A rationale without a scored row has a loss of 0, which a rule takes for the easiest there is.
 
     Args:
         targets: of the scored rows (N,): in debug mode those that are ignored do not count.
     """
     rows, questions = ragged.sizes.cu_rows, ragged.sizes.cu_questions
-    if targets is not None and DEBUG:
+    if DEBUG:
         counted = torch.nn.functional.pad((targets != ignore_index).cumsum(0), (1, 0))
         rows = counted[rows].tolist()
     for first, last in zip(questions, questions[1:]):
@@ -145,16 +149,17 @@ def check_ids(targets: Tensor) -> None:
         raise ValueError(f"targets has dtype {targets.dtype}; token ids are int64")
 
 
-def check_targets(targets: Tensor, ragged: Ragged) -> None:
+def check_targets(targets: Tensor, hidden: Tensor, ragged: Ragged) -> None:
+    """Those of packed states that :func:`check_packed` has seen."""
     check_tensors(targets=targets)
     check_ids(targets)
-    if torch.compiler.is_compiling():
-        return
-    if targets.device != ragged.device:
+    if not torch.compiler.is_compiling() and targets.device != ragged.device:
         raise ValueError(f"targets is on {targets.device}, ragged on {ragged.device}")
-    total = ragged.sizes.cu_seqlens[-1]
+    total = hidden.shape[0]
     if targets.numel() != total:
-        raise ValueError(f"targets has {targets.numel()} entries, the batch has {total} packed tokens")
+        raise ValueError(
+            f"targets has {targets.numel()} entries, the batch has {total} packed tokens: one target a row"
+        )
 
 
 def check_alpha(alpha: Tensor, ragged: Ragged) -> None:

@@ -155,7 +155,7 @@ def _hsic(
         k, l_ = a.sum(1), b.sum(1)
         parts.append(torch.stack([(a * b).sum(1), k, l_, k * l_]))
     if not parts:
-        return count / 0
+        return count * float("nan")
     inner, k, l_, product = torch.cat(parts, 1).sum(1)
     n, n1, n2, n3 = count - torch.arange(4, device=count.device)
     found = inner.addcdiv(k * l_, n1 * n2).addcdiv(product, n2, value=-2) / (n * n3)
@@ -263,9 +263,8 @@ def answer_embeddings(weight: Tensor, ragged: Ragged) -> Tensor:
     """ψ(a) (Q, D): the mean of the answer ids' rows of an embedding or head (V, D), of length 1; zeros without ids."""
     rows = weight[ragged.evidence_ids].to(torch.promote_types(weight.dtype, torch.float32))
     sums = torch.segment_reduce(rows, "sum", offsets=ragged.cu_evidence, axis=0, unsafe=True, initial=0.0)
-    sums = sums.view(ragged.num_sequences, weight.shape[1]).index_select(
-        0, ragged.cu_questions[:-1]
-    )  # of a first rationale each
+    first = ragged.cu_questions[:-1]  # a rationale of each question
+    sums = sums.view(ragged.num_sequences, weight.shape[1]).index_select(0, first)
     return torch.nn.functional.normalize(sums, dim=-1)
 
 

@@ -17,7 +17,7 @@ from compact_kernels.divergence import answer_divergence
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule, Statistics, TokenStatistics
+from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
 from compact_kernels.weighting import Weighting, decide, metrics, settled
 
 DEFAULT_WORKSPACE_MIB = 512
@@ -91,7 +91,8 @@ def compatibility_loss(
             otherwise.
         RuntimeError: a second derivative is asked for.
     """
-    arguments.check_packed(hidden, ragged)
+    head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
+    row_targets = _scored(hidden, head, targets, ragged, ignore_index, workspace_mib, implementation)
     rule = arguments.check_loss(
         rule,
         weights,
@@ -103,11 +104,9 @@ def compatibility_loss(
         divergence_weight,
         divergence_normalizer,
         ragged,
+        row_targets,
+        ignore_index,
     )
-    head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
-    row_targets = _scored(hidden, head, targets, ragged, ignore_index, workspace_mib, implementation)
-    if weights is None and isinstance(rule, CompatibilityRule) and not torch.compiler.is_compiling():
-        arguments.check_scored(ragged, row_targets, ignore_index)
     weighting = Weighting(
         rule=rule,
         weights=weights,
@@ -202,7 +201,7 @@ def linear_logprob(
     Returns:
         log p(target) and entropy, each (…) in nats; both 0 where the target is ignored.
     """
-    arguments.check_tensors(hidden=hidden, head_weight=head_weight, targets=targets)
+    arguments.check_tensors(hidden=hidden, targets=targets)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}: one target a row")
     arguments.check_ids(targets)
@@ -270,8 +269,6 @@ def _scored(
     arguments.check_packed(hidden, ragged)
     arguments.check_head(hidden, head.weight, head.bias)
     arguments.check_numbers(head.logit_scale, head.softcap, head.temperature, workspace_mib, implementation)
-    arguments.check_targets(targets, ragged)
-    if targets.numel() != hidden.shape[0]:  # in a graph, which looks at no ragged sizes
-        raise ValueError(f"targets has {targets.numel()} entries, hidden {hidden.shape[0]} rows: one target a row")
+    arguments.check_targets(targets, hidden, ragged)
     arguments.check_values(hidden, targets, head.vocabulary, ragged, ignore_index)
     return targets.reshape(-1).index_select(0, ragged.rows)

@@ -22,6 +22,7 @@ from compact.analyze import main, read_run, summarize, versions, write_report
 from compact.metrics import read_metrics
 from compact.pictures import style
 from compact.question_pictures import consensus_graph, graph_of, terms, trajectory
+from compact.report import markdown
 from compact.results import TaskResult, store_results
 
 TEACHERS = ["human", "paragraph", "equations", "slipped"]
@@ -218,6 +219,7 @@ def test_an_empty_run_is_reported_as_not_measured(tmp_path):
     assert report["accuracy"] == {} and report["seconds"] is None and report["questions"]["used"] is None
     text = (tmp_path / "report.md").read_text()
     assert text.count("not measured") >= 5 and "nan" not in text.lower().split()
+    assert "![latent](latent.png)" in markdown(summarize(read_run(tmp_path)), "", {"latent": "latent.png"})
 
 
 def test_norms_that_were_measured_now_and_then_are_a_line_and_a_mean(tmp_path, undrawn):
