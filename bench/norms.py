@@ -26,7 +26,7 @@ from bench.steps import CONFIG, Step, prepare_step
 from bench.targets import INFORMATION, MIND, WITHOUT, WITHOUT_MIND
 from bench.timing import Runner, free_memory, one_line
 from compact.backbone import decoder_layers, unwrap
-from compact.config import CompactConfig, MindConfig
+from compact.config import CompactConfig
 from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.strategies import Context, Strategy
@@ -52,7 +52,7 @@ ARMS = tuple(name for names in BY_MODE.values() for name in names)
 
 NOTES = {
     INFORMATION: "no norms; curves and controls of mutual information, measured at every step",
-    MIND: "no norms; MIND past its warm-up, its assistant learning at every step of the student, not every fourth",
+    MIND: "no norms; MIND past its warm-up: the mean of four steps, at the last of which its assistant learns",
     WITHOUT_MIND: "no norms; equal weights given beforehand and MIND's divergence",
     "opacus_ghost": "two backward passes: norms, then clipped gradients",
     "opacus_ghost_norms": "its first backward pass alone: norms and gradients, nothing clipped",
@@ -107,6 +107,8 @@ def arms(
                 runner.run = _opacus(name, prepared, scale)
             else:
                 runner.run = _ours(name, prepared, scale, config, pool)
+            if name == MIND:
+                runner.run, runner.passes = _window(runner, config.mind.accumulation), config.mind.accumulation
             if mode == "captured":
                 runner.before = lambda: None
         except Exception as problem:
@@ -141,7 +143,7 @@ def _ours(
     teachers = [f"teacher-{k}" for k in range(scale.rationales)]
     strategy: Strategy = Compact(config, teachers)
     if name == MIND:
-        strategy = Mind(replace(config, mind=MindConfig(accumulation=1)), teachers)
+        strategy = Mind(config, teachers)
     elif name == WITHOUT_MIND:
         strategy = EqualWeights(config, teachers)
     information = InformationLog(Path("information.jsonl"), teachers, config) if name == INFORMATION else None
@@ -166,6 +168,19 @@ def _ours(
 
         run = with_norms
     return _captured(prepared, run, pool) if name.endswith("_captured") else run
+
+
+def _window(runner: Runner, steps: int) -> Callable[[], object]:
+    """As many steps of the runner's, of which the assistant learns at the last."""
+    step, before = runner.run, runner.before
+
+    def run() -> None:
+        for number in range(steps):
+            if number:
+                before()
+            step()
+
+    return run
 
 
 def _captured(prepared: Step, run: Callable[[], object], pool: tuple[int, int] | None) -> Callable[[], object]:

@@ -30,6 +30,7 @@ class Runner:
     note: str = ""
     error: str | None = None
     spin: int = 0  # cycles that a GPU waits before a round: its launches are then queued, as in a longer computation
+    passes: int = 1  # of the contender in a round, for one whose passes are not alike: `seconds` are their mean
     seconds: list[float] = field(default_factory=list)
 
     def times_ms(self) -> dict[str, float]:
@@ -88,7 +89,7 @@ def time_rounds(
                 attempt(runner, lambda runner=runner: runner.seconds.append(_timed(runner)))  # type: ignore[misc]
         say(f"    {runner.name}: warm after {time.perf_counter() - began:.1f} s{_tail(runner)}")
     alive = [runner for runner in runners if runner.error is None]
-    one_round = sum(runner.seconds[-1] for runner in alive)
+    one_round = sum(runner.seconds[-1] * runner.passes for runner in alive)
     for runner in alive:
         runner.seconds.clear()
     for _ in range(min(rounds, max(5, int(CASE_SECONDS / max(one_round, 1e-9))))):
@@ -115,13 +116,13 @@ def _patience(runner: Runner, seconds: int) -> Iterator[None]:
 
 
 def _timed(runner: Runner) -> float:
-    """Seconds of one round: device events around it on a GPU, the host's clock on a CPU."""
+    """Seconds of one pass: device events around it on a GPU, the host's clock on a CPU."""
     runner.before()
     synchronize()
     if not torch.cuda.is_available():
         began = time.perf_counter()
         runner.run()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / runner.passes
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if runner.spin:
         torch.cuda._sleep(runner.spin)
@@ -129,7 +130,7 @@ def _timed(runner: Runner) -> float:
     runner.run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / runner.passes
 
 
 def peak_bytes(runner: Runner, *, total: bool = False) -> int | None:
