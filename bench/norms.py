@@ -53,7 +53,7 @@ ARMS = tuple(name for names in BY_MODE.values() for name in names)
 NOTES = {
     INFORMATION: "no norms; curves and controls of mutual information, measured at every step",
     MIND: "no norms; MIND past its warm-up: the mean of four steps, at the last of which its assistant learns",
-    WITHOUT_MIND: "no norms; equal weights given beforehand and MIND's divergence",
+    WITHOUT_MIND: "no norms; equal weights given beforehand and MIND's divergence: the mean of four steps",
     "opacus_ghost": "two backward passes: norms, then clipped gradients",
     "opacus_ghost_norms": "its first backward pass alone: norms and gradients, nothing clipped",
 }
@@ -107,7 +107,7 @@ def arms(
                 runner.run = _opacus(name, prepared, scale)
             else:
                 runner.run = _ours(name, prepared, scale, config, pool)
-            if name == MIND:
+            if name in (MIND, WITHOUT_MIND):  # both, for between its steps a window clears gradients
                 runner.run, runner.passes = _window(runner, config.mind.accumulation), config.mind.accumulation
             if mode == "captured":
                 runner.before = lambda: None

@@ -35,6 +35,10 @@ def batch_of(counts: list[int], width: int = 12, seed: int = 0) -> tuple[Statist
     return statistics, Context(teachers, pooled, ragged, [f"q{i}" for i in range(len(counts))])
 
 
+def scores_of(strategy, context):
+    return strategy._score(strategy._features(context), paths_apart(context.ragged.question_of_sequence))
+
+
 def mind(**options):
     return build_strategy(toy_config({"strategy": "mind", "mind": {"width": 16, **options}}), ["a", "b", "c", "d"])
 
@@ -44,11 +48,11 @@ def test_paths_of_other_questions_change_no_score():
     counts = [3, 1, 4, 2]
     _, context = batch_of(counts)
     net = TeachingAssistant(12, 16, heads=4)
-    together = net(context.pooled, paths_apart(context.ragged))
+    together = net(context.pooled, paths_apart(context.ragged.question_of_sequence))
     assert ((0 < together) & (together < 1)).all()
     alone = []
     for count, pooled in zip(counts, context.pooled.split(counts)):
-        alone.append(net(pooled, paths_apart(batch_of([count])[1].ragged)))
+        alone.append(net(pooled, torch.zeros(count, count, dtype=torch.bool)))
     assert torch.allclose(together, torch.cat(alone), atol=1e-6)
 
 
@@ -59,7 +63,7 @@ def test_attention_across_paths_is_what_lets_one_path_change_anothers_score():
         _, context = batch_of([3])
         other = context.pooled.clone()
         other[2] = -other[2]
-        apart = paths_apart(context.ragged)
+        apart = paths_apart(context.ragged.question_of_sequence)
         first, second = net(context.pooled, apart), net(other, apart)
         assert (first[:2] != second[:2]).all() == moves and first[2] != second[2]
 
@@ -99,7 +103,7 @@ def test_alpha_is_a_softmax_over_the_paths_near_the_best(threshold):
     counts = [3, 1, 4]
     _, context = batch_of(counts)
     alpha = strategy.given(context)
-    scores = strategy._score(context).scores.detach()
+    scores = scores_of(strategy, context)
     for got, s in zip(alpha.split(counts), scores.split(counts)):
         chosen = s >= threshold * s.max()
         expected = torch.where(chosen, (s / 0.25).exp(), 0.0)
@@ -123,7 +127,7 @@ def test_the_assistant_comes_to_foresee_the_losses():
 
     def gap():
         target = (-statistics.difficulty).split(4)
-        scores = strategy._score(context).scores.detach().split(4)
+        scores = scores_of(strategy, context).detach().split(4)
         pairs = [(s.softmax(0), t.softmax(0)) for s, t in zip(scores, target)]
         return float(sum((p * (p / t).log()).sum() for p, t in pairs))
 
@@ -135,21 +139,26 @@ def test_the_assistant_comes_to_foresee_the_losses():
     assert context.pooled.grad is None and not context.pooled.requires_grad
 
 
-def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_split():
+@pytest.mark.parametrize("most", [1024, 5])
+def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_split(most, monkeypatch):
+    monkeypatch.setattr("compact.strategies.mind.MOST_PATHS", most)
     whole, parts = mind(accumulation=2), mind(accumulation=2)
     batches = [batch_of([3, 1], seed=1), batch_of([4, 2, 2], seed=2)]
     for strategy in (whole, parts):
         torch.manual_seed(0)
-        strategy._score(batches[0][1])
+        scores_of(strategy, batches[0][1])
     for statistics, context in batches:
         whole.observe(statistics, context, None)
         parts.observe(statistics, context, None)
         parts.step(1.0)  # two steps of the student: still one of the assistant
+        if parts.steps:
+            parts.state_dict()  # a checkpoint within the window, which has it learn what it has kept
+            assert parts.window is not None and not parts.lessons
     parts_grad = [p.grad.clone() for p in parts.net.parameters()]
     loss = 0.0
     for statistics, context in batches:
         counts = context.ragged.cu_questions.diff().tolist()
-        scores = whole._score(context).scores.split(counts)
+        scores = scores_of(whole, context).split(counts)
         for s, real in zip(scores, statistics.difficulty.split(counts)):
             loss = loss + (s.softmax(0) * (s.log_softmax(0) - (-real).log_softmax(0))).sum()
     expected = torch.autograd.grad(loss / 5, list(whole.net.parameters()))

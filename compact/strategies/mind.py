@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.randomness import random_state_kept
 from compact.strategies.base import Context, Strategy
-from compact_kernels import Ragged, Statistics
+from compact_kernels import Statistics
 from compact_kernels.ragged import on_device
 from compact_kernels.rule import segment_sum
 
 LEAST_LOG = math.log(1e-30)  # of a target probability
+MOST_PATHS = 1024  # that are learnt from at once: attention looks at all pairs
 
 
 class TeachingAssistant(nn.Module):
@@ -53,12 +55,13 @@ class TeachingAssistant(nn.Module):
         return self.score(self.norm(path)).squeeze(1).sigmoid()
 
 
-class _Scored(NamedTuple):
-    """What the assistant makes of one batch."""
+class _Lesson(NamedTuple):
+    """What the assistant learns from one batch; detached."""
 
-    context: Context
-    scores: Tensor  # (S,), with their graph
-    apart: Tensor  # (S, S) bool
+    features: Tensor  # (S, F) float32
+    question: Tensor  # (S,) int64, of each path
+    losses: Tensor  # (S,) L_real
+    questions: int
 
 
 class Mind(Strategy):
@@ -66,7 +69,8 @@ class Mind(Strategy):
 
     The assistant learns from L_meta = KL(π_τ(s) ‖ π_τ(−L_real)) and from nothing else; its inputs and L_real are
     detached. Its gradients are summed over the questions of its window, over all ranks, and divided by their number:
-    how a step is split into batches and ranks does not matter.
+    how a step is split into batches and ranks does not matter. As it does not move within a window, a batch is but
+    kept there, and learnt from at the window's end, or before a checkpoint is written.
 
     What resumes: parameters, optimizer, the window under way, and the averages of ``inertia: ema``.
     """
@@ -79,9 +83,9 @@ class Mind(Strategy):
         self.warmup_epochs = config.mind.warmup
         self.net: TeachingAssistant | None = None  # made when the first batch shows how wide a feature is
         self.optimizer: torch.optim.Optimizer | None = None
-        # Gradients end to end, and how many questions they are of: (P + 1,) each.
-        self.batch: Tensor | None = None  # this rank's, since the student's last step
-        self.window: Tensor | None = None  # all ranks', since the assistant's last step
+        self.lessons: list[_Lesson] = []  # this rank's, not learnt from
+        # All ranks' gradients since the assistant's last step, end to end, and of how many questions: (P + 1,)
+        self.window: Tensor | None = None
         self.steps = 0  # the student's in that window
         # Exponential averages of L_real, (rows · teachers,) float64, NaN where not met; the questions' rows in it.
         self.trend: Tensor | None = None
@@ -89,14 +93,13 @@ class Mind(Strategy):
         self.fresh: list[tuple[list[str], Tensor, Tensor]] = []  # of this rank since the last step
         self._alike = False  # whether all ranks have been given the first one's parameters
         self._waiting: dict[str, Any] | None = None
-        self._scored: _Scored | None = None  # α's own, for the same batch's L_meta
 
     # ---- α ----
 
     @torch.no_grad()
     def given(self, context: Context) -> Tensor:
-        self._scored = self._score(context)
-        scores, apart = self._scored.scores.detach(), self._scored.apart
+        apart = paths_apart(context.ragged.question_of_sequence)
+        scores = self._score(self._features(context), apart)
         best = _by_question(scores, apart).amax(1)
         left_out = scores < self.options.threshold * best  # all but I_dyn
         scores = (scores / self.options.student_temperature).masked_fill(left_out, -torch.inf)
@@ -104,29 +107,21 @@ class Mind(Strategy):
 
     # ---- learning ----
 
+    @torch.no_grad()
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
-        losses = self._real_losses(statistics, context)
-        scored, self._scored = self._scored, None
-        if scored is None or scored.context is not context:
-            scored = self._score(context)
-        with torch.enable_grad():
-            predicted = _log_softmax(scored.scores / self.options.temperature, scored.apart)
-            target = _log_softmax(-losses / self.options.temperature, scored.apart)
-            meta = (predicted.exp() * (predicted - target.clamp_min(LEAST_LOG))).sum()
-            gradients = torch.autograd.grad(meta, self._parameters())
-        count = losses.new_full((1,), context.ragged.num_questions)
-        added = torch.cat([*(gradient.flatten() for gradient in gradients), count])
-        self.batch = added if self.batch is None else self.batch + added
+        features, losses = self._features(context), self._real_losses(statistics, context)
+        if self.net is None:
+            self._build(features)
+        ragged = context.ragged
+        self.lessons.append(_Lesson(features, ragged.question_of_sequence, losses, ragged.num_questions))
 
     def step(self, learning_rate: float | None = None) -> None:
-        if self.batch is None or self.optimizer is None:
+        if self.optimizer is None:
             return
         if not self._alike:  # not earlier: a rank may build it alone, to show a question
             for parameter in self._parameters():
                 parameter.data = broadcast(parameter.data)
             self._alike = True
-        added, self.batch = reduce(self.batch, "sum"), None
-        self.window = added if self.window is None else self.window + added
         if self.options.inertia == "ema":
             fresh, self.fresh = self.fresh, []
             if PartialState().num_processes > 1:
@@ -136,6 +131,8 @@ class Mind(Strategy):
         self.steps += 1
         if learning_rate is not None and self.steps < self.options.accumulation:
             return
+        self._learn()
+        assert self.window is not None
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.warmup_rate if learning_rate is None else self.options.rate * learning_rate
         parameters = self._parameters()
@@ -144,6 +141,28 @@ class Mind(Strategy):
             parameter.grad = gradient.view_as(parameter)
         self.optimizer.step()
         self.window, self.steps = None, 0
+
+    def _learn(self) -> None:
+        """Add the lessons' gradients, of all ranks, to the window. Called on every rank at once."""
+        lessons, self.lessons = self.lessons, []
+        parts = [self._gradient(together) for together in _in_parts(lessons)]
+        learnt = reduce(sum(parts[1:], parts[0]), "sum")
+        self.window = learnt if self.window is None else self.window + learnt
+
+    def _gradient(self, lessons: Sequence[_Lesson]) -> Tensor:
+        """Σ L_meta's gradient over the questions of the lessons, end to end, and how many these are. (P + 1,)"""
+        ends = accumulate(lesson.questions for lesson in lessons)
+        question = torch.cat([lesson.question + end for lesson, end in zip(lessons, ends)])
+        apart = paths_apart(question)
+        losses = torch.cat([lesson.losses for lesson in lessons])
+        with torch.enable_grad():
+            scores = self._score(torch.cat([lesson.features for lesson in lessons]), apart)
+            predicted = _log_softmax(scores / self.options.temperature, apart)
+            target = _log_softmax(-losses / self.options.temperature, apart)
+            meta = (predicted.exp() * (predicted - target.clamp_min(LEAST_LOG))).sum()
+            gradients = torch.autograd.grad(meta, self._parameters())
+        count = losses.new_full((1,), sum(lesson.questions for lesson in lessons))
+        return torch.cat([*(gradient.flatten() for gradient in gradients), count])
 
     def _real_losses(self, statistics: Statistics, context: Context) -> Tensor:
         """L_real (S,), the mean cross entropy of each path, or its exponential average."""
@@ -180,19 +199,23 @@ class Mind(Strategy):
 
     # ---- the network ----
 
-    def _score(self, context: Context) -> _Scored:
+    def _features(self, context: Context) -> Tensor:
+        """What the assistant sees of each path. (S, F) float32"""
         features = context.pooled
         if self.options.features == "sentence":
             if context.embeddings is None:
                 raise UserError("mind.features is sentence, and the batch has no embeddings: set consensus.encoder")
             features = context.embeddings
+        return features.detach().float()
+
+    def _score(self, features: Tensor, apart: Tensor) -> Tensor:
+        """(S, F) → (S,)"""
         if self.net is None:
             self._build(features)
         assert self.net is not None
-        apart = paths_apart(context.ragged)
         # No autocast: the network is small, and its scores are compared.
-        with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
-            return _Scored(context, self.net(features.detach().float(), apart), apart)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.net(features, apart)
 
     def _build(self, features: Tensor) -> None:
         with random_state_kept(seed=torch.initial_seed() % 2**32):  # the run's, whenever the first batch comes
@@ -212,6 +235,8 @@ class Mind(Strategy):
     def state_dict(self) -> dict[str, Any]:
         if self.net is None or self.optimizer is None:
             return self._waiting or {}
+        if self.lessons:
+            self._learn()
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -248,10 +273,22 @@ class Mind(Strategy):
         return {key: value for key, value in zip(keys, values) if not math.isnan(value)}
 
 
-def paths_apart(ragged: Ragged) -> Tensor:
-    """Which pairs of a batch's rationales are not of one question. (S, S) bool"""
-    question = ragged.question_of_sequence
+def paths_apart(question: Tensor) -> Tensor:
+    """Which pairs of a batch's rationales are not of one question. (S,) the question of each → (S, S) bool"""
     return question[:, None] != question
+
+
+def _in_parts(lessons: Sequence[_Lesson]) -> list[list[_Lesson]]:
+    """Lessons to learn from at once: of :data:`MOST_PATHS` at most, unless a single one has more."""
+    parts: list[list[_Lesson]] = []
+    room = 0
+    for lesson in lessons:
+        room -= len(lesson.losses)
+        if room < 0 or not parts:
+            parts.append([])
+            room = MOST_PATHS - len(lesson.losses)
+        parts[-1].append(lesson)
+    return parts
 
 
 def _by_question(values: Tensor, apart: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""python pooled.py STUDY FRESH: `compact` less other methods, in points, over the seeds of both studies."""
+"""python pooled.py STUDY FRESH: `compact` less each method of both studies, in points, over the seeds of both."""
 
 from __future__ import annotations
 
@@ -29,9 +29,16 @@ def table(cells: list[Path], tasks: list[str]) -> np.ndarray:
 
 
 studies = [Path(word) / "cells" / "misleading" for word in sys.argv[1:3]]
-ours = {cell.name: cell for study in studies for cell in (study / "compact").glob("seed-*")}
-for method in ("uniform", "uniform_token", "single-verbose"):
-    theirs = {cell.name: cell for study in studies for cell in (study / method).glob("seed-*")}
+
+
+def cells(method: str) -> dict[str, Path]:
+    return {cell.parent.name: cell.parent for study in studies for cell in (study / method).glob("seed-*/cell.json")}
+
+
+ours = cells("compact")
+methods = set.intersection(*({path.name for path in study.iterdir()} for study in studies))
+for method in sorted(methods - {"compact"}):
+    theirs = cells(method)
     names = sorted(ours.keys() & theirs.keys())
     said = []
     for label, tasks in TASKS.items():
