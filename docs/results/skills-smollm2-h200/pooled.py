@@ -29,20 +29,21 @@ def table(cells: list[Path], tasks: list[str]) -> np.ndarray:
 
 
 studies = [Path(word) / "cells" / "misleading" for word in sys.argv[1:3]]
-
-
-def cells(method: str) -> dict[str, Path]:
-    return {cell.parent.name: cell.parent for study in studies for cell in (study / method).glob("seed-*/cell.json")}
-
-
-ours = cells("compact")
 methods = set.intersection(*({path.name for path in study.iterdir()} for study in studies))
+
+
+def cells(study: Path, method: str) -> dict[str, Path]:
+    return {cell.parent.name: cell.parent for cell in (study / method).glob("seed-*/cell.json")}
+
+
 for method in sorted(methods - {"compact"}):
-    theirs = cells(method)
-    names = sorted(ours.keys() & theirs.keys())
-    said = []
-    for label, tasks in TASKS.items():
-        found = crossed(100 * (table([ours[n] for n in names], tasks) - table([theirs[n] for n in names], tasks)))
-        low, high = found.interval() or (float("nan"), float("nan"))
-        said.append(f"{label} {found.mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-    print(f"compact - {method}, {len(names)} seeds: {', '.join(said)}")
+    of_both = [(cells(study, "compact"), cells(study, method)) for study in studies]
+    pairs = [[(ours[name], theirs[name]) for name in sorted(ours.keys() & theirs.keys())] for ours, theirs in of_both]
+    for label, some in ((sys.argv[1], pairs[0]), (sys.argv[2], pairs[1]), ("both", [*pairs[0], *pairs[1]])):
+        said = []
+        for task, files in TASKS.items():
+            ours, theirs = (table([pair[side] for pair in some], files) for side in (0, 1))
+            found = crossed(100 * (ours - theirs))
+            low, high = found.interval() or (float("nan"), float("nan"))
+            said.append(f"{task} {found.mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        print(f"compact - {method}, {len(some)} seeds of {label}: {', '.join(said)}")

@@ -10,10 +10,11 @@ total; of it there are the right answers alone.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -66,20 +67,25 @@ def judged(question: Question, row: dict) -> dict[str, bool]:
 
 
 def main(cells: Path, methods: list[str]) -> None:
+    common = set.intersection(
+        *({path.parent.name for path in (cells / method).glob("seed-*/cell.json")} for method in methods)
+    )
     for task, (state, skills, wordings) in DRAWN.items():
         drawn = draw_questions(random.Random(state), 500, part="test", skills=skills, wordings=wordings)
         asked = {f"{task}-{number}": question for number, question in enumerate(drawn, 1)}
-        found = {method: answers(cells / method, task, asked) for method in methods}
+        found = {method: answers(cells / method, task, asked, common) for method in methods}
         show(task, found, lambda skill: skill != "order")
         for name in sorted({q.skill for q in drawn}):
             kinds = KINDS[:1] if name == "order" else KINDS
             show(f"{task}, {name}", found, lambda skill, name=name: skill == name, kinds)
 
 
-def answers(method: Path, task: str, asked: dict[str, Question]) -> list[list[tuple[str, dict[str, bool]]]]:
+def answers(
+    method: Path, task: str, asked: dict[str, Question], seeds: Collection[str]
+) -> list[list[tuple[str, dict[str, bool]]]]:
     """By seed: the skill of each question and what became of it."""
     runs = []
-    for folder in sorted(method.glob("seed-*/evaluation/after")):
+    for folder in (method / seed / "evaluation" / "after" for seed in sorted(seeds)):
         rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
         assert all(asked[row["id"]].prompt == row["prompt"] for row in rows), "questions of another generator"
         told = [(asked[row["id"]], row) for row in rows]
@@ -99,7 +105,7 @@ def show(title: str, found: dict[str, list], kept: Callable[[str], bool], kinds:
             line = f"  {what:12} {method:18} {table.mean():5.1f}"
             if method != baseline:
                 estimate = crossed(table - tables[baseline])
-                low, high = estimate.interval()
+                low, high = estimate.interval() or (math.nan, math.nan)  # of what does not vary there is none
                 line += f"  {estimate.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
             print(line)
 
