@@ -156,7 +156,8 @@ def question_affinity(
     if query.dim() == 2:
         query, key = query[:, None], key[:, None]
     index, present = question_slots(ragged)
-    scores = torch.einsum("qihd,qjhd->qhij", query[index], key[index]) / (math.sqrt(query.shape[-1]) * temperature)
+    with torch.autocast(query.device.type, enabled=False):  # states after like suffixes are close
+        scores = torch.einsum("qihd,qjhd->qhij", query[index], key[index]) / (math.sqrt(query.shape[-1]) * temperature)
     scores = scores.masked_fill(~present[:, None, None, :], -math.inf)
     affinity = scores.softmax(-1).mean(1)
     return affinity.where(present[:, :, None] & present[:, None, :], 0.0), present

@@ -17,7 +17,10 @@ def environment() -> dict[str, str]:
 
 
 def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module`` in two gloo processes of one thread each: as users' are, so not in Triton's interpreter."""
+    """``python -m module`` in two gloo processes of one thread each, without GPUs: there may be fewer of these.
+
+    As users' processes are, so not in Triton's interpreter.
+    """
     return subprocess.run(
         [
             sys.executable,
@@ -30,7 +33,7 @@ def two_ranks(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             *arguments,
         ],
         cwd=ROOT,
-        env={**environment(), "OMP_NUM_THREADS": "1"},
+        env={**environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
         capture_output=True,
         text=True,

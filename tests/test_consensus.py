@@ -62,6 +62,16 @@ def test_half_precision_states_are_read_as_stored_and_summed_in_float32(dtype):
     torch.testing.assert_close(actual.double().cpu(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("op", [question_consensus, lambda *given: question_affinity(*given)[0]])
+def test_autocast_has_no_part_in_the_graph(op):
+    ragged = make_ragged((4, 3))
+    query, key = states(ragged, 3, 40)
+    query, key, ragged = query.to(DEVICE), key.to(DEVICE), ragged.to(DEVICE)
+    wanted = op(query, key, ragged)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(op(query, key, ragged), wanted)
+
+
 def test_wide_heads_are_summed_block_by_block(monkeypatch):
     from compact_kernels import consensus
 

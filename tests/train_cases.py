@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from compact.metrics import read_metrics
+from tests import processes
 
-ROOT = Path(__file__).parent.parent
 QUICK = {
     "data.max_length": 128,
     "student.lora.rank": 4,
@@ -39,9 +38,10 @@ def flags(toy: Path, run: Path, **options: Any) -> list[str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Of a process whose home and caches are in `home`."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV") if name in os.environ}
-    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    """Of a process whose home and caches are in `home`, importing what this one imports."""
+    names = "PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"
+    kept = {name: value for name in names if (value := processes.environment().get(name)) is not None}
+    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def table(run: Path) -> list[dict[str, Any]]:

@@ -21,9 +21,10 @@ from compact.metrics import MetricsTable, read_metrics
 from compact.run_folder import locked
 from compact.train import main
 from compact.trainer import CompactTrainer
+from tests.processes import ROOT
 from tests.toy import toy_tokenizer
 from tests.toy_run import save_student, toy_model, toy_rows, write_rows
-from tests.train_cases import ROOT, assert_same_run, environment, flags, table
+from tests.train_cases import assert_same_run, environment, flags, table
 
 # ------------------------------------------------------------------------------------------------------------ resume
 
@@ -105,6 +106,8 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(finished, toy, tmp
 
 # ----------------------------------------------------------------------------------------------------- two processes
 
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # there may be fewer GPUs than processes
+
 
 def test_two_processes_run_the_same_command(finished, toy, tmp_path):
     (tmp_path / "home").mkdir()
@@ -113,7 +116,7 @@ def test_two_processes_run_the_same_command(finished, toy, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
         [*command, "-m", "--", "compact.train", *words],
-        env={**environment(tmp_path / "home"), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env={**environment(tmp_path / "home"), **ON_CPUS},
         capture_output=True,
         text=True,
         timeout=300,
@@ -149,7 +152,7 @@ def test_fsdp2_trains_as_one_process_does(tmp_path, options, resumes):
     for run in range(runs):
         done = subprocess.run(
             [*launch, "-m", "tests.distributed_train", *words],
-            env={**environment(tmp_path / "home"), "ACCELERATE_TORCH_DEVICE": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            env={**environment(tmp_path / "home"), **ON_CPUS, "ACCELERATE_TORCH_DEVICE": "cpu"},
             capture_output=True,
             text=True,
             timeout=300,

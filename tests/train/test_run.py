@@ -18,10 +18,11 @@ from compact.metrics import read_metrics
 from compact.options import plain
 from compact.states import read_states
 from compact.train import main
+from tests.processes import ROOT
 from tests.test_embed import save_encoder
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_rows, write_rows
-from tests.train_cases import ROOT, assert_same_run, files, flags
+from tests.train_cases import assert_same_run, files, flags
 
 GSM8K = ROOT / "compact" / "recipes" / "data" / "gsm8k_four_teachers_32.jsonl"
 
