@@ -1,6 +1,6 @@
 """python forms.py STUDY/cells/gsm8k METHOD …: in what form held-out questions are answered, and how many right.
 
-Before training too; of all seeds that there are.
+Before training too; of all seeds that are whole.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -29,7 +30,10 @@ def tell(title: str, files: list[Path]) -> None:
 
 
 cells = Path(sys.argv[1])
-base = cells.parent.parent / "base"
-tell("before training", sorted(base.glob(f"{cells.name}-fold-*/evaluation/before/held_out.jsonl")))
+before = sorted((cells.parent.parent / "base").glob(f"{cells.name}-fold-*/evaluation/before/held_out.jsonl"))
+tell("before training", before)
 for method in sys.argv[2:]:
-    tell(method, sorted((cells / method).glob("seed-*-fold-*/evaluation/after/held_out.jsonl")))
+    seeds = defaultdict(list)
+    for file in sorted((cells / method).glob("seed-*-fold-*/evaluation/after/held_out.jsonl")):
+        seeds[file.parents[2].name.partition("-fold-")[0]].append(file)
+    tell(method, [file for files in seeds.values() if len(files) == len(before) for file in files])
