@@ -151,8 +151,8 @@ class Mind(Strategy):
 
     def _gradient(self, lessons: Sequence[_Lesson]) -> Tensor:
         """Σ L_meta's gradient over the questions of the lessons, end to end, and how many these are. (P + 1,)"""
-        ends = accumulate(lesson.questions for lesson in lessons)
-        question = torch.cat([lesson.question + end for lesson, end in zip(lessons, ends)])
+        starts = accumulate((lesson.questions for lesson in lessons), initial=0)
+        question = torch.cat([lesson.question + start for lesson, start in zip(lessons, starts)])
         apart = paths_apart(question)
         losses = torch.cat([lesson.losses for lesson in lessons])
         with torch.enable_grad():
