@@ -156,8 +156,8 @@ def prepare(model: nn.Module, *, projections: bool = True) -> nn.Module:
 
     The *instance's* forward is patched, before or after peft wraps it, so that the call goes through DDP, FSDP and
     peft like any other. Without `compact` the model's own forward answers, unchanged: generation, evaluation and
-    saving know nothing of this. With it, `attention_mask`, `labels` and caches are refused, no cache is kept, and
-    position ids and sequence offsets come from `compact` where they are not given.
+    saving know nothing of this. With it, `attention_mask`, `labels` and caches are refused, no cache is kept, sequence
+    offsets come from `compact`, and position ids too where they are not given.
 
     Mixture-of-experts models: the router's load-balancing loss is no part of the method and is not added, whatever
     ``config.output_router_logits`` says (a warning says so).

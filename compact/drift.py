@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from compact.config import Recipe
 from compact.errors import UserError
 from compact.generation import LOGIT_CHUNK, padded
 from compact.results import mean, standard_error, write_atomically
+from compact.sources import JsonLines
 from compact.student import head, load_student, unwrap
 
 TEXTS, TOKENS, BATCH = 200, 256, 16
@@ -31,15 +33,20 @@ def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
     if not path.is_file():
         raise UserError(f"evaluation.held_text: there is no file {path}")
     texts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip() and len(texts) < limit:
-            try:
-                row = json.loads(line) if path.suffix == ".jsonl" else {"text": line}
-            except json.JSONDecodeError as error:
-                raise UserError(f"evaluation.held_text: {path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"evaluation.held_text: {path}:{number}: one JSON object a line is needed")
-            texts.append("\n".join(str(row[name]) for name in FIELDS if isinstance(row.get(name), str)))
+    try:
+        if path.suffix == ".jsonl":
+            source = JsonLines(path)
+            for index, row in enumerate(islice(source.rows(), limit)):
+                if not isinstance(row, dict):
+                    raise UserError(f"{source.place(index)}: one JSON object a line is needed")
+                texts.append("\n".join(str(row[name]) for name in FIELDS if isinstance(row.get(name), str)))
+        else:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            texts = [line for line in lines if line.strip()][:limit]
+    except UserError as error:
+        raise UserError(f"evaluation.held_text: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"evaluation.held_text: {path}: not UTF-8 text ({error.reason}); convert it") from None
     if not any(texts):
         raise UserError(f"evaluation.held_text: {path} holds no text; rows need one of {', '.join(FIELDS)}")
     return texts

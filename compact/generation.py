@@ -15,7 +15,7 @@ from compact.errors import UserError
 from compact.results import mean
 from compact.student import head
 from compact.tasks import TaskRow
-from compact.tokenization import encode, render_prompt
+from compact.tokenization import encode, lead_of, render_prompt, suffix_ids
 
 LOGIT_CHUNK = 1 << 24  # logits held at once while scoring: 64 MiB in float32
 
@@ -89,20 +89,20 @@ def score_answers(
     data: DataConfig,
 ) -> list[dict[str, float | None]]:
     """Mean log-probabilities of each gold answer, its suffix and its solution."""
-    suffixes = [suffix_ids(row.answer, tokenizer, data) for row in rows]
+    suffixes = [suffix_ids(tokenizer, data.suffix, row.answer) for row in rows]
     context = context_length(causal)
-    for row, prompt, (ids, _) in zip(rows, prompts, suffixes):
+    for row, prompt, (ids, *_) in zip(rows, prompts, suffixes):
         if len(prompt) + len(ids) > context:
             raise UserError(
                 f"question {row.id}: its prompt and the suffix with its answer have {len(prompt)} + {len(ids)} "
                 f"tokens, more than the model's context, {context}; shorten or drop the question"
             )
-    scores = token_logprobs(causal, list(zip(prompts, (ids for ids, _ in suffixes))))
+    scores = token_logprobs(causal, list(zip(prompts, (ids for ids, *_ in suffixes))))
     out: list[dict[str, float | None]] = []
-    for (_, (start, end)), values in zip(suffixes, scores):
+    for (_, start, length), values in zip(suffixes, scores):
         out.append(
             {
-                "answer_logprob": mean(values[start:end]),
+                "answer_logprob": mean(values[start : start + length]),
                 "suffix_logprob": mean(values),
                 "solution_logprob": None,
             }
@@ -110,10 +110,9 @@ def score_answers(
     pairs, owners = [], []
     for i, row in enumerate(rows):
         rendered = render_prompt(tokenizer, row.prompt, data.prompt_template)
-        lead = " " if rendered is not None and not rendered[-1:].isspace() else ""  # as before a rationale's body
         room = context - len(prompts[i])
         if row.solution is not None and room > 0:
-            [(ids, _)] = encode(tokenizer, [lead + row.solution])
+            [(ids, _)] = encode(tokenizer, [lead_of(rendered) + row.solution])
             pairs.append((prompts[i], ids[:room]))
             owners.append(i)
     for i, values in zip(owners, token_logprobs(causal, pairs) if pairs else []):
@@ -141,14 +140,6 @@ def token_logprobs(causal: PreTrainedModel, pairs: list[tuple[list[int], list[in
         picked = logits.gather(1, targets[start : start + chunk, None]).squeeze(1)
         values.append(picked - logits.logsumexp(dim=1))
     return [part.tolist() for part in torch.cat(values).split([len(target) for _, target in pairs])]
-
-
-def suffix_ids(answer: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> tuple[list[int], tuple[int, int]]:
-    """Ids of the suffix with EOS, and where the answer's own tokens lie in it; the training's tokens."""
-    before, after = data.suffix.split("{answer}")
-    [(ids, offsets)] = encode(tokenizer, [before + answer + after])
-    inside = [i for i, (a, b) in enumerate(offsets) if a < len(before) + len(answer) and b > len(before) and a < b]
-    return [*ids, tokenizer.eos_token_id], (inside[0], inside[-1] + 1)
 
 
 def padded(sequences: list[list[int]], pad: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Whose gradients move a student, rationale by rationale: norms beside what else is known of a rationale.
 
-python -m compact.influence RUN      writes RUN/analysis/influence.json and .npz, and pictures/influence.png
+python -m compact.influence RUN      writes RUN/analysis/influence.json and .npz, and pictures/norms.png
 
 Length moves a gradient's norm by itself (a mean over more tokens cancels more), so every correlation is given twice:
 as it is, and with length partialled out.
@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from compact.collate import Collator, to_device
 from compact.commandline import positive
-from compact.config import Recipe, from_dict, read_recipe
+from compact.config import Recipe
 from compact.drift import base_student
 from compact.errors import UserError
 from compact.evaluate import load_run
 from compact.loss import Denominators, distillation_loss
-from compact.options import plain
 from compact.results import write_atomically
+from compact.run_folder import finished_recipe
 from compact.states import BATCH, QUESTIONS, run_items, without_encoder
 from compact.strategies.compact import Compact
 from compact.student import prepare
@@ -49,11 +49,7 @@ def read_influence(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
         UserError: the run is not finished, or has parameters whose norms are not covered.
     """
     student, tokenizer = load_run(run)
-    recipe = from_dict(plain(read_recipe(str(run / "recipe.yaml"))))
-    if recipe.student.model == "demo" or recipe.data.train is None:
-        from compact.demo import build
-
-        recipe = build(recipe)
+    recipe = finished_recipe(run)
     items, teachers = run_items(recipe, tokenizer, run, questions)
     models = {"before": base_student(recipe, student), "after": student}
     arrays: dict[str, np.ndarray] = {}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from compact.config import CompactConfig
 from compact.loss import targets_of
-from compact.metrics import INFORMATION, read_metrics
+from compact.metrics import INFORMATION, append_rows, read_metrics
+from compact.results import write_atomically
 from compact.student import StudentOutput
 from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
 from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls
@@ -48,7 +49,7 @@ class InformationLog:
         self._write = write
         if write and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     @torch.no_grad()
     def measure(self, step: int, output: StudentOutput, result: CompatibilityOutput, batch: Mapping[str, Any]) -> None:
@@ -96,8 +97,7 @@ class InformationLog:
         matrix = accelerator.reduce(torch.stack([sums for _, _, sums in pending]), "sum").cpu()
         rows = [self._row(step, clock.seconds, sums) for (step, clock, _), sums in zip(pending, matrix)]
         if self._write:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_rows(self.path, rows)
         logs = {} if rows[-1]["hsic"] is None else {"information/hsic": rows[-1]["hsic"]}
         for name, entry in rows[-1]["teachers"].items():
             logs |= {f"information/{key}/{name}": entry[key] for key in INFORMATION if entry[key] is not None}

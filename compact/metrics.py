@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compact.errors import UserError
+from compact.results import write_atomically
 from compact_kernels import CompatibilityOutput, SampleNorms
 from compact_kernels.information import noise_scale
 from compact_kernels.rule import question_spread, segment_sum
@@ -84,10 +85,7 @@ class MetricsTable:
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         self._elapsed_before = self._last_seconds = rows[-1]["seconds"] if rows else 0.0
         if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_suffix(".writing")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            aside.replace(self.path)
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, sums: Tensor, batch: Mapping[str, Any]) -> None:
         """Add one micro-batch to the optimizer step under way."""
@@ -192,16 +190,8 @@ class MetricsTable:
         }
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
-        if not (self._write and rows):
-            return
-        try:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}. Checkpoints so far are whole: make room and run the "
-                "same command again to go on from the last one."
-            ) from error
+        if self._write and rows:
+            append_rows(self.path, rows)
 
     @staticmethod
     def _averages(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -227,6 +217,22 @@ class MetricsTable:
                 if known := [entry[name] for entry in present if name in entry]:
                     logs[f"{name}/{teacher}"] = mean(known)
         return logs
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add JSON lines to a table of a run under way.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written any more.
+    """
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Checkpoints so far are whole: make room and run the same command "
+            "again to go on from the last one."
+        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

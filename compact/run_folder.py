@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compact import demo
 from compact.analyze import versions
 from compact.config import Recipe, from_dict, read_recipe, save_recipe, to_dict
 from compact.errors import UserError
@@ -73,6 +75,12 @@ def stored_recipe(folder: Path) -> dict[str, Any]:
             save_recipe(from_dict(here), folder / "recipe.yaml")
         return here
     return values
+
+
+def finished_recipe(run: Path) -> Recipe:
+    """A run's recipe, wherever the run lies now, with the files of the embedded example where it asks for these."""
+    recipe = replace(from_dict(stored_recipe(run)), run=str(run))
+    return demo.build(recipe) if demo.is_embedded(recipe) else recipe
 
 
 def _moved(value: Any, old: Path, new: Path) -> Any:

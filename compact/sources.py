@@ -54,8 +54,12 @@ class JsonLines:
         self._file.seek(self._offsets[index])
         return self._parse(self._file.readline(), self._lines[index])
 
+    def line(self, index: int) -> int:
+        """The number of a row's line, from 1."""
+        return self._lines[index]
+
     def place(self, index: int) -> str:
-        return f"{self.name}:{self._lines[index]}"
+        return f"{self.name}:{self.line(index)}"
 
     def close(self) -> None:
         if self._file is not None:

@@ -21,14 +21,14 @@ from torch import nn
 from tqdm import tqdm
 
 from compact.collate import Collator, to_device
-from compact.config import Recipe, from_dict, read_recipe
+from compact.config import Recipe
 from compact.data import load_questions, tokenize_questions
 from compact.drift import base_student
 from compact.errors import UserError
 from compact.evaluate import load_run
-from compact.loss import distillation_loss, forward
-from compact.options import plain
+from compact.loss import distillation_loss
 from compact.results import mean, write_atomically
+from compact.run_folder import finished_recipe
 from compact.strategies.baselines import Uniform
 from compact.strategies.compact import Compact
 from compact.student import prepare
@@ -47,11 +47,7 @@ def read_states(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
         UserError: the run is not finished, or its data or first student is no longer where it was.
     """
     student, tokenizer = load_run(run)
-    recipe = from_dict(plain(read_recipe(str(run / "recipe.yaml"))))
-    if recipe.student.model == "demo" or recipe.data.train is None:
-        from compact.demo import build
-
-        recipe = build(recipe)
+    recipe = finished_recipe(run)
     items, teachers = run_items(recipe, tokenizer, run, questions)
     base = base_student(recipe, student)
     projections = recipe.consensus.affinity == "attention"
@@ -113,7 +109,8 @@ def _measure(
         result, context = distillation_loss(model, batch, uniform, recipe)
         statistics = result.statistics
         keep("pooled", context.pooled)
-        keep("last", forward(model, batch).eos_hidden)
+        assert context.output is not None
+        keep("last", context.output.eos_hidden)
         keep("alpha", compact.weights(statistics, context))
         compared = compact.compared(statistics)
         for name, sign in SIGNS.items():

@@ -51,7 +51,7 @@ __all__ = [
     "unwrap",
 ]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def compute_dtype(config: StudentConfig) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Set
@@ -10,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compact.answers import strip_closing
+from compact.answers import KINDS, strip_closing
 from compact.data import prompt_of
 from compact.errors import UserError
 from compact.rows import answer_text, row_id
+from compact.sources import JsonLines
 
-KINDS = ("number", "choice", "yesno", "math", "text")
 SPLITS = ("id", "ood", "forgetting")
 
 # Put after a prompt so that a model that was not trained on the task knows in what form to answer.
@@ -167,17 +166,11 @@ def _read(name: str, path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
         yield from enumerate(parquet.read_table(path).to_pylist(), 1)
         return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: a {type(record).__name__}; one JSON object a line is expected")
-            yield number, record
+    source = JsonLines(path)
+    for index, record in enumerate(source.rows()):
+        if not isinstance(record, dict):
+            raise UserError(f"{source.place(index)}: a {type(record).__name__}; one JSON object a line is expected")
+        yield source.line(index), record
 
 
 def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:

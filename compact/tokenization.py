@@ -208,6 +208,28 @@ def _encode_slowly(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
     return ids, np.array([begins, ends], dtype=np.int64).T.reshape(-1, 2)
 
 
+def lead_of(rendered: str | None) -> str:
+    """What stands before a rationale's body: a space, unless the prompt, if it is known as text, ends in one."""
+    return " " if rendered is not None and not rendered[-1:].isspace() else ""
+
+
+def suffix_ids(tokenizer: Any, suffix: str, answer: str) -> tuple[list[int], int, int]:
+    """Ids of a suffix template with this answer and EOS, and where the answer stands: first token, number of tokens.
+
+    Raises:
+        UserError: the tokenizer leaves nothing of the answer.
+    """
+    before, after = suffix.split("{answer}")
+    [(ids, offsets)] = encode(tokenizer, [before + answer + after])
+    start, length = _covering(offsets, len(before), len(before) + len(answer))
+    if not length:
+        raise UserError(
+            f"data.suffix: the answer {answer!r} leaves no token in {before + answer + after!r}; "
+            "the student's tokenizer drops it"
+        )
+    return [*ids, tokenizer.eos_token_id], start, length
+
+
 def _covering(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
     """First token and number of tokens that overlap the characters [begin, end)."""
     inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > begin) & (offsets[:, 0] < offsets[:, 1]))
@@ -244,7 +266,7 @@ class _Tokenizing:
                     f"question {row['id']!r}: the tokenizer's chat template refuses its prompt ({error}); change its "
                     "roles, or give the prompt as text"
                 ) from error
-            lead = " " if rendered is not None and not rendered[-1:].isspace() else ""
+            lead = lead_of(rendered)
             texts += [lead + body if (body := r["body"].rstrip()) else "" for r in row["rationales"]]
         bodies = iter(encode(self.tokenizer, texts))
         texts_left = iter(texts)
@@ -326,19 +348,10 @@ class _Tokenizing:
         }
 
     def _suffix(self, answer: str) -> tuple[list[int], int, int]:
-        """Ids of the suffix with EOS, and where the answer stands in them: first token, number of tokens."""
         if answer not in self.suffixes:
             if len(self.suffixes) > 10_000:
                 self.suffixes.clear()
-            before, after = self.config.suffix.split("{answer}")
-            [(ids, offsets)] = encode(self.tokenizer, [before + answer + after])
-            start, length = _covering(offsets, len(before), len(before) + len(answer))
-            if not length:
-                raise UserError(
-                    f"data.suffix: the answer {answer!r} leaves no token in {before + answer + after!r}; "
-                    "the student's tokenizer drops it"
-                )
-            self.suffixes[answer] = [*ids, self.tokenizer.eos_token_id], start, length
+            self.suffixes[answer] = suffix_ids(self.tokenizer, self.config.suffix, answer)
         return self.suffixes[answer]
 
     def _thinking_flags(self, text: str, offsets: np.ndarray) -> np.ndarray:

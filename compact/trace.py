@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compact.collate import Collator
 from compact.config import CompactConfig
-from compact.loss import consensus_vectors, distillation_loss, forward
+from compact.loss import consensus_vectors, distillation_loss
 from compact.strategies import Strategy
 from compact_kernels import question_affinity
 
@@ -36,8 +36,9 @@ def trace_question(
     was_training = model.training
     model.eval()
     try:
-        result, _ = distillation_loss(model, batch, strategy, config)
-        query, key = consensus_vectors(forward(model, batch), batch, config)
+        result, context = distillation_loss(model, batch, strategy, config)
+        assert context.output is not None
+        query, key = consensus_vectors(context.output, batch, config)
     finally:
         model.train(was_training)
     ragged = batch["ragged"]

@@ -17,10 +17,9 @@ from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
 from compact.evaluate import recipe_tasks
-from compact.generation import suffix_ids
 from compact.results import write_atomically
 from compact.strategies import build_strategy
-from compact.tokenization import prompt_ids
+from compact.tokenization import prompt_ids, suffix_ids
 
 
 def training_data(
@@ -59,7 +58,7 @@ def training_data(
         )
     room = [
         len(prompt_ids(tokenizer, prompt_of(row), recipe.data.prompt_template))
-        + len(suffix_ids(row["answer"], tokenizer, recipe.data)[0])
+        + len(suffix_ids(tokenizer, recipe.data.suffix, row["answer"])[0])
         <= recipe.data.max_length
         for row in held_out
     ]

@@ -143,7 +143,7 @@ def test_held_out_questions_are_asked_as_in_training(tmp_path):
     [
         (None, {}, "there is no file"),
         ([], {}, "holds no questions"),
-        (["{not json"], {}, "t.jsonl:1: not JSON"),
+        (["{not json"], {}, "t.jsonl:1: broken JSON, column 2"),
         (["[1]"], {}, "t.jsonl:1: a list"),
         ([GSM8K, {"question": "q?"}], {}, "t.jsonl:2: field 'answer'"),
         ([GSM8K, {"question": "q?", "answer": float("nan")}], {}, "t.jsonl:2: field 'answer' is nan"),
@@ -164,6 +164,15 @@ def test_bad_files_are_refused_by_file_line_and_field(tmp_path, rows, options, s
         write(path, *rows)
     with pytest.raises(UserError, match=said):
         load_task("t", path, **options)
+
+
+def test_a_file_in_another_encoding_is_named_by_its_line_and_a_mark_of_order_is_skipped(tmp_path):
+    text = json.dumps({**GSM8K, "question": "café?"}, ensure_ascii=False)
+    (tmp_path / "latin.jsonl").write_bytes(f"\n{text}\n".encode("latin-1"))
+    with pytest.raises(UserError, match="latin.jsonl:2: not UTF-8 text.*iconv -f LATIN1"):
+        load_task("t", tmp_path / "latin.jsonl")
+    (tmp_path / "marked.jsonl").write_text(text, encoding="utf-8-sig")
+    assert len(load_task("t", tmp_path / "marked.jsonl").rows) == 1
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path):

@@ -124,12 +124,18 @@ def test_a_key_or_value_that_cannot_be_is_refused_by_name(refused, options, need
 
 
 @pytest.mark.parametrize(
-    ("held", "said"), [(None, "there is no file"), ('{"text": "a"}\n{', "held.jsonl:2: not JSON")]
+    ("held", "said"),
+    [
+        (None, "there is no file"),
+        (b'{"text": "a"}\n{', "evaluation.held_text: {file}:2: broken JSON"),
+        (b'{"text": "a"}\n["b"]', "evaluation.held_text: {file}:2: one JSON object"),
+        ('{"text": "caf\u00e9"}'.encode("latin-1"), "evaluation.held_text: {file}:1: not UTF-8 text"),
+    ],
 )
 def test_a_held_text_that_cannot_be_read_is_said_before_training(refused, tmp_path, held, said):
     if held is not None:
-        (tmp_path / "held.jsonl").write_text(held)
-    refused(said, evaluation__held_text=tmp_path / "held.jsonl")
+        (tmp_path / "held.jsonl").write_bytes(held)
+    refused(said.replace("{file}", str(tmp_path / "held.jsonl")), evaluation__held_text=tmp_path / "held.jsonl")
 
 
 def test_an_output_folder_that_is_not_this_run_is_left_alone(refused, finished, tmp_path):

@@ -12,10 +12,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import safe_globals
 
-from compact.config import read_recipe
+from compact.config import from_dict, read_recipe, save_recipe
+from compact.demo import build
 from compact.influence import read_influence
 from compact.metrics import read_metrics
 from compact.options import plain
+from compact.run_folder import finished_recipe
 from compact.states import read_states
 from compact.train import main
 from tests.processes import ROOT
@@ -277,6 +279,19 @@ def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkey
     assert "the questions have changed since the run" in capsys.readouterr().err
     write_rows(file, toy_rows(11))
     assert main(words) == 0
+
+
+def test_the_embedded_example_is_found_where_its_run_was_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr("compact.demo._student", lambda folder, recipe: folder)
+    here, there = tmp_path / "here", tmp_path / "there"
+    recipe = from_dict({"run": str(here), "demo": {"questions": 8}})
+    build(recipe)
+    save_recipe(recipe, here / "recipe.yaml")
+    here.rename(there)
+    found = finished_recipe(there)
+    assert found.data.train == str(there / "demo" / "train.jsonl")
+    assert found.student.model == str(there / "demo" / "student")
+    assert not here.exists()
 
 
 def test_a_run_that_is_moved_with_its_questions_goes_on(toy, tmp_path, monkeypatch):
