@@ -1,4 +1,7 @@
-"""COMPACT: multi-teacher chain-of-thought distillation, weighted by compatibility with the student."""
+"""COMPACT: multi-teacher chain-of-thought distillation, weighted by compatibility with the student.
+
+"method §4" and "eq. 7" in docstrings are sections of docs/method.md and the papers' equations.
+"""
 
 from typing import TYPE_CHECKING, Any
 

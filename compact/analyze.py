@@ -26,7 +26,7 @@ from compact.comparison import comparison
 from compact.errors import UserError
 from compact.metrics import EQUAL, INFORMATION, METRICS, NORMS, read_metrics
 from compact.report import markdown
-from compact.results import TaskResult, compare, load_results, write_atomically
+from compact.results import TaskResult, compare, load_results, mean, write_atomically
 
 
 @dataclass
@@ -109,8 +109,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "teachers": {name: {m: _tail_mean(rows, name, m) for m in _measured(rows)} for name in run.teachers},
         "drift": _json(run.folder / "evaluation" / "after" / "drift.json") or None,
         "steps_with_norms": len(_with_norm(rows, NORMS[0])),
-        "spread": {m: _mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
-        "alpha_entropy": _mean([row["alpha_entropy"] for row in _tail(rows)]),
+        "spread": {m: mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
+        "alpha_entropy": mean([row["alpha_entropy"] for row in _tail(rows)]),
         "effective_teachers": {"first_tenth": _effective(rows[:tenth]), "last_tenth": _effective(rows[-tenth:])},
         "states": _json(run.folder / "analysis" / "states.json") or None,
         "information": _information(run.folder),
@@ -229,7 +229,7 @@ def _tail_mean(rows: Sequence[dict[str, Any]], teacher: str, key: str) -> float 
 
 
 def _loss(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    return {key: _mean([row[key] for row in rows]) for key in ("loss", "loss_sft", "loss_mcon")}
+    return {key: mean([row[key] for row in rows]) for key in ("loss", "loss_sft", "loss_mcon")}
 
 
 def _information(folder: Path) -> dict[str, Any] | None:
@@ -243,21 +243,17 @@ def _information(folder: Path) -> dict[str, Any] | None:
     return {
         "measurements": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "hsic": _mean([row["hsic"] for row in last if row["hsic"] is not None]),
+        "hsic": mean([row["hsic"] for row in last if row["hsic"] is not None]),
         "teachers": {
-            name: {key: _mean([entry[key] for entry in entries if entry[key] is not None]) for key in INFORMATION}
+            name: {key: mean([entry[key] for entry in entries if entry[key] is not None]) for key in INFORMATION}
             for name, entries in present.items()
         },
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
 def _effective(rows: Sequence[dict[str, Any]]) -> float | None:
     """exp of the mean entropy of α: how many teachers of equal weight it is worth. Near 1, the weights collapsed."""
-    entropy = _mean([row["alpha_entropy"] for row in rows])
+    entropy = mean([row["alpha_entropy"] for row in rows])
     return None if entropy is None else math.exp(entropy)
 
 

@@ -182,8 +182,8 @@ def prepare(model: nn.Module, *, projections: bool = True) -> nn.Module:
             f"{type(inner).__name__}: output_router_logits is set, but the router's load-balancing loss "
             "(router_aux_loss_coef) is not added to COMPACT's loss"
         )
-    attention = _last_attention(inner) if projections else None
-    if attention is not None and _tap(attention) is None:
+    attention = last_attention(inner) if projections else None
+    if attention is not None and tap_of(attention) is None:
         attention.register_forward_pre_hook(_Tap(), with_kwargs=True)
     inner.forward = types.MethodType(_patched(type(inner), projections), inner)
     return model
@@ -249,7 +249,7 @@ def _stop_at_hidden(
     if getattr(model.config, "output_router_logits", False):
         inputs["output_router_logits"] = False
     last = offsets[1:].long() - 1  # r_T of every sequence
-    tap = _tap(_last_attention(model)) if projections else None
+    tap = tap_of(last_attention(model)) if projections else None
     if tap is not None:
         tap.rows = last
     try:
@@ -314,7 +314,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} has no list of {count} layers (config.num_hidden_layers) in its backbone")
 
 
-def _last_attention(model: PreTrainedModel) -> nn.Module:
+def last_attention(model: PreTrainedModel) -> nn.Module:
     for candidate in decoder_layers(model)[-1].modules():
         if type(candidate).__name__.endswith("Attention") and isinstance(
             getattr(candidate, "config", None), PretrainedConfig
@@ -326,7 +326,7 @@ def _last_attention(model: PreTrainedModel) -> nn.Module:
     )
 
 
-def _tap(attention: nn.Module) -> _Tap | None:
+def tap_of(attention: nn.Module) -> _Tap | None:
     return next((hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, _Tap)), None)
 
 
@@ -341,7 +341,7 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
     after identical suffixes lie close (method §2), and without LoRA dropout: it must not draw random numbers, or
     gradient checkpointing would recompute with other masks. The layer's logit scale is folded into the query.
     """
-    attention = _last_attention(model)
+    attention = last_attention(model)
     inputs: dict = {"attention_mask": None, "position_ids": states.new_zeros((len(states), 1), dtype=torch.int64)}
     if isinstance(rotary, tuple):
         cos, sin = rotary

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compact.backbone import _last_attention, _tap, decoder_layers, unwrap
+from compact.backbone import decoder_layers, last_attention, tap_of, unwrap
 from compact.errors import UserError
 
 BACKEND = "inductor"
@@ -59,7 +59,7 @@ def compile_layers(model: nn.Module) -> nn.Module:
     torch._dynamo.config.force_nn_module_property_static_shapes = False
     layers = list(decoder_layers(inner))
     try:
-        tapped = _tap(_last_attention(inner)) is not None
+        tapped = tap_of(last_attention(inner)) is not None
     except UserError:  # no attention module to tap
         tapped = False
     for module in [*layers[:-1], *layers[-1].children()] if tapped else layers:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from compact.influence import ranks, residual
-from compact.pictures import GREY, WIDTH, _label_ends, _span, colours, figure, plain, series, smooth
+from compact.pictures import GREY, WIDTH, colours, figure, label_ends, plain, series, show_span, smooth
 
 
 def influence(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Figure:
@@ -29,9 +29,9 @@ def influence(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fig
                 ends.append((middle[-1], teacher, colour))
         ax.set(title=title, xlabel="optimizer step")
         ax.set_ylim(bottom=0)
-        _span(ax, steps)
+        show_span(ax, steps)
         names[ax] = ends
-    _label_ends(fig, names, fontsize=8.5)
+    label_ends(fig, names, fontsize=8.5)
     return fig
 
 
@@ -90,8 +90,8 @@ def information(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> F
                 names[ax].append((middle[np.isfinite(middle)][-1], teacher, colour))
         ax.axhline(0, color=GREY, linewidth=1)
         ax.set(title=f"{title} (nats)", xlabel="optimizer step")
-        _span(ax, steps)
-    _label_ends(fig, names, fontsize=8)
+        show_span(ax, steps)
+    label_ends(fig, names, fontsize=8)
     return fig
 
 

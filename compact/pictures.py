@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from compact.metrics import EQUAL
-from compact.results import wilson
+from compact.results import SPLITS, wilson
 
 WIDTH = 9.0  # inches; at 160 dots an inch a README shows it at about half size
 PALETTE = ("#2F6DB5", "#E1812C", "#2E9C74", "#C44536", "#7D5BA6", "#20A4B8", "#B3568B", "#8A7A3B")
 INK, GREY, FAINT, AMBER = "#22272E", "#8B949E", "#E4E7EB", "#F5D48A"
 ACCENT = "#4338A8"  # the student after training; no teacher's colour
-SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -165,8 +164,8 @@ def weights(rows: Sequence[Mapping[str, Any]], alpha_mean: Mapping[str, float | 
         )  # fmt: skip
     ax.set(title="Weight α of each teacher (at the right: mean of the last quarter)", xlabel="optimizer step")
     ax.set_ylim(bottom=0)
-    _span(ax, steps)
-    _label_ends(fig, {ax: ends})
+    show_span(ax, steps)
+    label_ends(fig, {ax: ends})
     return fig
 
 
@@ -183,7 +182,7 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set(title=title, xlabel="optimizer step")
         low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
         ax.set_ylim(low, high + 0.05 * (high - low) or 1)  # from 0, and clear of the frame where little changes
-        _span(ax, steps)
+        show_span(ax, steps)
     return fig
 
 
@@ -208,7 +207,7 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
             ax.plot(steps, middle, color=colour, linewidth=1.6)
             ends.append((middle[~np.isnan(middle)][-1], teacher, colour))
         ax.set_title(title)
-        _span(ax, steps)
+        show_span(ax, steps)
         names[ax] = ends
     entropy = np.array([row.get("alpha_entropy", math.nan) for row in rows], dtype=float)
     axes[3].plot(steps, entropy, color=INK, alpha=0.2, linewidth=0.9)
@@ -220,7 +219,7 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
     axes[3].set(title="Entropy of α (nats)", ylim=(0, most * 1.2 or 1))
     for ax in axes[2:]:
         ax.set_xlabel("optimizer step")
-    _label_ends(fig, names, fontsize=8)
+    label_ends(fig, names, fontsize=8)
     return fig
 
 
@@ -281,12 +280,12 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return means, deviations
 
 
-def _span(ax: Axes, steps: np.ndarray) -> None:
+def show_span(ax: Axes, steps: np.ndarray) -> None:
     ax.set_xlim(steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1)
     ax.margins(x=0)
 
 
-def _label_ends(fig: Figure, names: Mapping[Axes, Sequence[tuple[float, str, str]]], fontsize: float = 9.5) -> None:
+def label_ends(fig: Figure, names: Mapping[Axes, Sequence[tuple[float, str, str]]], fontsize: float = 9.5) -> None:
     """Names (value, text, colour) at the right ends of lines, pushed apart where they would overlap."""
     fig.draw_without_rendering()  # settles the limits
     for ax, ends in names.items():

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compact.data_report import told_trained_on
+from compact.results import SPLITS
 
-SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
 MISSING = "not measured"
 
 

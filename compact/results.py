@@ -12,6 +12,9 @@ from typing import Any
 
 from compact.errors import UserError
 
+# What a task is beside the training, and how it is called in tables and pictures.
+SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
+
 
 @dataclass
 class TaskResult:

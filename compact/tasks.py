@@ -12,10 +12,9 @@ from typing import Any
 from compact.answers import KINDS, strip_closing
 from compact.data import prompt_of
 from compact.errors import UserError
+from compact.results import SPLITS
 from compact.rows import answer_text, row_id
 from compact.sources import JsonLines
-
-SPLITS = ("id", "ood", "forgetting")
 
 # Put after a prompt so that a model that was not trained on the task knows in what form to answer.
 INSTRUCTIONS = {

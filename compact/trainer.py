@@ -47,7 +47,7 @@ class CompactTrainer(DistillationMixin, Trainer):
         model: a causal LM, plain or with a peft adapter.
         args: transformers' training arguments; `per_device_train_batch_size` counts questions.
         config: the method.
-        train_dataset: questions with their rationales (design's data format), or what
+        train_dataset: questions with their rationales (see :mod:`compact.data`), or what
             :func:`compact.data.tokenize_questions` made of them.
         teachers: names of the teachers, in the order of their indices: needed where the dataset is tokenized already.
         data: how questions become tokens, where it is not; default: as long as the student's context allows.
@@ -305,10 +305,10 @@ class CompactTrainer(DistillationMixin, Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STRATEGY_STATE).exists():
-            state = torch.load(Path(checkpoint) / STRATEGY_STATE, weights_only=True, map_location=self.args.device)
+            state = torch.load(Path(checkpoint) / STRATEGY_STATE, weights_only=True, map_location="cpu")
             self.strategy.load_state_dict(state)
         if checkpoint is not None and self._last_norm_cap is not None and (Path(checkpoint) / CAP_STATE).exists():
-            state = torch.load(Path(checkpoint) / CAP_STATE, weights_only=True, map_location=self.args.device)
+            state = torch.load(Path(checkpoint) / CAP_STATE, weights_only=True, map_location="cpu")
             self._last_norm_cap.load_state_dict(state)
 
 

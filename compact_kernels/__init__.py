@@ -1,4 +1,7 @@
-"""Tensors in, tensors out: the weighted loss of a language model's head, its statistics and its weights."""
+"""Tensors in, tensors out: the weighted loss of a language model's head, its statistics and its weights.
+
+"method §2" and "eq. 4" in docstrings are sections of docs/method.md and the papers' equations.
+"""
 
 from compact_kernels import library as library  # registers the ops
 from compact_kernels.divergence import answer_divergence

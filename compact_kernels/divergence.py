@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from compact_kernels.head import native_rows
 from compact_kernels.head.backend import backend_for
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import product_dtype, refuse_beside_unweighted
-from compact_kernels.head.planner import Chunk as HeadChunk
+from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import RowStatistics, product, refuse_second_derivative, row_buffer
 from compact_kernels.head.torch_rows import capped_slope
 from compact_kernels.ragged import Ragged
-from compact_kernels.weighting import Decision, Settled
-
-Kind = Literal["kl", "jsd"]
+from compact_kernels.weighting import Decision, Kind, Settled
 
 
 @on_its_device
@@ -67,7 +65,7 @@ def answer_divergence(
             hidden, head_weight, bias, alpha.detach(), shape, host, kind, numbers, workspace_mib, dtype
         )
     head = LinearHead(head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
-    call = DivergencePass(head, ragged, kind, dtype, question_chunks(ragged, head.vocabulary, workspace_mib))
+    call = DivergencePass(head, ragged, kind, dtype, span_chunks(ragged, head.vocabulary, workspace_mib))
     alpha = alpha.detach().to(torch.promote_types(dtype, torch.float32))
     return AnswerDivergence.apply(hidden, head_weight, bias, alpha, call)
 
@@ -108,7 +106,7 @@ def exponentials(x: Tensor, head: LinearHead, slope: bool = False) -> Exponentia
 
 
 def add_to_rows(
-    chunk: HeadChunk,
+    chunk: Chunk,
     x: Tensor,
     head: LinearHead,
     stored: Tensor,
@@ -148,7 +146,7 @@ def add_to_rows(
     stored[own] = (before + e.buffer / inverse[:, None]).to(stored.dtype)
 
 
-class Chunk(NamedTuple):
+class SpanChunk(NamedTuple):
     """Questions first … last − 1 and their entries first_span … last_span − 1 of `ragged.span_rows`."""
 
     first: int
@@ -157,7 +155,7 @@ class Chunk(NamedTuple):
     last_span: int
 
 
-def question_chunks(ragged: Ragged, vocabulary: int, workspace_mib: int) -> tuple[Chunk, ...]:
+def span_chunks(ragged: Ragged, vocabulary: int, workspace_mib: int) -> tuple[SpanChunk, ...]:
     """As many whole questions at a time as fit the workspace in float32, but at least one."""
     capacity = (workspace_mib << 20) // (4 * max(vocabulary, 1))
     sizes = ragged.sizes
@@ -166,7 +164,7 @@ def question_chunks(ragged: Ragged, vocabulary: int, workspace_mib: int) -> tupl
     for question in range(ragged.num_questions):
         following = question + 1
         if following == ragged.num_questions or ends[following + 1] - ends[first] > capacity:
-            chunks.append(Chunk(first, following, ends[first], ends[following]))
+            chunks.append(SpanChunk(first, following, ends[first], ends[following]))
             first = following
     return tuple(chunks)
 
@@ -179,7 +177,7 @@ class DivergencePass:
     ragged: Ragged
     kind: Kind
     dtype: torch.dtype  # of the products
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[SpanChunk, ...]
 
     def rows(self, hidden: Tensor) -> Tensor:
         """The answer rows of the packed hidden states, (G, D)."""

@@ -6,14 +6,13 @@ gradient. Deterministic; nothing is read back and nothing is copied to the devic
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 from torch import Tensor
 
 from compact_kernels.divergence_kernels import gradient_kernel, reduce_kernel, value_kernel
 from compact_kernels.ragged import Ragged
+from compact_kernels.weighting import Kind
 
 TILE = 4096  # rationales × vocabulary entries that a program holds at once
 SPLITS = 32  # programs that share the vocabulary of one position, at most
@@ -28,7 +27,7 @@ def span_divergence(
     first_question: int,
     last_question: int,
     first_row: int,
-    kind: Literal["kl", "jsd"],
+    kind: Kind,
     *,
     masses: Tensor | None = None,
     gathered: bool = False,
@@ -102,7 +101,7 @@ def add_span_gradient_(
     first_question: int,
     last_question: int,
     first_row: int,
-    kind: Literal["kl", "jsd"],
+    kind: Kind,
     scores: Tensor,
     gain: Tensor | None,
     *,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compact_kernels import arguments
-from compact_kernels.divergence import DivergencePass, question_chunks
+from compact_kernels.divergence import DivergencePass, span_chunks
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.rows import Answers, RowStatistics
 from compact_kernels.head.tokens import TokenPass
@@ -366,7 +366,7 @@ def _divergence_beside(
     hidden, weight, bias = owners
     assert hidden is not None and weight is not None
     arguments.check_packed(hidden, ragged)
-    chunks = question_chunks(ragged, weight.shape[0], workspace_mib)
+    chunks = span_chunks(ragged, weight.shape[0], workspace_mib)
     call = DivergencePass(_head(weight, bias, head), ragged, kind, dtype, chunks)  # type: ignore[arg-type]
     alpha = alpha.to(torch.promote_types(dtype, torch.float32))
     with torch.autocast(hidden.device.type, enabled=False):

@@ -18,7 +18,7 @@ from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
-from compact_kernels.weighting import Weighting, decide, metrics, settled
+from compact_kernels.weighting import Kind, Weighting, decide, metrics, settled
 
 DEFAULT_WORKSPACE_MIB = 512
 Implementation = Literal["auto", "reference"]
@@ -46,7 +46,7 @@ def compatibility_loss(
     consensus: Tensor | None = None,
     difficulty_reference: Tensor | None = None,
     adaptability: AdaptabilityOptions = AdaptabilityOptions(),  # noqa: B008  frozen
-    divergence: Literal["kl", "jsd"] = "kl",
+    divergence: Kind = "kl",
     divergence_weight: float = 0.0,
     sft_reduction: Literal["mean", "sum", "token"] = "mean",
     normalizer: float | Tensor | None = None,

@@ -37,7 +37,7 @@ class Ragged:
     """One batch of Q questions with S rationales in T packed tokens, of which N rows are scored.
 
     A *row* is a token position whose hidden state predicts the next token; the scored rows of a rationale are
-    r_0 … r_{T-1} (method §1): the last prompt token up to the token before EOS. Rows run in packed order.
+    r_0 … r_{T_k−1} (method §1): the last prompt token up to the token before EOS. Rows run in packed order.
 
     Build it with :meth:`build` (from lengths) or :meth:`from_labels` (from a label mask); both check their input.
     """

@@ -18,6 +18,7 @@ from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics, question_slots
+from compact_kernels.weighting import Kind
 
 
 def token_pass(
@@ -81,7 +82,7 @@ def answer_divergence(
     ragged: Ragged,
     alpha: Tensor,
     *,
-    kind: Literal["kl", "jsd"] = "kl",
+    kind: Kind = "kl",
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,

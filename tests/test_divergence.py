@@ -321,19 +321,19 @@ def test_chunks_of_questions_change_nothing(kind, monkeypatch):
 
 
 def test_a_chunk_holds_what_fits_and_at_least_a_question():
-    from compact_kernels.divergence import question_chunks
+    from compact_kernels.divergence import span_chunks
 
     ragged = make_ragged()  # span rows: 6, 3, 5, 0, 6
     mib = 4 * (1 << 18) // 4  # a vocabulary of which one row in float32 takes 1 MiB
-    assert question_chunks(ragged, mib, 9) == ((0, 2, 0, 9), (2, 4, 9, 14), (4, 5, 14, 20))
-    assert question_chunks(ragged, mib, 0) == (
+    assert span_chunks(ragged, mib, 9) == ((0, 2, 0, 9), (2, 4, 9, 14), (4, 5, 14, 20))
+    assert span_chunks(ragged, mib, 0) == (
         (0, 1, 0, 6),
         (1, 2, 6, 9),
         (2, 3, 9, 14),
         (3, 4, 14, 14),
         (4, 5, 14, 20),
     )
-    assert question_chunks(ragged, mib, 99) == ((0, 5, 0, 20),)
+    assert span_chunks(ragged, mib, 99) == ((0, 5, 0, 20),)
 
 
 @pytest.mark.parametrize("spans", [(), ((3,), (2,)), ((0, 0), (0,)), ((1, 2, 3),)])

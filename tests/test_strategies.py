@@ -140,9 +140,11 @@ def test_the_assistant_comes_to_foresee_the_losses():
     assert context.pooled.grad is None and not context.pooled.requires_grad
 
 
-@pytest.mark.parametrize("most", [1024, 9])
-@pytest.mark.parametrize("saved", [False, True])
-def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_split(most, saved, monkeypatch):
+@pytest.mark.parametrize("most", [256, 9])
+@pytest.mark.parametrize(("saved", "fresh_one"), [(False, False), (True, False), (True, True)])
+def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_split(
+    most, saved, fresh_one, monkeypatch
+):
     monkeypatch.setattr("compact.strategies.mind.MOST_PATHS", most)
     strategy = mind(accumulation=2)
     batches = [batch_of([4, 2, 2], seed=2), batch_of([3, 1], seed=1), batch_of([1, 4], seed=3)]
@@ -151,8 +153,13 @@ def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_spl
     for statistics, context in batches:
         strategy.observe(statistics, context, None)
     strategy.step(1.0)  # two steps of the student: still one of the assistant
-    if saved:  # a checkpoint within the window, before which what was kept is learnt from
-        assert strategy.lessons and strategy.state_dict()["window"] is not None and not strategy.lessons
+    if saved:  # a checkpoint within the window, without what came after its last step
+        strategy.observe(*batch_of([2], seed=5), None)
+        state = strategy.state_dict()
+        strategy.load_state_dict(state)
+        fresh = mind(accumulation=2)
+        fresh.load_state_dict(state)  # until its first batch, below
+        strategy = fresh if fresh_one else strategy
     more = batch_of([2, 3], seed=4)
     strategy.observe(*more, None)
     strategy.step(1.0)
@@ -164,6 +171,34 @@ def test_the_gradient_is_that_of_the_meta_loss_over_the_window_however_it_is_spl
             loss = loss + (s.softmax(0) * (s.log_softmax(0) - (-real).log_softmax(0))).sum()
     expected = torch.autograd.grad(loss / 9, list(net.parameters()))
     assert all(torch.allclose(p.grad, b, atol=1e-6) for p, b in zip(strategy.net.parameters(), expected))
+
+
+def test_a_step_without_a_batch_and_features_written_over_change_nothing():
+    strategy, statistics = mind(accumulation=1), batch_of([2, 3])[0]
+    context = batch_of([2, 3])[1]
+    strategy.given(context)
+    start = copy.deepcopy(strategy.net.state_dict())
+    strategy.step(1.0)
+    assert all(torch.equal(value, start[name]) for name, value in strategy.net.state_dict().items())
+    strategy.observe(statistics, context, None)
+    wanted = context.pooled.clone()
+    context.pooled.zero_()
+    assert torch.equal(strategy.lessons[0].features, wanted)
+
+
+def test_what_an_older_version_had_learnt_of_its_window_counts():
+    batches = [batch_of([2, 3], seed=1), batch_of([4], seed=2)]
+    new, older = mind(accumulation=2), mind(accumulation=2)
+    new.given(batches[0][1])
+    state = new.state_dict()
+    for statistics, context in batches:
+        new.observe(statistics, context, None)
+    window = new._sum_of_gradients(new.lessons[:1])
+    del state["lessons"]
+    older.load_state_dict({**state, "window": window, "steps": 1})
+    older.observe(*batches[1], None)
+    assert older.steps == 1
+    torch.testing.assert_close(older._learn(), new._learn(), rtol=0, atol=1e-6)
 
 
 def test_the_averages_of_ema_follow_slowly():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from torch import Tensor
@@ -12,6 +12,7 @@ from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.student import StudentOutput
 from compact_kernels import Ragged, Statistics
+from compact_kernels.weighting import Kind
 
 
 class Context(NamedTuple):
@@ -33,7 +34,7 @@ class Strategy:
         teachers: names of the dataset's teachers, in the order of their indices.
     """
 
-    divergence: Literal["kl", "jsd"] = "kl"  # the kind of L_MCon that belongs to the method
+    divergence: Kind = "kl"  # the kind of L_MCon that belongs to the method
     warmup_epochs: float = 0.0  # passes over the data that the strategy learns from before the student's first step
 
     def __init__(self, config: CompactConfig, teachers: Sequence[str]) -> None:
@@ -75,7 +76,7 @@ class Strategy:
         return kept
 
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
-        """Called after every training batch's loss: where a learned strategy computes and accumulates its own."""
+        """Called after every training batch's loss: what a learned strategy keeps of it, until :meth:`step`."""
 
     def step(self, learning_rate: float | None = None) -> None:
         """Called on every rank after each optimizer step of the student, and in the warm-up after as many batches.
@@ -85,7 +86,10 @@ class Strategy:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that must survive a resume; saved in every checkpoint. Called on every rank."""
+        """Tensors and plain values that must survive a resume; saved in every checkpoint. Called on every rank.
+
+        They are loaded on the CPU.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from compact_kernels.ragged import on_device
 from compact_kernels.rule import segment_sum
 
 LEAST_LOG = math.log(1e-30)  # of a target probability
-MOST_PATHS = 1024  # that are learnt from at once: attention looks at all pairs
+MOST_PATHS = 256  # that are learnt from at once: attention looks at all pairs
 
 
 class TeachingAssistant(nn.Module):
@@ -63,6 +63,9 @@ class _Lesson(NamedTuple):
     losses: Tensor  # (S,) L_real
     questions: int
 
+    def to(self, device: torch.device | str) -> _Lesson:
+        return _Lesson(self.features.to(device), self.question.to(device), self.losses.to(device), self.questions)
+
 
 class Mind(Strategy):
     """α = softmax of s/τ_student over the paths whose score s is at least β times the question's best.
@@ -70,7 +73,7 @@ class Mind(Strategy):
     The assistant learns from L_meta = KL(π_τ(s) ‖ π_τ(−L_real)) and from nothing else; its inputs and L_real are
     detached. Its gradients are summed over the questions of its window, over all ranks, and divided by their number:
     how a step is split into batches and ranks does not matter. As it does not move within a window, a batch is but
-    kept there, and learnt from at the window's end, or before a checkpoint is written.
+    kept there, and learnt from at the window's end.
 
     What resumes: parameters, optimizer, the window under way, and the averages of ``inertia: ema``.
     """
@@ -83,10 +86,11 @@ class Mind(Strategy):
         self.warmup_epochs = config.mind.warmup
         self.net: TeachingAssistant | None = None  # made when the first batch shows how wide a feature is
         self.optimizer: torch.optim.Optimizer | None = None
-        self.lessons: list[_Lesson] = []  # this rank's, not learnt from
-        # All ranks' gradients since the assistant's last step, end to end, and of how many questions: (P + 1,)
-        self.window: Tensor | None = None
-        self.steps = 0  # the student's in that window
+        # The window: what this rank has seen since the assistant's last step.
+        self.lessons: list[_Lesson] = []
+        self.settled = 0  # how many of them are of steps that are over: those a checkpoint keeps
+        self.steps = 0  # of the student
+        self.window: Tensor | None = None  # what a checkpoint of an older version had learnt of its window (P + 1,)
         # Exponential averages of L_real, (rows · teachers,) float64, NaN where not met; the questions' rows in it.
         self.trend: Tensor | None = None
         self._rows: dict[str, int] = {}
@@ -109,14 +113,16 @@ class Mind(Strategy):
 
     @torch.no_grad()
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
-        features, losses = self._features(context), self._real_losses(statistics, context)
-        if self.net is None:
+        features, ragged = self._features(context), context.ragged
+        if self.net is None:  # first, for it restores the averages
             self._build(features)
-        ragged = context.ragged
-        self.lessons.append(_Lesson(features, ragged.question_of_sequence, losses, ragged.num_questions))
+        losses = self._real_losses(statistics, context)
+        # A copy: the batch's own may be written over, by a CUDA graph's next replay for one.
+        self.lessons.append(_Lesson(features.clone(), ragged.question_of_sequence, losses, ragged.num_questions))
 
     def step(self, learning_rate: float | None = None) -> None:
-        if self.optimizer is None:
+        ranks = PartialState().num_processes
+        if self.optimizer is None or (len(self.lessons) == self.settled and ranks == 1):  # another may have seen some
             return
         if not self._alike:  # not earlier: a rank may build it alone, to show a question
             for parameter in self._parameters():
@@ -124,38 +130,40 @@ class Mind(Strategy):
             self._alike = True
         if self.options.inertia == "ema":
             fresh, self.fresh = self.fresh, []
-            if PartialState().num_processes > 1:
+            if ranks > 1:
                 fresh = gather_object([(names, *(part.cpu() for part in parts)) for names, *parts in fresh])
             for part in fresh:
                 self._remember(*part)
-        self.steps += 1
+        self.steps, self.settled = self.steps + 1, len(self.lessons)
         if learning_rate is not None and self.steps < self.options.accumulation:
             return
-        self._learn()
-        assert self.window is not None
+        gradient = self._learn()
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.warmup_rate if learning_rate is None else self.options.rate * learning_rate
         parameters = self._parameters()
-        mean = self.window[:-1] / self.window[-1].clamp_min(1)
-        for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters])):
-            parameter.grad = gradient.view_as(parameter)
+        for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
+            parameter.grad = part.view_as(parameter)
         self.optimizer.step()
-        self.window, self.steps = None, 0
 
-    def _learn(self) -> None:
-        """Add the lessons' gradients, of all ranks, to the window. Called on every rank at once."""
-        lessons, self.lessons = self.lessons, []
-        parts = [self._gradient(together) for together in _in_parts(lessons)]
-        learnt = reduce(sum(parts[1:], parts[0]), "sum")
-        self.window = learnt if self.window is None else self.window + learnt
+    def _learn(self) -> Tensor:
+        """L_meta's gradient over the window's questions, all ranks', end to end; the window is empty then. (P,)"""
+        parameters = self._parameters()
+        total = parameters[0].new_zeros(sum(p.numel() for p in parameters) + 1)  # of a rank that has seen none
+        for together in _in_parts(self.lessons):
+            total = total + self._sum_of_gradients(together)
+        total = reduce(total, "sum")
+        if self.window is not None:
+            total = total + self.window
+        self.lessons, self.settled, self.steps, self.window = [], 0, 0, None
+        return total[:-1] / total[-1].clamp_min(1)
 
-    def _gradient(self, lessons: Sequence[_Lesson]) -> Tensor:
-        """Σ L_meta's gradient over the questions of the lessons, end to end, and how many these are. (P + 1,)"""
+    def _sum_of_gradients(self, lessons: Sequence[_Lesson]) -> Tensor:
+        """Of L_meta over the questions of the lessons, end to end, and how many questions these are. (P + 1,)"""
         starts = accumulate((lesson.questions for lesson in lessons), initial=0)
         question = torch.cat([lesson.question + start for lesson, start in zip(lessons, starts)])
         apart = paths_apart(question)
         losses = torch.cat([lesson.losses for lesson in lessons])
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
             scores = self._score(torch.cat([lesson.features for lesson in lessons]), apart)
             predicted = _log_softmax(scores / self.options.temperature, apart)
             target = _log_softmax(-losses / self.options.temperature, apart)
@@ -235,11 +243,11 @@ class Mind(Strategy):
     def state_dict(self) -> dict[str, Any]:
         if self.net is None or self.optimizer is None:
             return self._waiting or {}
-        if self.lessons:
-            self._learn()
+        ours = [tuple(lesson.to("cpu")) for lesson in self.lessons[: self.settled]]
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "lessons": gather_object([ours]) if PartialState().num_processes > 1 else [ours],  # by rank
             "window": self.window,
             "steps": self.steps,
             "trend": self._averages(),
@@ -257,7 +265,10 @@ class Mind(Strategy):
         self.optimizer.load_state_dict(state["optimizer"])
         device = next(self.net.parameters()).device
         self.window = None if state["window"] is None else state["window"].to(device)
-        self.steps, self._waiting = state["steps"], None
+        place = PartialState()
+        ours = state.get("lessons", [])[place.process_index :: place.num_processes]  # of one rank or more
+        self.lessons = [_Lesson(*lesson).to(device) for lesson in chain.from_iterable(ours)]
+        self.settled, self.steps, self.fresh, self._waiting = len(self.lessons), state["steps"], [], None
         self.trend, self._rows = None, {}
         if state["trend"]:
             names, teachers = zip(*(key.rsplit("\t", 1) for key in state["trend"]))

@@ -15,12 +15,13 @@ from typing import Any
 from compact.config import Recipe, from_dict
 from compact.data import question_text
 from compact.errors import UserError
+from compact.options import plain
 from compact.results import write_atomically
 from compact.rows import prompt_problem
 from compact.skills.__main__ import write_skills
 from compact.sources import JsonLines
 from compact.student import load_student
-from compact.study.grid import Cell, plain_tree
+from compact.study.grid import Cell
 
 
 def recipe_of(cell: Cell, study: Path) -> Recipe:
@@ -29,7 +30,7 @@ def recipe_of(cell: Cell, study: Path) -> Recipe:
     Raises:
         UserError: what is wrong with its recipe or its data.
     """
-    values = plain_tree(cell)
+    values = plain(cell.tree)
     values["run"] = str(study / "cells" / cell.name)
     data, evaluation = values.setdefault("data", {}), values.setdefault("evaluation", {})
     if cell.skills is not None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from compact import options
 from compact.commandline import find, set_flags
@@ -314,7 +314,3 @@ def grid_help() -> str:
 
 def _default(spec: Field) -> str:
     return "" if spec.default is MISSING or spec.default is None else f" ({json.dumps(spec.default)})"
-
-
-def plain_tree(cell: Cell) -> dict[str, Any]:
-    return options.plain(cell.tree)
