@@ -11,7 +11,8 @@ import pytest
 from compact.data import load_questions
 from compact.errors import UserError
 from compact.skills import styles
-from compact.skills.__main__ import main, write_skills
+from compact.skills.__main__ import main
+from compact.skills.files import write_skills
 from compact.skills.questions import HELD_OUT_WORDING, PARTS, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, WEEK, draw_questions
 from compact.skills.teachers import TEACHERS, rationale, team
 

@@ -18,7 +18,7 @@ from compact.errors import UserError
 from compact.options import plain
 from compact.results import write_atomically
 from compact.rows import prompt_problem
-from compact.skills.__main__ import write_skills
+from compact.skills.files import write_skills
 from compact.sources import JsonLines
 from compact.student import load_student
 from compact.study.grid import Cell
