@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compact.backbone import _last_attention, _tap
+from compact.backbone import last_attention, tap_of
 from compact.config import LoraConfig
 from compact.errors import UserError
 from compact.student import add_lora, check, prepare
@@ -59,7 +59,7 @@ def test_the_means_and_last_states_are_those_of_the_hidden_states():
 
 def expected_projections(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Query and key (H, d) at the last token, from what the layer's linear modules put out in a plain forward."""
-    attention, kept = _last_attention(model), {}
+    attention, kept = last_attention(model), {}
     names = ("q_proj", "k_proj", "qkv_proj", "c_attn", "query_key_value")
     handles = [
         getattr(attention, name).register_forward_hook(
@@ -161,19 +161,19 @@ def test_gradient_checkpointing_changes_no_gradient_even_with_dropout(name, reen
         found.append((gradients(model), output))
     assert_same_gradients(found[1][0], found[0][0], tolerance=1e-5)
     torch.testing.assert_close(found[1][1].query, found[0][1].query)
-    tap = _tap(_last_attention(model.get_base_model()))
+    tap = tap_of(last_attention(model.get_base_model()))
     assert tap is not None and tap.rows is None and tap.states is None and tap.position_embeddings is None
 
 
 def test_bfloat16_projections_are_computed_in_float32():
     model = prepare(tiny("qwen3").to(torch.bfloat16))
     seen: list[Tensor] = []
-    _last_attention(model).register_forward_pre_hook(
+    last_attention(model).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).double()),
         with_kwargs=True,
     )
     output = run(model, *LENGTHS)
-    attention = _last_attention(copy.deepcopy(model).double())
+    attention = last_attention(copy.deepcopy(model).double())
     states = seen[0][0, torch.tensor(LENGTHS).cumsum(0) - 1]
     exact = attention.q_norm(attention.q_proj(states).view(len(LENGTHS), 4, 16))
     assert (output.query - exact).abs().max() < 1e-5
