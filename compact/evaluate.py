@@ -231,6 +231,8 @@ def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         state = (
             "training has not finished (there are checkpoints, no student)" if started else "there is no student yet"
         )
+        if (run / "report.json").is_file():
+            raise UserError(f"{run} is finished and its student was not kept; keep_students: true in a grid keeps it")
         raise UserError(f"{run}: {state}; run the training's command again, it goes on where it stopped")
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")

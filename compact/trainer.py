@@ -31,6 +31,7 @@ from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
 from compact.norm_cap import LastNormCap
 from compact.randomness import random_state_kept
+from compact.strategies import check_weights
 from compact.strategies.base import Context
 from compact_kernels import CompatibilityOutput, SampleGradNorms
 
@@ -167,6 +168,8 @@ class CompactTrainer(DistillationMixin, Trainer):
     ) -> None:
         self._carried = result.alpha * normalizer
         step = self.state.global_step
+        if step == 0 and ":" in self.config.strategy:  # a class of the user's own
+            check_weights(self.config.strategy, result.alpha, batch["ragged"].sizes.cu_questions, context.question_ids)
         if self.information is not None and step % self.config.information.every == 0 and step != self._measured_at:
             assert context.output is not None
             self._measured_at = step  # once a step, not for every micro-batch

@@ -11,7 +11,7 @@ import torch
 from compact.errors import UserError
 from compact.metrics import batch_metrics, read_metrics
 from compact.norm_cap import LastNormCap
-from compact.strategies import Context, build_strategy
+from compact.strategies import Context, Strategy, build_strategy, check_weights
 from compact.strategies.mind import TeachingAssistant, paths_apart
 from compact_kernels import CompatibilityOutput, Ragged, Statistics, TokenStatistics
 from tests.test_trainer import in_two_ranks, largest_difference, parameters
@@ -199,6 +199,28 @@ def test_what_an_older_version_had_learnt_of_its_window_counts():
     older.observe(*batches[1], None)
     assert older.steps == 1
     torch.testing.assert_close(older._learn(), new._learn(), rtol=0, atol=1e-6)
+
+
+class Half(Strategy):
+    def given(self, context):
+        return context.pooled.new_full((context.ragged.num_sequences,), 0.5)
+
+
+class Silent(Strategy):
+    pass
+
+
+def test_weights_of_a_class_of_one_s_own_must_add_up_to_one(tmp_path):
+    check_weights("m:C", torch.tensor([0.25, 0.75, 1.0]), [0, 2, 3], ["a", "b"])
+    for values, shown in (([0.25, 0.5, 1.0], "0.25, 0.5"), ([1.5, -0.5, 1.0], "1.5, -0.5")):
+        with pytest.raises(UserError, match=f"strategy m:C: its weights of question 'a' are {shown}; they must"):
+            check_weights("m:C", torch.tensor(values), [0, 2, 3], ["a", "b"])
+    with pytest.raises(UserError, match="of question 'b' are nan"):
+        check_weights("m:C", torch.tensor([1.0, float("nan")]), [0, 1, 2], ["a", "b"])
+    with pytest.raises(UserError, match="strategy tests.test_strategies:Half: its weights of question .* are 0.5"):
+        toy_trainer(tmp_path, method={"strategy": "tests.test_strategies:Half"}).train()
+    with pytest.raises(UserError, match="tests.test_strategies:Silent says nothing of weights"):
+        build_strategy(toy_config({"strategy": "tests.test_strategies:Silent"}), ["a"])
 
 
 def test_the_averages_of_ema_follow_slowly():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from compact.config import CompactConfig
 from compact.errors import UserError
 from compact.strategies.base import Context, Strategy
@@ -36,6 +38,22 @@ def build_strategy(config: CompactConfig, teachers: Sequence[str]) -> Strategy:
     return STRATEGIES[config.strategy](config, teachers)
 
 
+def check_weights(name: str, alpha: Tensor, cu_questions: Sequence[int], question_ids: Sequence[str]) -> None:
+    """α (S,) of a batch must be ≥ 0 and add up to one over each question, whose first rationales `cu_questions` names.
+
+    Raises:
+        UserError: they are not so, on which question.
+    """
+    values = alpha.tolist()
+    for question, first, last in zip(question_ids, cu_questions, cu_questions[1:]):
+        own = values[first:last]
+        if not (all(value >= 0 for value in own) and abs(sum(own) - 1) < 1e-2):
+            shown = ", ".join(f"{value:.3g}" for value in own)
+            raise UserError(
+                f"strategy {name}: its weights of question {question!r} are {shown}; they must be ≥ 0 and add up to 1"
+            )
+
+
 def _own(place: str) -> type[Strategy]:
     module, _, name = place.partition(":")
     try:
@@ -49,7 +67,9 @@ def _own(place: str) -> type[Strategy]:
         ) from None
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise UserError(f"strategy: {module} has no class {name} that is a subclass of compact.strategies.Strategy")
+    if found.weights is Strategy.weights and found.given is Strategy.given:
+        raise UserError(f"strategy: {place} says nothing of weights: it needs a method `weights`, or `given`")
     return found
 
 
-__all__ = ["STRATEGIES", "Context", "Strategy", "build_strategy"]
+__all__ = ["STRATEGIES", "Context", "Strategy", "build_strategy", "check_weights"]

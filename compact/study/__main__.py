@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> int:
             write_file(plain(tree), study / "grid.yaml")
             try:
                 run_cells(grid, cells[:1] if given.price else cells, lock, given.minutes)
-            finally:  # of a study that is stopped, what there is
-                failed = write_summary(grid, cells)
+            except KeyboardInterrupt:  # of a study that is stopped, what there is
+                write_summary(grid, cells)
+                raise
+            failed = write_summary(grid, cells)
     except UserError as error:
         print(f"compact.study: {error}", file=sys.stderr)
         return 2

@@ -191,7 +191,10 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
                 for method, changes in methods.items():
                     theirs = dict(changes.value)
                     merge = _whole(theirs.pop("merge", None), "merge", least=1)
-                    _refuse_made(own | theirs, skills is not None, bool(folds))
+                    for given in (common.value, own | theirs):
+                        _refuse_made(given, skills is not None, bool(folds))
+                    if merge and (strategy := theirs.get("strategy", Given("uniform"))).value != "uniform":
+                        refuse(strategy, "strategy", "merge trains a student for each teacher alone; leave it out")
                     recipe = read_recipe(grid.recipe)
                     for overrides in (common.value, own, theirs, {"seed": Given(seed)}):
                         overlay(recipe, overrides)
@@ -202,15 +205,15 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
 
 
 def _refuse_made(given: Mapping[str, Given], skills: bool, folds: bool) -> None:
-    """Keys of a setting or a method that the study would put its own values in place of."""
+    """Keys that the study would put its own values in place of."""
     tree = Given({})
     overlay(tree, given)
     made = {"run": "study names the folder", "seed": "seeds names them"}
     made |= {key: "skills makes it" for key in ("data.train", "data.held_out", "evaluation.limit") if skills}
-    made |= {"data.held_out": "folds makes it"} if folds else {}
+    made |= {key: "folds makes it" for key in ("data.held_out", "evaluation.limit") if folds}
     for key, why in made.items():
         if (item := _at(tree, key)) is not None:
-            refuse(item, key, f"is not a setting's or a method's to say: {why}")
+            refuse(item, key, f"is not a grid's to set: {why}")
 
 
 def _check(cells: Sequence[Cell]) -> None:

@@ -27,6 +27,7 @@ from compact.config import Recipe, from_dict
 from compact.errors import UserError
 from compact.results import write_atomically
 from compact.run_folder import claim, stored_recipe
+from compact.sources import JsonLines
 from compact.study.data import plain_student, recipe_of
 from compact.study.grid import Cell, Grid
 
@@ -198,9 +199,14 @@ def _expected(job: Job, known: Sequence[tuple[str, float, int | None]], at_once:
 
 
 def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
-    """A job for each student as it is, and one a cell, which waits for it and takes its evaluation over."""
+    """A job for each student as it is, and one a cell, which waits for it and takes its evaluation over.
+
+    Raises:
+        UserError: finished cells are of other keys: a mistake in the command, of which no cell is to suffer.
+    """
     bases: dict[str, tuple[Job, Any]] = {}
-    jobs = []
+    jobs: list[Job] = []
+    others = []
     for cell in cells:
         folder = study / "cells" / cell.name
         job = Job(cell.name, folder, [f"--merge={cell.merge}"] if cell.merge else [], method=cell.method)
@@ -210,6 +216,8 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                 job.arguments.append("--analyze")
         try:
             recipe = recipe_of(cell, study)
+            if cell.skills is None and not cell.fold:
+                _check_unchanged(recipe, cell.setting, study)
             recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
             claim(folder, recipe, flag="--study")
@@ -220,12 +228,38 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                 base, asked = bases[key]
                 job.needs = base if asked == _asked(recipe) else None
         except UserError as error:
-            write_atomically(job.error, str(error))
+            if job.done:
+                others.append(str(error))
+            else:
+                write_atomically(job.error, str(error))
             continue
         if job.done:
             job.error.unlink(missing_ok=True)  # of a grid that meant another recipe by this name
         jobs.append(job)
+    if others:
+        raise UserError(f"{len(others)} of the study's finished cells are not what the grid says now: {others[0]}")
     return jobs
+
+
+def _check_unchanged(recipe: Recipe, setting: str, study: Path) -> None:
+    """STUDY/files.json holds what the files of a setting's questions were when its first cell was begun.
+
+    Raises:
+        UserError: one has changed: the study's cells would be of different questions.
+    """
+    path = study / "files.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found = dict(known)
+    for key, name in (("data.train", recipe.data.train), ("data.held_out", recipe.data.held_out)):
+        if name is not None and (file := Path(name)).is_file() and not file.is_relative_to(study):
+            digest = found.setdefault(f"{setting}: {key}", JsonLines(file).digest())
+            if digest != JsonLines(file).digest():
+                raise UserError(
+                    f"{key}: {file} has changed since the study's first cells; bring it back, or choose another "
+                    "folder with --study"
+                )
+    if found != known:
+        write_atomically(path, json.dumps(found, indent=1))
 
 
 def _base(recipe: Recipe, folder: Path) -> tuple[Job, Any]:

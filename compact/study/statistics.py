@@ -52,6 +52,31 @@ def crossed(values: np.ndarray) -> Estimate:
     return Estimate(grand, math.sqrt(variance / values.size), max(dof, float(dofs[0])))
 
 
+def clustered(values: np.ndarray, seeds: np.ndarray, items: np.ndarray) -> Estimate:
+    """As :func:`crossed`, where seeds were asked different questions, some of them perhaps the same.
+
+    The variance of the mean of values with two kinds of clusters (Cameron, Gelbach and Miller 2011): by seed, plus by
+    question, less that of values that are each for themselves.
+
+    Args:
+        values: of every seed and question that there is. (n,) seeds, items: which they are of. (n,)
+    """
+    grand = float(values.mean())
+    if (values == values[0]).all():
+        return Estimate(grand, None, 0.0)
+    rest = values - grand
+    parts = []
+    for labels in (seeds, items, np.arange(len(values))):
+        _, cluster = np.unique(labels, return_inverse=True)
+        count = int(cluster.max()) + 1
+        total = float((np.bincount(cluster, weights=rest) ** 2).sum())
+        parts.append((total * count / (count - 1), count - 1) if count > 1 else (0.0, 1))
+    (by_seed, _), (by_item, _), (alone, _) = parts
+    variance = max(by_seed + by_item - alone, by_seed, by_item)
+    dof = variance**2 / sum(part**2 / dof for part, dof in parts)
+    return Estimate(grand, math.sqrt(variance) / len(values), max(dof, float(parts[0][1])))
+
+
 def t_quantile(probability: float, dof: float) -> float:
     """Of Student's t, for 0.5 < probability < 1, by bisection of its integral."""
     low, high = 0.0, 1.0

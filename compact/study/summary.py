@@ -21,7 +21,7 @@ from compact.errors import UserError
 from compact.report import table
 from compact.results import TaskResult, load_results, write_atomically
 from compact.study.grid import Cell, Grid
-from compact.study.statistics import Estimate, crossed
+from compact.study.statistics import Estimate, clustered, crossed
 
 Key = tuple[str, str, str]  # task, split, measure
 Values = dict[Key, dict[str, float]]  # question → value, of one seed
@@ -135,11 +135,13 @@ def _measured(results: Mapping[str, TaskResult], fold: int | None) -> Iterator[t
 
 
 def _estimate(by_seed: Mapping[int, Mapping[str, float]]) -> Estimate:
-    """Over seeds and questions; over seeds alone where they were asked different questions."""
+    """Over seeds and questions, whether all seeds were asked the same ones or not."""
     shared = [item for item in next(iter(by_seed.values())) if all(item in values for values in by_seed.values())]
     if shared and all(len(values) == len(shared) for values in by_seed.values()):
         return crossed(np.array([[values[item] for item in shared] for values in by_seed.values()]))
-    return crossed(np.array([[float(np.mean(list(values.values())))] for values in by_seed.values()]))
+    flat = [(value, seed, item) for seed, values in by_seed.items() for item, value in values.items()]
+    values, seeds, items = (np.array(column) for column in zip(*flat))
+    return clustered(values, seeds, items)
 
 
 def _difference(ours: Mapping[int, Values], theirs: Mapping[int, Values], key: Key) -> Estimate | None:

@@ -39,10 +39,10 @@ def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
         ({"methods": ["uniform", "uniform"]}, "methods: 'uniform' is there twice"),
         ({"methods": {"uniform": None, "a-b": {}, "a:b": {}}}, "methods: a-b and a:b would share the folder a-b"),
         ({"methods": {"uniform": {"merge": True}}}, "merge: True is not a whole number"),
-        ({"methods": {"uniform": {"run": "x"}}}, r"grid.yaml:\d+: run: is not .* to say: study names the folder"),
+        ({"methods": {"uniform": {"run": "x"}}}, r"grid.yaml:\d+: run: is not .* to set: study names the folder"),
         (
             {"settings": {"a": {"skills": {}, "data": {"train": "x.jsonl"}}}},
-            r"grid.yaml:\d+: data.train: is not .* to say: skills makes it",
+            r"grid.yaml:\d+: data.train: is not .* to set: skills makes it",
         ),
         (
             {"methods": {"uniform": None, "broken": {"weights.temperature": -1}}},
@@ -111,8 +111,13 @@ def test_keys_under_a_known_method_are_put_over_its_own(toy, tmp_path):
     assert of["uniform"]["sft_reduction"] == "token"
     assert of["mind"]["strategy"] == "mind" and of["mind"]["mind"]["threshold"] == 0.5
     assert of["single:verbose"]["weights"]["teacher"] == "verbose" and of["single:verbose"]["sft_reduction"] == "sum"
-    with pytest.raises(UserError, match=r"grid.yaml:\d+: seed: is not a setting's or a method's to say"):
+    with pytest.raises(UserError, match=r"grid.yaml:\d+: seed: is not a grid's to set: seeds names them"):
         load_grid([str(grid_file(tmp_path, toy, methods={"uniform": {"seed": 1}}))])
+    with pytest.raises(UserError, match=r"evaluation.limit: is not a grid's to set: skills makes it"):
+        load_grid([str(path), "--set.evaluation.limit", "3"])
+    merged = {"uniform": None, "merged": {"strategy": "mind", "merge": 1}}
+    with pytest.raises(UserError, match="strategy: merge trains a student for each teacher alone"):
+        load_grid([str(grid_file(tmp_path, toy, methods=merged))])
 
 
 def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):
@@ -170,6 +175,6 @@ def test_a_row_that_no_fold_can_have_is_named(toy, tmp_path, line, said):
 
 @pytest.mark.parametrize("name", embedded_grids())
 def test_the_grids_of_the_package_are_grids(name, tmp_path):
-    flags = ["--set.student.model", "x", "--set.data.train", "y.jsonl"]
+    flags = ["--set.student.model", "x", *(["--set.data.train", "y.jsonl"] if name == "gsm8k" else [])]
     _, cells, _ = load_grid([name, *flags])
     assert cells and all(cell.tree.value["student"].value["model"].value == "x" for cell in cells)

@@ -19,6 +19,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import compact.analyze
+from compact.config import from_dict
+from compact.errors import UserError
 from compact.results import load_results
 from compact.run_folder import locked
 from compact.study import cell, runner, summary
@@ -89,17 +91,33 @@ def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(
     assert told.out.endswith(f"{folder / 'study.md'}\n")
 
 
-def test_a_cell_that_another_grid_meant_otherwise_counts_again_under_its_own(finished):
+def test_finished_cells_that_a_grid_means_otherwise_are_refused_at_once_and_stay(finished, capsys):
     path, folder, _ = finished
-    failure = folder / "cells" / "few" / "uniform" / "seed-0" / "failed.txt"
-    other, cells, _ = load_grid([str(path), "--set.training.learning_rate", "0.5"])
-    runner._jobs(other, cells, folder)
-    said = failure.read_text()
-    assert "uniform" not in {entry["method"] for entry in summary._weights(folder, cells)}
+    done = [folder / "study.md", *(folder / "cells" / "few").glob("[cu]*/**/*")]
+    kept = {file: file.stat().st_mtime_ns for file in done}
+    assert study(path, "--set.training.learning_rate", "0.5") == 2
+    said = capsys.readouterr().err
+    assert "2 of the study's finished cells are not what the grid says now" in said
     assert "learning_rate" in said and "another folder with --study" in said
+    assert len(kept) > 20 and kept == {file: file.stat().st_mtime_ns for file in done}
+    failure = folder / "cells" / "few" / "uniform" / "seed-0" / "failed.txt"
+    failure.write_text("of an older version, which put it here then")
     grid, cells, _ = load_grid([str(path)])
     runner._jobs(grid, cells, folder)
     assert not failure.exists() and "uniform" in {entry["method"] for entry in summary._weights(folder, cells)}
+
+
+def test_a_file_that_changed_since_the_first_cells_is_named(tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text("{}\n")
+    recipe = from_dict({"run": "r", "data": {"train": str(rows)}})
+    study = tmp_path / "study"
+    runner._check_unchanged(recipe, "s", study)
+    runner._check_unchanged(recipe, "s", study)
+    rows.write_text("{}\n{}\n")
+    runner._check_unchanged(recipe, "t", study)
+    with pytest.raises(UserError, match=f"data.train: {rows} has changed since .* --study"):
+        runner._check_unchanged(recipe, "s", study)
 
 
 def test_a_study_that_was_moved_goes_on_where_it_is(finished, toy, tmp_path):

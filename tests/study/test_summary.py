@@ -10,7 +10,7 @@ import pytest
 from compact.results import TaskResult, store_results
 from compact.study import summary
 from compact.study.grid import Cell
-from compact.study.statistics import crossed, t_quantile
+from compact.study.statistics import clustered, crossed, t_quantile
 
 
 def test_cells_that_failed_alike_are_told_together():
@@ -76,6 +76,22 @@ def test_intervals_of_crossed_samples_hold_the_truth_as_often_as_they_say():
         half = 1.96 * table.std() / math.sqrt(table.size)
         naive += abs(table.mean()) < half
     assert 0.92 <= hits / 300 <= 1 and naive / 300 < 0.8
+
+
+def test_seeds_with_questions_of_their_own_have_the_error_of_both():
+    rng = np.random.default_rng(0)
+    table = rng.normal(0, 0.1, (4, 1)) + rng.normal(0, 1, (1, 60)) + rng.normal(0, 0.5, (4, 60))
+    seeds, items = (index.ravel() for index in np.indices(table.shape))
+    whole, flat = crossed(table), clustered(table.ravel(), seeds, items)  # of a table without gaps nearly the same
+    assert flat.mean == pytest.approx(whole.mean) and flat.se == pytest.approx(whole.se, rel=0.02)
+    inside = 0
+    for _ in range(300):
+        effect, kept = rng.normal(0, 1, 200), [rng.choice(200, 40, replace=False) for _ in range(5)]
+        rows = [rng.normal(0, 0.2) + effect[some] + rng.normal(0, 1, 40) for some in kept]
+        low, high = clustered(np.concatenate(rows), np.repeat(np.arange(5), 40), np.concatenate(kept)).interval()
+        inside += low <= 0 <= high
+    assert 0.9 < inside / 300 <= 0.99
+    assert clustered(np.ones(3), np.arange(3), np.arange(3)).interval() is None
 
 
 def test_one_seed_or_one_question_leaves_an_ordinary_mean():
