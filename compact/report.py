@@ -235,11 +235,13 @@ def _pictures(content: Mapping[str, Any], pictures: Mapping[str, str]) -> list[s
         return [pictures[""]]
     if not pictures:
         return [f"Nothing to draw: {MISSING}."]
+    ours = content["strategy"] == "compact"
+    made = "What the weights are made from" if ours else "COMPACT's metrics, which these weights are not made from"
     captions = {
         "accuracy": "Accuracy and log-probability of the gold answer, before and after training.",
         "weights": _weights_caption(content["alpha_mean"], _equal(content)),
         "loss": _loss_caption(content["loss"]),
-        "statistics": "What the weights are made from: each teacher's raw metrics, and how even the weights are.",
+        "statistics": f"{made}: each teacher's raw metrics, and how even the weights are.",
         "trajectory": "One question: how sure the student is of the gold answer as it reads each rationale. A rise is "
         "what adaptability rewards, most of all at thinking tokens.",
         "latent": "Mean states of the same rationales before and after training, in the main plane of those before.",
@@ -268,6 +270,8 @@ def _weights_caption(alphas: Mapping[str, float | None], equal: float | None) ->
     if len(known) < 2:
         return "Weight of the teacher over training."
     most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
+    if known[most] - known[least] < 0.005:
+        return f"Weights over training: in the last quarter all weigh the same ({known[most]:.2f})."
     told = "teachers are missing from some questions" if equal is None else f"equal weights would be {equal:.2f}"
     return (
         f"Weights over training: in the last quarter {most} weighs most ({known[most]:.2f}) and {least} least "
