@@ -237,6 +237,7 @@ class CompactTrainer(DistillationMixin, Trainer):
         logs.update(self.table.flush(self.accelerator))
         if self.information is not None:
             logs.update(self.information.flush(self.accelerator))
+        logs.update(self.strategy.logs())
         super().log(logs, start_time)
 
     # ---- checkpoints ----

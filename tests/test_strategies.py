@@ -201,6 +201,24 @@ def test_what_an_older_version_had_learnt_of_its_window_counts():
     torch.testing.assert_close(older._learn(), new._learn(), rtol=0, atol=1e-6)
 
 
+def test_what_the_assistant_has_learnt_is_logged(tmp_path):
+    strategy = mind(accumulation=1)
+    batches = [batch_of([2, 3], seed=1), batch_of([4], seed=2)]
+    for statistics, context in batches:
+        strategy.observe(statistics, context, None)
+    total = 0.0
+    for statistics, context in batches:
+        counts = context.ragged.cu_questions.diff().tolist()
+        scores = scores_of(strategy, context).detach().split(counts)
+        for s, real in zip(scores, statistics.difficulty.split(counts)):
+            total += float((s.softmax(0) * (s.log_softmax(0) - (-real).log_softmax(0))).sum())
+    strategy.step(1.0)
+    assert strategy.logs() == {"mind/meta_loss": pytest.approx(total / 3, rel=1e-5)} and strategy.logs() == {}
+    trainer = toy_trainer(tmp_path, method={"strategy": "mind", "mind": {"accumulation": 1}}, logging_steps=2)
+    trainer.train()
+    assert all(row["mind/meta_loss"] >= 0 for row in trainer.state.log_history if "loss" in row)
+
+
 class Half(Strategy):
     def given(self, context):
         return context.pooled.new_full((context.ragged.num_sequences,), 0.5)

@@ -85,6 +85,10 @@ class Strategy:
             learning_rate: the student's in that step; None in the warm-up, in which the student does not move.
         """
 
+    def logs(self) -> dict[str, float]:
+        """What there is to say since the last time, on this rank; the trainer asks whenever it logs."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that must survive a resume; saved in every checkpoint. Called on every rank.
 

@@ -95,6 +95,7 @@ class Mind(Strategy):
         self.trend: Tensor | None = None
         self._rows: dict[str, int] = {}
         self.fresh: list[tuple[list[str], Tensor, Tensor]] = []  # of this rank since the last step
+        self.learnt: list[tuple[Tensor, int]] = []  # Σ L_meta and of how many questions, since the last log
         self._alike = False  # whether all ranks have been given the first one's parameters
         self._waiting: dict[str, Any] | None = None
 
@@ -169,8 +170,15 @@ class Mind(Strategy):
             target = _log_softmax(-losses / self.options.temperature, apart)
             meta = (predicted.exp() * (predicted - target.clamp_min(LEAST_LOG))).sum()
             gradients = torch.autograd.grad(meta, self._parameters())
-        count = losses.new_full((1,), sum(lesson.questions for lesson in lessons))
-        return torch.cat([*(gradient.flatten() for gradient in gradients), count])
+        questions = sum(lesson.questions for lesson in lessons)
+        self.learnt.append((meta.detach(), questions))
+        return torch.cat([*(gradient.flatten() for gradient in gradients), losses.new_full((1,), questions)])
+
+    def logs(self) -> dict[str, float]:
+        learnt, self.learnt = self.learnt, []
+        if not learnt:
+            return {}
+        return {"mind/meta_loss": float(sum(meta for meta, _ in learnt)) / sum(questions for _, questions in learnt)}
 
     def _real_losses(self, statistics: Statistics, context: Context) -> Tensor:
         """L_real (S,), the mean cross entropy of each path, or its exponential average."""
