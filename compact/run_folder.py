@@ -45,7 +45,7 @@ def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
     if stored.exists() and begun:
         theirs, ours = (_leaves(to_dict(one)) for one in (from_dict(stored_recipe(folder)), recipe))
         apart = ("run", "demo.arms")  # however the folder is called from here; arms are runs of their own
-        differing = [key for key in ours | theirs if key not in apart and theirs.get(key) != ours.get(key)]
+        differing = [key for key in ours | theirs if key not in apart and not _same(theirs.get(key), ours.get(key))]
         if differing:
             shown = "; ".join(f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
             raise UserError(
@@ -91,6 +91,14 @@ def _moved(value: Any, old: Path, new: Path) -> Any:
         there = new / Path(value).relative_to(old)
         return str(there) if there.exists() else value
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, or one file named in two ways."""
+    if one == other:
+        return True
+    texts = isinstance(one, str) and isinstance(other, str) and os.sep in one + other
+    return texts and Path(one).resolve() == Path(other).resolve()
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import BertConfig, BertModel, T5Config, T5Model
 
 from compact.config import from_dict, read_recipe
+from compact.errors import UserError
 from compact.options import plain
 from compact.run_folder import claim
 from compact.train import main
@@ -151,6 +153,19 @@ def test_an_output_folder_that_is_not_this_run_is_left_alone(refused, finished, 
     refused("is not empty and holds no run", "--run", run=tmp_path / "thesis")
     assert files(tmp_path / "thesis") == {"chapter.tex"}
     refused("is a file, and a run needs a folder", run=tmp_path / "thesis" / "chapter.tex")
+
+
+def test_a_file_may_be_named_in_another_way_when_a_run_goes_on(toy, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    recipe = plain(read_recipe(str(tmp_path / "run" / "recipe.yaml")))
+    recipe["run"] = str(tmp_path / "run")
+    monkeypatch.chdir(toy)
+    assert Path(recipe["data"]["train"]).is_absolute()
+    recipe["data"]["train"] = str(Path(recipe["data"]["train"]).relative_to(toy))
+    claim(tmp_path / "run", from_dict(recipe))
+    recipe["data"]["train"] = "./elsewhere.jsonl"
+    with pytest.raises(UserError, match="data.train is .* there and './elsewhere.jsonl' here"):
+        claim(tmp_path / "run", from_dict(recipe))
 
 
 def test_a_key_that_an_older_version_did_not_write_is_at_its_default(refused, finished, tmp_path):
