@@ -114,9 +114,7 @@ class Mind(Strategy):
 
     @torch.no_grad()
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:
-        features, ragged = self._features(context), context.ragged
-        if self.net is None:  # first, for it restores the averages
-            self._build(features)
+        features, ragged = self._features(context), context.ragged  # first: what it builds restores the averages
         losses = self._real_losses(statistics, context)
         # A copy: the batch's own may be written over, by a CUDA graph's next replay for one.
         self.lessons.append(_Lesson(features.clone(), ragged.question_of_sequence, losses, ragged.num_questions))
@@ -216,18 +214,19 @@ class Mind(Strategy):
     # ---- the network ----
 
     def _features(self, context: Context) -> Tensor:
-        """What the assistant sees of each path. (S, F) float32"""
+        """What the assistant sees of each path, (S, F) float32; the first time the assistant is built for it."""
         features = context.pooled
         if self.options.features == "sentence":
             if context.embeddings is None:
                 raise UserError("mind.features is sentence, and the batch has no embeddings: set consensus.encoder")
             features = context.embeddings
-        return features.detach().float()
+        features = features.detach().float()
+        if self.net is None:
+            self._build(features)
+        return features
 
     def _score(self, features: Tensor, apart: Tensor) -> Tensor:
         """(S, F) → (S,)"""
-        if self.net is None:
-            self._build(features)
         assert self.net is not None
         # No autocast: the network is small, and its scores are compared.
         with torch.autocast(features.device.type, enabled=False):

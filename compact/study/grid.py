@@ -187,12 +187,12 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
             folds = _whole(own.pop("folds", None), "folds", least=2)
             if skills is not None and folds:
                 refuse(keys, f"settings.{setting}", "skills makes the held-out questions, and so does folds: name one")
+            _refuse_made(common.value, skills is not None, bool(folds))
             for fold in range(folds) if folds else [None]:
                 for method, changes in methods.items():
                     theirs = dict(changes.value)
                     merge = _whole(theirs.pop("merge", None), "merge", least=1)
-                    for given in (common.value, own | theirs):
-                        _refuse_made(given, skills is not None, bool(folds))
+                    _refuse_made(own | theirs, skills is not None, bool(folds))
                     if merge and (strategy := theirs.get("strategy", Given("uniform"))).value != "uniform":
                         refuse(strategy, "strategy", "merge trains a student for each teacher alone; leave it out")
                     recipe = read_recipe(grid.recipe)
@@ -210,7 +210,7 @@ def _refuse_made(given: Mapping[str, Given], skills: bool, folds: bool) -> None:
     overlay(tree, given)
     made = {"run": "study names the folder", "seed": "seeds names them"}
     made |= {key: "skills makes it" for key in ("data.train", "data.held_out", "evaluation.limit") if skills}
-    made |= {key: "folds makes it" for key in ("data.held_out", "evaluation.limit") if folds}
+    made |= {"data.held_out": "folds makes it"} if folds else {}  # a limit of other tasks may be larger than a fold
     for key, why in made.items():
         if (item := _at(tree, key)) is not None:
             refuse(item, key, f"is not a grid's to set: {why}")

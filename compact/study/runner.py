@@ -207,6 +207,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
     bases: dict[str, tuple[Job, Any]] = {}
     jobs: list[Job] = []
     others = []
+    digests: dict[Path, str] = {}
     for cell in cells:
         folder = study / "cells" / cell.name
         job = Job(cell.name, folder, [f"--merge={cell.merge}"] if cell.merge else [], method=cell.method)
@@ -216,8 +217,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                 job.arguments.append("--analyze")
         try:
             recipe = recipe_of(cell, study)
-            if cell.skills is None and not cell.fold:
-                _check_unchanged(recipe, cell.setting, study)
+            _check_unchanged(recipe, study, digests)
             recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
             claim(folder, recipe, flag="--study")
@@ -241,8 +241,11 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
     return jobs
 
 
-def _check_unchanged(recipe: Recipe, setting: str, study: Path) -> None:
-    """STUDY/files.json holds what the files of a setting's questions were when its first cell was begun.
+def _check_unchanged(recipe: Recipe, study: Path, digests: dict[Path, str]) -> None:
+    """STUDY/files.json holds what the files of questions were when the first cell of each was begun.
+
+    Args:
+        digests: of those that were looked at before.
 
     Raises:
         UserError: one has changed: the study's cells would be of different questions.
@@ -251,9 +254,11 @@ def _check_unchanged(recipe: Recipe, setting: str, study: Path) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     found = dict(known)
     for key, name in (("data.train", recipe.data.train), ("data.held_out", recipe.data.held_out)):
-        if name is not None and (file := Path(name)).is_file() and not file.is_relative_to(study):
-            digest = found.setdefault(f"{setting}: {key}", JsonLines(file).digest())
-            if digest != JsonLines(file).digest():
+        file = Path(name or "").resolve()
+        if file.is_file() and not file.is_relative_to(study.resolve()):  # what a study makes, it looks after
+            if file not in digests:
+                digests[file] = JsonLines(file).digest()
+            if found.setdefault(str(file), digests[file]) != digests[file]:
                 raise UserError(
                     f"{key}: {file} has changed since the study's first cells; bring it back, or choose another "
                     "folder with --study"

@@ -112,12 +112,14 @@ def test_a_file_that_changed_since_the_first_cells_is_named(tmp_path):
     rows.write_text("{}\n")
     recipe = from_dict({"run": "r", "data": {"train": str(rows)}})
     study = tmp_path / "study"
-    runner._check_unchanged(recipe, "s", study)
-    runner._check_unchanged(recipe, "s", study)
+    runner._check_unchanged(recipe, study, {})
+    runner._check_unchanged(recipe, study, {})
+    other = tmp_path / "other.jsonl"  # as a method's own
+    other.write_text("{}\n{}\n")
+    runner._check_unchanged(from_dict({"run": "r", "data": {"train": str(other)}}), study, {})
     rows.write_text("{}\n{}\n")
-    runner._check_unchanged(recipe, "t", study)
     with pytest.raises(UserError, match=f"data.train: {rows} has changed since .* --study"):
-        runner._check_unchanged(recipe, "s", study)
+        runner._check_unchanged(recipe, study, {})
 
 
 def test_a_study_that_was_moved_goes_on_where_it_is(finished, toy, tmp_path):
