@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 from compact.adapters import Collator, WindowLoader, build_strategy, distillation_loss, prepare
 from compact.config import CompactConfig, DataConfig
 from compact.data import tokenize_questions
-from tests.distributed_student import leave
+from tests.processes import leave
 from tests.toy import toy_tokenizer
 from tests.toy_run import toy_model, toy_questions
 

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from compact_kernels import sample_grad_norms
-from tests.distributed_student import leave, whole
+from tests.distributed_student import whole
 from tests.norm_cases import batch, fused, student, truth, uniform
+from tests.processes import leave
 from tests.student_cases import gradients
 
 LENGTHS = ((9, 2, 6), (12, 5))

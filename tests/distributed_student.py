@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 from typing import Any
 
 import torch
@@ -23,18 +22,9 @@ from compact.config import LoraConfig
 from compact.student import StudentOutput, add_lora, head, merged, prepare
 from compact_kernels.ragged import Ragged
 from tests.architectures import tiny, token_ids
+from tests.processes import leave
 
 LENGTHS = ((9, 2, 6), (12, 5))
-
-
-def leave() -> None:
-    """End this rank when the other has come as far: one that leaves while it is still talked to can hang the other.
-
-    Not through torch's teardown, in which a rank was once ended by a thread that was still running.
-    """
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)
 
 
 def forward(model: nn.Module, rank: int) -> StudentOutput:

@@ -5,7 +5,6 @@ accelerate shards on accelerators alone: gloo's processes pass for such here. Al
 
 from __future__ import annotations
 
-import os
 import sys
 
 from accelerate import PartialState
@@ -14,6 +13,7 @@ from accelerate.utils import DistributedType
 import compact.analyze
 import compact.tokenization
 from compact.train import main
+from tests.processes import leave
 
 write_arrow = compact.tokenization.write_arrow
 
@@ -28,7 +28,6 @@ if __name__ == "__main__":
     compact.tokenization.write_arrow = alone
     compact.analyze._draw = lambda run, content: {}  # pictures take longer than the run
     code = main()
-    sys.stdout.flush()
-    if code == 0:  # not through the interpreter's end: torch's caches keep meshes of FSDP2's, and these gloo's threads
-        os._exit(0)
+    if code == 0:  # torch's caches keep meshes of FSDP2's, and these gloo's threads
+        leave()
     sys.exit(code)

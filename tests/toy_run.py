@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from compact.config import CompactConfig, from_dict
 from compact.data import load_questions
 from compact.trainer import CompactTrainer
+from tests.processes import leave
 from tests.toy import toy_tokenizer
 
 
@@ -104,6 +105,7 @@ def main(runs: str) -> None:
         trainer.train()
         if trainer.is_world_process_zero():
             torch.save(trainer.model.state_dict(), Path(out) / "parameters.pt")
+    leave()
 
 
 if __name__ == "__main__":
