@@ -144,6 +144,11 @@ class MetricsTable:
                 way_out = "lower training.learning_rate, train in bfloat16 or float32, or look at those questions"
                 if row["step"] == 1:
                     way_out = "no step had been taken: look at the student's weights and dtype, and at those questions"
+                if not math.isfinite(row["alpha_entropy"]) and all(map(math.isfinite, row["spread"].values())):
+                    way_out = (
+                        "what the student says is finite, the teachers' weights are not: look at the strategy (mind's "
+                        "assistant has diverged: lower mind.rate and mind.warmup_rate)"
+                    )
                 raise UserError(
                     f"the {what} is not finite at step {row['step']}{where} "
                     f"(loss {row['loss']}, gradient norm {row['grad_norm']}, "

@@ -309,6 +309,13 @@ def test_two_ranks_and_accumulation_train_the_same_assistant(tmp_path, inertia):
             assert a["teachers"][name]["alpha"] == pytest.approx(b["teachers"][name]["alpha"], rel=1e-3)
 
 
+def test_an_assistant_that_diverged_is_told_from_a_student_that_did(tmp_path):
+    method = {"strategy": "mind", "mind": {"warmup_rate": 1e38}}
+    trainer = toy_trainer(tmp_path, method=method)
+    with pytest.raises(UserError, match=r"not finite at step 1 .*weights are not.*mind\.warmup_rate"):
+        trainer.train()
+
+
 def test_ca_mkd_weighs_the_hard_less():
     strategy = build_strategy(toy_config({"strategy": "ca_mkd"}), ["a", "b", "c", "d"])
     counts = [3, 1, 2]
