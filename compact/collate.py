@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from compact_kernels.ragged import Ragged
 
@@ -49,15 +50,7 @@ class Collator:
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """The batch with its tensors, and its Ragged, on `device`: for loops without a trainer that does this."""
-    moved: dict[str, Any] = {}
-    for name, value in batch.items():
-        if isinstance(value, Mapping):
-            moved[name] = to_device(value, device)
-        elif isinstance(value, (torch.Tensor, Ragged)):
-            moved[name] = value.to(device, non_blocking=True)
-        else:
-            moved[name] = value
-    return moved
+    return send_to_device(batch, device, non_blocking=True)
 
 
 def _packed(items: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, Any]:

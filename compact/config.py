@@ -464,9 +464,9 @@ def checked(tree: Given) -> Recipe:
     return recipe
 
 
-def from_dict(values: dict[str, Any], source: str = "") -> Recipe:
-    """A checked recipe from plain nested values; `source` is named in errors."""
-    return checked(as_given(values, source))
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """A checked recipe from plain nested values."""
+    return checked(as_given(values))
 
 
 def to_dict(recipe: CompactConfig) -> dict[str, Any]:

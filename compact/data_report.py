@@ -67,17 +67,6 @@ class DataReport:
             trained_on=self.trained_on | later.trained_on,
         )
 
-    def __add__(self, other: DataReport) -> DataReport:
-        """Two files or two parts side by side: every count added."""
-        return DataReport(
-            teachers=self.teachers + [name for name in other.teachers if name not in self.teachers],
-            questions=_added(self.questions, other.questions),
-            rationales=_added(self.rationales, other.rationales),
-            reason_counts=_added(self.reason_counts, other.reason_counts),
-            reasons=(self.reasons + other.reasons)[:EXAMPLES],
-            trained_on=self.trained_on | other.trained_on,
-        )
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -25,42 +25,30 @@ from compact.commandline import positive
 from compact.config import DataConfig, EvaluationConfig
 from compact.errors import UserError
 from compact.generation import context_length, evaluating, generate_answers, score_answers
-from compact.results import TaskResult, compare, load_results, store_results
+from compact.results import TaskResult, load_results, store_results
 from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions
 from compact.tokenization import prompt_ids
 
-__all__ = [
-    "Task",
-    "TaskRow",
-    "load_task",
-    "task_from_questions",
-    "TaskResult",
-    "compare",
-    "evaluate",
-    "evaluate_tasks",
-    "recipe_tasks",
-    "load_results",
-    "store_results",
-]
 
-
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    tasks: Sequence[Task],
     *,
     data: DataConfig | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 192,
     progress: bool = True,
-) -> TaskResult:
-    """Answer every question of a task greedily, and score its gold answer and its reference solution.
+) -> dict[str, TaskResult]:
+    """Answer every question of every task greedily, and score its gold answer and its reference solution.
 
     Batched, left-padded, longest prompts first; each answer ends at EOS or after `max_new_tokens`. The model may be
     wrapped (peft, DDP, accelerate); its training mode and generation config are restored. Where torch.distributed is
     initialised, batches are dealt to the ranks and every rank returns the whole result, the same as one process would:
-    each batch is made up of the same questions.
+    each batch is made up of the same questions, of all tasks: a token costs a batch about the same, however many
+    questions it has.
 
     Each prediction is {id, prompt, gold, kind, text, strict, flexible, strict_correct, correct, answer_logprob,
     suffix_logprob, solution_logprob, tokens, finished}. Log-probabilities are means per token (natural
@@ -72,48 +60,7 @@ def evaluate(
     Raises:
         UserError: no questions, a prompt that leaves no room in the model's context, or a batch that does not fit.
     """
-    return _results(model, tokenizer, [task], data or DataConfig(), batch_size, max_new_tokens, progress)[task.name]
-
-
-def evaluate_tasks(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    run: str | Path,
-    when: str,
-    *,
-    data: DataConfig | None = None,
-    batch_size: int = 64,
-    max_new_tokens: int = 192,
-    progress: bool = True,
-) -> dict[str, TaskResult]:
-    """Evaluate every task and store predictions and summary under RUN/evaluation/{when}/ (rank 0 writes).
-
-    Batches hold questions of all tasks: a token costs a batch about the same, however many questions it has.
-    """
     data = data or DataConfig()
-    results = _results(model, tokenizer, tasks, data, batch_size, max_new_tokens, progress)
-    settings = {
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "prompt_template": data.prompt_template,
-        "suffix": data.suffix,
-    }
-    if not _distributed() or dist.get_rank() == 0:
-        store_results(results, settings, run, when)
-    return results
-
-
-@torch.no_grad()
-def _results(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    data: DataConfig,
-    batch_size: int,
-    max_new_tokens: int,
-    progress: bool,
-) -> dict[str, TaskResult]:
     for task in tasks:
         if not task.rows:
             raise UserError(f"task {task.name}: no questions")
@@ -151,6 +98,27 @@ def _results(
         share = seconds * len(task.rows) / len(asked)
         results[task.name] = TaskResult(task.name, task.split, task.kind, predictions, share)
         first = last
+    return results
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    run: str | Path,
+    when: str,
+    *,
+    data: DataConfig | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 192,
+    progress: bool = True,
+) -> dict[str, TaskResult]:
+    """:func:`evaluate`, and store predictions and summary under RUN/evaluation/{when}/ (rank 0 writes)."""
+    data = data or DataConfig()
+    room = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    results = evaluate(model, tokenizer, tasks, data=data, progress=progress, **room)
+    if not _distributed() or dist.get_rank() == 0:
+        store_results(results, {**room, "prompt_template": data.prompt_template, "suffix": data.suffix}, run, when)
     return results
 
 

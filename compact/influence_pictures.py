@@ -83,7 +83,7 @@ def information(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> F
     for ax, (control, title) in zip(axes[1], panels.items()):
         names[ax] = []
         for teacher, colour in colours(teachers).items():
-            gap = _series(rows, teacher, "adaptability") - _series(rows, teacher, control)
+            gap = series(rows, teacher, "adaptability") - series(rows, teacher, control)
             middle, _ = smooth(gap)
             if np.isfinite(middle).any():
                 ax.plot(steps, middle, color=colour)
@@ -93,7 +93,3 @@ def information(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> F
         show_span(ax, steps)
     label_ends(fig, names, fontsize=8)
     return fig
-
-
-def _series(rows: Sequence[Mapping[str, Any]], teacher: str, key: str) -> np.ndarray:
-    return np.array([row["teachers"].get(teacher, {}).get(key) for row in rows], dtype=float)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from compact.metrics import EQUAL
-from compact.results import SPLITS, wilson
+from compact.results import SPLITS
 
 WIDTH = 9.0  # inches; at 160 dots an inch a README shows it at about half size
 PALETTE = ("#2F6DB5", "#E1812C", "#2E9C74", "#C44536", "#7D5BA6", "#20A4B8", "#B3568B", "#8A7A3B")
@@ -104,7 +104,7 @@ def accuracies(tasks: Mapping[str, Mapping[str, Any]]) -> Figure:
 def _accuracy_point(summary: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
     if summary is None:
         return None
-    low, high = wilson(round(summary["accuracy"] * summary["n"]), summary["n"])
+    low, high = summary["flexible"]["interval"]
     return 100 * summary["accuracy"], 100 * low, 100 * high
 
 

@@ -64,31 +64,26 @@ def load_task(
     name: str,
     path: str | Path,
     *,
-    kind: str | None = None,
     split: str = "ood",
     limit: int | None = None,
     seed: int = 0,
     instruct: bool = True,
-    reference: str | None = None,
 ) -> Task:
     """Read a task from a file of JSON lines (or Parquet).
 
     A row has a `prompt` (a string or messages) or a `question`; an `answer`; where it is a choice, `options`: {A:
     text, …} or a list of texts; and, if it likes, `id`, `task` (the kind), `solution` or `explanation` (a reference
-    rationale), and `instruct`: false where the prompt is in the training's form and is to be asked as it is.
+    rationale), and `instruct`: false where the prompt is in the training's form and is to be asked as it is. The kind
+    of a row without `task` is guessed from all answers.
 
     Args:
-        kind: how answers are compared; default: each row's `task`, else guessed from all answers.
         limit: at most so many questions, drawn with `seed`; the file's order is kept.
         instruct: put INSTRUCTIONS[kind] after the prompt.
-        reference: for rows with `rationales`: the teacher whose rationale is the reference solution.
 
     Raises:
         UserError: naming the file, the line and the field.
     """
     path = Path(path)
-    if kind is not None and kind not in KINDS:
-        raise UserError(f"task {name}: kind {kind!r} is none of {', '.join(KINDS)}")
     records = list(_read(name, path))
     if not records:
         raise UserError(f"task {name}: {path} holds no questions")
@@ -97,14 +92,13 @@ def load_task(
     guess = _guess_kind([answer for answer, _ in answers], have_options)
     rows, seen = [], dict[str, int]()
     for (line, record), (answer, solution) in zip(records, answers):
-        row_kind = kind or record.get("task") or guess
-        row = _row(name, record, answer, solution, row_kind, f"{path}:{line}", line, reference)
+        row = _row(name, record, answer, solution, record.get("task") or guess, f"{path}:{line}", line)
         if row.id in seen:
             raise UserError(f"{path}:{line}: id {row.id!r} is also on line {seen[row.id]}; ids must differ")
         seen[row.id] = line
         rows.append(row)
     every_row_says = all("task" in record for _, record in records)
-    source = "told" if kind or every_row_says else "guessed from the answers"
+    source = "told" if every_row_says else "guessed from the answers"
     bare = {row.id for row, (_, record) in zip(rows, records) if record.get("instruct") is False}
     return _task(name, rows, split, source, limit, seed, instruct, bare)
 
@@ -113,10 +107,8 @@ def task_from_questions(
     name: str,
     questions: Any,
     *,
-    split: str = "id",
     limit: int | None = None,
     seed: int = 0,
-    instruct: bool = False,
     reference: str | None = None,
 ) -> Task:
     """A task from questions as :func:`compact.data.load_questions` gives them: the held-out ones.
@@ -132,7 +124,7 @@ def task_from_questions(
         record = {**question, "prompt": prompt_of(dict(question))}
         answer, solution = _answer(record, f"{name}:{number}")
         rows.append(_row(name, record, answer, solution, record["kind"], f"{name}:{number}", number, reference))
-    return _task(name, rows, split, "told", limit, seed, instruct)
+    return _task(name, rows, "id", "told", limit, seed, instruct=False)
 
 
 def _task(
@@ -193,7 +185,7 @@ def _row(
     kind: str,
     where: str,
     number: int,
-    reference: str | None,
+    reference: str | None = None,
 ) -> TaskRow:
     prompt = record.get("prompt") or record.get("question")
     if isinstance(prompt, list):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
-from compact.collate import Collator
+from compact.collate import Collator, to_device
 from compact.config import CompactConfig
 from compact.loss import consensus_vectors, distillation_loss
 from compact.strategies import Strategy
@@ -32,7 +31,7 @@ def trace_question(
     `evidence[t]` is I_t of eq. 2 after t body tokens, `thinking[t]` whether body token t was a thinking token;
     `affinity` is A of eq. 4.
     """
-    batch = send_to_device(collator([item]), device)
+    batch = to_device(collator([item]), device)
     was_training = model.training
     model.eval()
     try:

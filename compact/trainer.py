@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from compact import student
 from compact.adapters.trainer import DistillationMixin, refuse_arguments
+from compact.collate import to_device
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
 from compact.errors import UserError
@@ -220,7 +220,7 @@ class CompactTrainer(DistillationMixin, Trainer):
                     own = own.repeat(2)[:turns]
                 for part in own.tensor_split(turns):
                     items = [dataset[int(index)] for index in part]
-                    batch = send_to_device(self.data_collator(items), self.args.device)
+                    batch = to_device(self.data_collator(items), self.args.device)
                     result, context = distillation_loss(model, batch, self.strategy, self.config)
                     self.strategy.observe(result.statistics, context, result.alpha)
                 self.strategy.step()

@@ -3,68 +3,53 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import CompatibilityRule, Statistics
+from compact_kernels.rule import CompatibilityRule
+
+if TYPE_CHECKING:
+    from compact_kernels.weighting import Weighting
 
 DEBUG = os.environ.get("COMPACT_KERNELS_DEBUG") == "1"
 
 
-def check_loss(
-    rule: Callable[[Statistics], Tensor] | None,
-    weights: Tensor | None,
-    consensus: Tensor | None,
-    difficulty_reference: Tensor | None,
-    sft_reduction: str,
-    normalizer: float | Tensor | None,
-    divergence: str,
-    divergence_weight: float,
-    divergence_normalizer: float | Tensor | None,
-    ragged: Ragged,
-    targets: Tensor,
-    ignore_index: int,
-) -> Callable[[Statistics], Tensor]:
-    """The arguments of compatibility_loss that decide α; returns the rule."""
-    if rule is not None and weights is not None:
-        raise ValueError("give either `rule` or `weights`: both would decide α")
-    for name, vector in (
-        ("weights", weights),
-        ("consensus", consensus),
-        ("difficulty_reference", difficulty_reference),
-    ):
-        if vector is not None:
+def check_loss(weighting: Weighting, ragged: Ragged, targets: Tensor) -> None:
+    """What decides α and what is made of it, against the batch and its scored rows' targets (N,)."""
+    rule, weights = weighting.rule, weighting.weights
+    for name in ("weights", "consensus", "difficulty_reference"):
+        if (vector := getattr(weighting, name)) is not None:
             check_per_rationale(name, vector, ragged)
     if DEBUG and weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError(f"weights are {weights.tolist()}; they are finite and not negative")
-    for name, value in (("normalizer", normalizer), ("divergence_normalizer", divergence_normalizer)):
+    for name in ("normalizer", "divergence_normalizer"):
+        value = getattr(weighting, name)
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it is one number")
         if isinstance(value, float | int) and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0")
-    if not 0 <= divergence_weight < float("inf"):
-        raise ValueError(f"divergence_weight is {divergence_weight}; it must not be negative")
-    rule = CompatibilityRule() if rule is None else rule
+    if not 0 <= weighting.divergence_weight < float("inf"):
+        raise ValueError(f"divergence_weight is {weighting.divergence_weight}; it must not be negative")
     if not callable(rule):
         raise ValueError(f"rule is {rule!r}; it is a function of Statistics, or CompatibilityRule(...)")
-    if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and consensus is None:
+    if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and weighting.consensus is None:
         raise ValueError(
             "the rule weighs consensus, but `consensus` was not given: pass question_consensus(...), "
             "or CompatibilityRule(consensus=0)"
         )
     if weights is None and isinstance(rule, CompatibilityRule) and not torch.compiler.is_compiling():
-        check_scored(ragged, targets, ignore_index)
-    if sft_reduction not in ("mean", "sum", "token"):
-        raise ValueError(f"sft_reduction is {sft_reduction!r}; it is one of mean, sum, token")
-    if divergence not in ("kl", "jsd"):
-        raise ValueError(f"divergence is {divergence!r}; it is kl or jsd")
-    if sft_reduction == "token" and divergence_weight and normalizer is not None and divergence_normalizer is None:
+        check_scored(ragged, targets, weighting.ignore_index)
+    if weighting.sft_reduction not in ("mean", "sum", "token"):
+        raise ValueError(f"sft_reduction is {weighting.sft_reduction!r}; it is one of mean, sum, token")
+    if weighting.divergence not in ("kl", "jsd"):
+        raise ValueError(f"divergence is {weighting.divergence!r}; it is kl or jsd")
+    by_tokens = weighting.sft_reduction == "token" and weighting.normalizer is not None
+    if by_tokens and weighting.divergence_weight and weighting.divergence_normalizer is None:
         raise ValueError("sft_reduction='token' with a normalizer needs divergence_normalizer (R/Q) too")
-    return rule
 
 
 def check_scored(ragged: Ragged, targets: Tensor, ignore_index: int) -> None:

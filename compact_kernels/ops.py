@@ -17,7 +17,7 @@ from compact_kernels.divergence import answer_divergence
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.head.passes import token_logprobs, weighted_loss
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import AdaptabilityOptions, Statistics, TokenStatistics
+from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule, Statistics, TokenStatistics
 from compact_kernels.weighting import Kind, Weighting, decide, metrics, settled
 
 DEFAULT_WORKSPACE_MIB = 512
@@ -93,22 +93,10 @@ def compatibility_loss(
     """
     head = LinearHead(head_weight, bias, logit_scale, softcap, temperature)
     row_targets = _scored(hidden, head, targets, ragged, ignore_index, workspace_mib, implementation)
-    rule = arguments.check_loss(
-        rule,
-        weights,
-        consensus,
-        difficulty_reference,
-        sft_reduction,
-        normalizer,
-        divergence,
-        divergence_weight,
-        divergence_normalizer,
-        ragged,
-        row_targets,
-        ignore_index,
-    )
+    if rule is not None and weights is not None:
+        raise ValueError("give either `rule` or `weights`: both would decide α")
     weighting = Weighting(
-        rule=rule,
+        rule=CompatibilityRule() if rule is None else rule,
         weights=weights,
         consensus=consensus,
         difficulty_reference=difficulty_reference,
@@ -120,6 +108,7 @@ def compatibility_loss(
         divergence_normalizer=divergence_normalizer,
         ignore_index=ignore_index,
     )
+    arguments.check_loss(weighting, ragged, row_targets)
     if implementation == "reference":
         logprob, tokens = reference.token_pass(head, hidden, row_targets, ragged, ignore_index, workspace_mib)
         final = settled(weighting, row_targets, ragged, tokens.logprob.dtype)

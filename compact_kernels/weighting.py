@@ -51,7 +51,7 @@ class Weighting:
         return self.weights is not None or type(self.rule) is CompatibilityRule
 
     def with_normalizers(self, normalizer: Tensor, divergence_normalizer: Tensor) -> Settled:
-        return Settled(
+        return Settled(  # each by its name: torch.compile traces this
             rule=self.rule,
             weights=self.weights,
             consensus=self.consensus,

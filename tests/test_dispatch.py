@@ -9,10 +9,11 @@ import compact_kernels
 from compact_kernels import dispatch
 
 
-def test_ops_run_with_the_gpu_of_their_first_tensor_as_the_current_one(monkeypatch):
-    class OnAGpu(torch.Tensor):
-        is_cuda = True
+class OnAGpu(torch.Tensor):
+    is_cuda = True
 
+
+def test_ops_run_with_the_gpu_of_their_first_tensor_as_the_current_one(monkeypatch):
     current = []
 
     @contextmanager
@@ -27,6 +28,16 @@ def test_ops_run_with_the_gpu_of_their_first_tensor_as_the_current_one(monkeypat
     assert seen(1, there) == seen(x=there) == [there] and seen(here) == seen() == []
 
 
-@pytest.mark.parametrize("op", ["compatibility_loss", "linear_logprob", "linear_token_stats", "question_consensus"])
-def test_public_ops_do_so(op):
-    assert getattr(compact_kernels, op).__wrapped__
+@pytest.mark.parametrize(
+    "op", ["answer_divergence", "compatibility_loss", "linear_logprob", "linear_token_stats", "question_consensus"]
+)
+def test_public_ops_do_so(op, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def device_of(tensor):
+        raise Asked
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    with pytest.raises(Asked):
+        getattr(compact_kernels, op)(torch.ones(2).as_subclass(OnAGpu))

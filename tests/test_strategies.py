@@ -186,21 +186,6 @@ def test_a_step_without_a_batch_and_features_written_over_change_nothing():
     assert torch.equal(strategy.lessons[0].features, wanted)
 
 
-def test_what_an_older_version_had_learnt_of_its_window_counts():
-    batches = [batch_of([2, 3], seed=1), batch_of([4], seed=2)]
-    new, older = mind(accumulation=2), mind(accumulation=2)
-    new.given(batches[0][1])
-    state = new.state_dict()
-    for statistics, context in batches:
-        new.observe(statistics, context, None)
-    window = new._sum_of_gradients(new.lessons[:1])
-    del state["lessons"]
-    older.load_state_dict({**state, "window": window, "steps": 1})
-    older.observe(*batches[1], None)
-    assert older.steps == 1
-    torch.testing.assert_close(older._learn(), new._learn(), rtol=0, atol=1e-6)
-
-
 def test_what_the_assistant_has_learnt_is_logged(tmp_path):
     strategy = mind(accumulation=1)
     batches = [batch_of([2, 3], seed=1), batch_of([4], seed=2)]

@@ -90,7 +90,6 @@ class Mind(Strategy):
         self.lessons: list[_Lesson] = []
         self.settled = 0  # how many of them are of steps that are over: those a checkpoint keeps
         self.steps = 0  # of the student
-        self.window: Tensor | None = None  # what a checkpoint of an older version had learnt of its window (P + 1,)
         # Exponential averages of L_real, (rows · teachers,) float64, NaN where not met; the questions' rows in it.
         self.trend: Tensor | None = None
         self._rows: dict[str, int] = {}
@@ -151,9 +150,7 @@ class Mind(Strategy):
         for together in _in_parts(self.lessons):
             total = total + self._sum_of_gradients(together)
         total = reduce(total, "sum")
-        if self.window is not None:
-            total = total + self.window
-        self.lessons, self.settled, self.steps, self.window = [], 0, 0, None
+        self.lessons, self.settled, self.steps = [], 0, 0
         return total[:-1] / total[-1].clamp_min(1)
 
     def _sum_of_gradients(self, lessons: Sequence[_Lesson]) -> Tensor:
@@ -255,7 +252,6 @@ class Mind(Strategy):
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lessons": gather_object([ours]) if PartialState().num_processes > 1 else [ours],  # by rank
-            "window": self.window,
             "steps": self.steps,
             "trend": self._averages(),
         }
@@ -271,9 +267,8 @@ class Mind(Strategy):
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         device = next(self.net.parameters()).device
-        self.window = None if state["window"] is None else state["window"].to(device)
         place = PartialState()
-        ours = state.get("lessons", [])[place.process_index :: place.num_processes]  # of one rank or more
+        ours = state["lessons"][place.process_index :: place.num_processes]  # of one rank or more
         self.lessons = [_Lesson(*lesson).to(device) for lesson in chain.from_iterable(ours)]
         self.settled, self.steps, self.fresh, self._waiting = len(self.lessons), state["steps"], [], None
         self.trend, self._rows = None, {}
