@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from compact.backbone import evaluation_mode
 from compact.config import DataConfig
 from compact.errors import UserError
 from compact.results import mean
@@ -22,21 +23,15 @@ LOGIT_CHUNK = 1 << 24  # logits held at once while scoring: 64 MiB in float32
 
 @contextmanager
 def evaluating(causal: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored afterwards (a frozen part may be in evaluation mode already).
+    """Evaluation mode, in which gradient checkpointing is inactive, and attention whose results repeat.
 
-    Gradient checkpointing is inactive outside training mode, so it needs no switch of its own. cuDNN's attention is
-    left out: with a padding mask its bfloat16 results differ from run to run, and greedy answers with them.
+    cuDNN's is left out: with a padding mask its bfloat16 results differ from run to run, and greedy answers with them.
     """
-    modes = [(module, module.training) for module in causal.modules()]
-    own_config, use_cache = causal.generation_config, causal.config.use_cache
-    causal.eval()
-    try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            yield
-    finally:
-        causal.generation_config, causal.config.use_cache = own_config, use_cache
-        for module, mode in modes:
-            module.training = mode
+    with (
+        evaluation_mode(causal),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
+        yield
 
 
 def generate_answers(

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from compact.attention import attention_for, windows_noted
-from compact.backbone import Head, StudentOutput, decoder_layers, head, prepare, unwrap
+from compact.backbone import Head, StudentOutput, decoder_layers, evaluation_mode, head, prepare, unwrap
 from compact.compilation import compile_layers
 from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
@@ -258,26 +258,25 @@ def check(model: nn.Module) -> None:
     """
     inner = unwrap(model)
     weight = _embedding(inner)
-    training, implementation = inner.training, inner.config._attn_implementation
-    inner.eval()
+    implementation = inner.config._attn_implementation
     try:
         if implementation not in ("sdpa", "eager", "compact_varlen"):
             inner.set_attn_implementation(attention_for(type(inner), inner.config, "cpu", weight.dtype))
         lengths = [7, 5]
         ids = (torch.arange(sum(lengths), device=weight.device) * 37 + 11) % weight.shape[0]
         ragged = Ragged.build(sequence_lengths=lengths, prompt_lengths=[1, 1], rationales_per_question=[2])
-        try:
-            with windows_noted() as windows:
-                output = inner(input_ids=ids[None], compact=ragged)
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{type(inner).__name__} cannot run a packed batch: {error}") from error
-        logits = head(inner)(output.hidden).float().split(lengths)
-        alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
+        with evaluation_mode(inner):
+            try:
+                with windows_noted() as windows:
+                    output = inner(input_ids=ids[None], compact=ragged)
+            except UserError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{type(inner).__name__} cannot run a packed batch: {error}") from error
+            logits = head(inner)(output.hidden).float().split(lengths)
+            alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
     finally:
         inner.set_attn_implementation(implementation)
-        inner.train(training)
     if not all(logit.isfinite().all() for logit in alone):
         raise UserError(
             f"{type(inner).__name__}: the student's weights give logits that are not finite; the file is damaged"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from compact.backbone import evaluation_mode
 from compact.collate import Collator, to_device
 from compact.config import CompactConfig
 from compact.loss import consensus_vectors, distillation_loss
@@ -32,14 +33,10 @@ def trace_question(
     `affinity` is A of eq. 4.
     """
     batch = to_device(collator([item]), device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         result, context = distillation_loss(model, batch, strategy, config)
         assert context.output is not None
         query, key = consensus_vectors(context.output, batch, config)
-    finally:
-        model.train(was_training)
     ragged = batch["ragged"]
     affinity, _ = question_affinity(query, key, ragged, temperature=config.consensus.temperature)
     statistics, offsets = result.statistics, ragged.host.cu_rows.tolist()

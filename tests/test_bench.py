@@ -11,7 +11,7 @@ import torch
 from bench import attention, norms, page, records
 from bench.batches import make_problem
 from bench.measure import measure
-from bench.shapes import TINY, Shape, device
+from bench.shapes import TINY, Shape
 from bench.targets import fastest_peer, verdicts
 from bench.works import WORKS, Contender, accumulator_mib
 
@@ -259,28 +259,3 @@ def test_a_contender_that_never_warms_up_is_given_up(monkeypatch):
     timing.time_rounds([slow, quick], rounds=5, say=lambda _: None)
     assert "took more than 1 s" in str(slow.error)
     assert quick.error is None and len(quick.seconds) == 5
-
-
-@pytest.mark.parametrize("delta", [0.0, 2.0**-4])
-def test_gather_products_leave_out_no_more_of_a_row_than_they_may(delta):
-    sparse = pytest.importorskip("bench.sparse", reason="needs Triton")
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(200, 48, generator=generator) / 48**0.5
-    targets = torch.randint(200, (50,), generator=generator)
-    x = weight[targets] * 10 + torch.randn(50, 48, generator=generator) / 4
-    tensors = (t.to(device(), torch.bfloat16) for t in (x, weight))
-    dense = sparse.Dense(next(tensors), targets.to(device()), next(tensors))
-    mass = sparse.block_mass(dense.e, dense.targets, 32)
-    torch.testing.assert_close(mass.sum(1), dense.rows.total, rtol=1e-2, atol=0)
-    gather = sparse.GatherProducts(dense.e, dense.weight, 32, 16, sparse.Tile(32, 16, 4, 1), sparse.Tile(32, 16, 4, 1))
-    gather.select(mass, dense.targets, delta)
-    assert gather.kept.min() >= 1
-    assert (gather.kept.sum() < gather.keep.numel()) == (delta > 0)
-    left_out = (mass * (gather.keep.t() == 0)).sum(1) / mass.sum(1)
-    assert left_out.max() <= delta * (1 + 1e-5)
-    off = (gather.hidden() - dense.e.float() @ dense.weight.float()) * dense.rows.inverse_sum[:, None]
-    assert (off.norm(dim=1) <= left_out * dense.weight.float().norm(dim=1).max() + 1e-6).all()
-    e = dense.e.float() * gather.keep.t().repeat_interleave(32, dim=1)[:, :200]
-    torch.testing.assert_close(
-        gather.weights(dense.scaled).float(), e.t() @ dense.scaled.float(), rtol=1e-2, atol=1e-5
-    )
