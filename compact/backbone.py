@@ -330,7 +330,6 @@ def tap_of(attention: nn.Module) -> _Tap | None:
     return next((hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, _Tap)), None)
 
 
-@torch.compiler.disable
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module's own mode restored afterwards: a frozen part may be in evaluation mode already."""
@@ -343,6 +342,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[Tensor, Tensor]:
     """Queries and keys (S, H, d) float32 of eq. 4, from the last layer's attention input `states` (S, D).
@@ -358,10 +358,9 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
     if isinstance(rotary, tuple):
         cos, sin = rotary
         inputs["position_embeddings"] = torch.ones_like(cos[:, :1]).float(), torch.zeros_like(sin[:, :1]).float()
-    modes = [(module, module.training) for module in attention.modules()]
-    attention.eval()  # not by evaluation_mode: torch.compile traces this
     try:
         with (
+            evaluation_mode(attention),
             _gathered(model, attention),
             torch.autocast(states.device.type, enabled=False),
             noted(cast(PretrainedConfig, attention.config)) as projections,
@@ -374,9 +373,6 @@ def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[
             found = list(projections)
     except (TypeError, ValueError, AttributeError) as error:
         raise _no_projections(model, attention) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     if len(found) != 1 or found[0].query.shape[2] != 1:
         raise _no_projections(model, attention)
     query, key = found[0].query[:, :, 0], found[0].key[:, :, 0]

@@ -24,7 +24,6 @@ class Sizes(NamedTuple):
     cu_span: list[int]
     most_rationales: int  # the largest K
     longest_answer: int  # the largest m
-    longest_sequence: int  # tokens
     evidence_range: tuple[int, int] | None  # least and greatest of the answers' ids
 
 
@@ -53,6 +52,7 @@ class Ragged:
     cu_evidence: Tensor  # (S+1,) int32  offsets into `evidence_ids` of the rationales
     span_rows: Tensor  # (G,) int64  indices into `rows` of the rows that predict the answer span, end to end
     cu_span: Tensor  # (S+1,) int32  offsets into `span_rows` of the rationales
+    max_seqlen: int = 0  # at least the longest of `cu_seqlens`; a plain number, which torch.compile reads
     _host: Ragged | None = field(default=None, repr=False)
 
     @classmethod
@@ -141,6 +141,7 @@ class Ragged:
             cu_evidence=_offsets([len(ids) for ids in evidence_ids]),
             span_rows=_concatenate(span_rows, torch.int64),
             cu_span=_offsets(spans),
+            max_seqlen=max(sequence_lengths, default=0),
         )
 
     @classmethod
@@ -183,6 +184,7 @@ class Ragged:
             cu_evidence=zeros,
             span_rows=empty,
             cu_span=zeros,
+            max_seqlen=int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0,
         )
 
     @property
@@ -206,7 +208,6 @@ class Ragged:
             cu_span=self.cu_span.tolist(),
             most_rationales=int(self.cu_questions.diff().max()) if self.num_questions else 0,
             longest_answer=int(self.cu_evidence.diff().max()) if self.num_sequences else 0,
-            longest_sequence=int(self.cu_seqlens.diff().max()) if self.num_sequences else 0,
             evidence_range=(int(ids.min()), int(ids.max())) if ids.numel() else None,
         )
 
@@ -276,10 +277,6 @@ class Ragged:
     def num_rows(self) -> int:
         return self.rows.numel()
 
-    @property
-    def max_seqlen(self) -> int:
-        return self.sizes.longest_sequence
-
     def questions(self, first: int, last: int) -> Ragged:
         """The questions `first` … `last − 1` as a batch of their own, over the same packed tokens."""
         sequences = slice(self.sizes.cu_questions[first], self.sizes.cu_questions[last])
@@ -317,7 +314,7 @@ class Ragged:
         on_host = cls(**dict(zip(_TENSORS, host)))  # type: ignore[arg-type]
         if tensors[0].device.type == "cpu":
             return on_host
-        return replace(on_host, **dict(zip(_TENSORS, tensors)), _host=on_host)
+        return replace(on_host, **dict(zip(_TENSORS, tensors)), _host=on_host)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
         """A copy on `device` that keeps its host copy."""
@@ -346,7 +343,7 @@ def on_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-_TENSORS = tuple(f.name for f in fields(Ragged) if f.name != "_host")
+_TENSORS = tuple(f.name for f in fields(Ragged) if f.name not in ("max_seqlen", "_host"))
 
 
 def _host_tensor(values: list, dtype: torch.dtype) -> Tensor:
