@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -328,6 +329,11 @@ def last_attention(model: PreTrainedModel) -> nn.Module:
 
 def tap_of(attention: nn.Module) -> _Tap | None:
     return next((hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, _Tap)), None)
+
+
+def context_length(model: nn.Module) -> int:
+    """Tokens that the student can read at once; sys.maxsize where its positions have no end."""
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @contextmanager

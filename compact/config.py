@@ -78,6 +78,16 @@ class DataConfig:
         lambda: list(THINKING_WORDS), "whole words, any case, at which adaptability counts in full (eq. 3)"
     )
 
+    def validate(self) -> None:
+        """
+        Raises:
+            UserError: a wrong type, a value out of range, or a template without its slot.
+        """
+        options.check(self, "data")
+        for key, slot in (("suffix", "{answer}"), ("prompt_template", "{prompt}")):
+            if (text := getattr(self, key)).count(slot) != 1:
+                raise UserError(f"data.{key}: must hold {slot} once, got {text!r}")
+
 
 @dataclass
 class AdaptabilityConfig:
@@ -342,12 +352,7 @@ class Recipe(CompactConfig):
         if self.reads_embeddings and self.consensus.encoder is None:
             key = "affinity sentence" if self.consensus.affinity == "sentence" else "mind.features sentence"
             raise UserError(f"consensus.encoder: {key} needs it: a folder or hub id of a sentence encoder")
-        for key, text, slot in (
-            ("data.suffix", self.data.suffix, "{answer}"),
-            ("data.prompt_template", self.data.prompt_template, "{prompt}"),
-        ):
-            if text.count(slot) != 1:
-                raise UserError(f"{key}: must hold {slot} once, got {text!r}")
+        self.data.validate()
         if self.student.lora is not None and self.student.lora.targets == []:
             raise UserError("student.lora.targets: names no module; for full fine-tuning set student.lora to null")
         tasks, forgetting = self.evaluation.tasks, self.evaluation.forgetting

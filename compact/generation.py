@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compact.backbone import evaluation_mode
+from compact.backbone import context_length, evaluation_mode
 from compact.config import DataConfig
 from compact.errors import UserError
 from compact.results import mean
@@ -145,10 +145,6 @@ def padded(sequences: list[list[int]], pad: int, device: torch.device, left: boo
         place = slice(width - len(sequence), width) if left else slice(0, len(sequence))
         ids[i, place], mask[i, place] = torch.tensor(sequence), 1
     return ids.to(device), mask.to(device)
-
-
-def context_length(causal: PreTrainedModel) -> int:
-    return causal.config.get_text_config().max_position_embeddings
 
 
 def stop_ids(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

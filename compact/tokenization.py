@@ -105,18 +105,10 @@ _OPTIONS = (
     "max_length",
     "thinking_words",
 )
-_CHOICES = {"suffix_answer": ("gold", "own"), "wrong_answers": ("keep", "drop"), "overlong": ("cut", "drop")}
 
 
 def _check(config: DataConfig, tokenizer: Any) -> None:
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"data.{name}: {getattr(config, name)!r} is not one of {', '.join(choices)}")
-    for name, slot in (("suffix", "{answer}"), ("prompt_template", "{prompt}")):
-        if getattr(config, name).count(slot) != 1:
-            raise UserError(f"data.{name}: {getattr(config, name)!r} must hold {slot} exactly once")
-    if config.max_length < 3:
-        raise UserError(f"data.max_length: {config.max_length} tokens hold no prompt, answer and EOS")
+    config.validate()
     if tokenizer.eos_token_id is None:
         raise UserError("the student's tokenizer has no end-of-sequence token; set eos_token in its configuration")
 

@@ -20,8 +20,8 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from compact import student
 from compact.adapters.trainer import DistillationMixin, refuse_arguments
+from compact.backbone import context_length
 from compact.collate import to_device
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
@@ -91,7 +91,7 @@ class CompactTrainer(DistillationMixin, Trainer):
                 raise UserError("train_dataset holds text: pass processing_class, the student's tokenizer")
             if data is None:
                 data = DataConfig()
-                data.max_length = min(data.max_length, context_length(model) or data.max_length)
+                data.max_length = min(data.max_length, context_length(model))
             check_length(model, data)
             train_dataset, teachers = _tokenized(train_dataset, processing_class, data, teachers)
             if eval_dataset is not None:
@@ -377,18 +377,13 @@ def _tokenized(
     return tokens, report.teachers
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Tokens that the student can read at once; None where its positions have no end."""
-    return getattr(student.unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_length(model: nn.Module, data: DataConfig, name: str = "the student") -> None:
     """
     Raises:
         UserError: questions may be longer than what the student can read.
     """
     context = context_length(model)
-    if context is not None and data.max_length > context:
+    if data.max_length > context:
         raise UserError(
             f"data.max_length: {data.max_length} tokens are more than {name} can read, which is {context}: set "
             f"data.max_length to {context} or less (the bodies of longer rationales are cut, and counted)"

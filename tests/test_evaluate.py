@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from compact import evaluate as evaluation
 from compact import generation
@@ -286,6 +286,13 @@ def test_prompts_too_long_for_the_context_are_named():
     tight = replace(rows[6], prompt="x " * 120)  # room for a token, not for the suffix
     with pytest.raises(UserError, match="question q6: its prompt and the suffix with its answer have .* the model's"):
         run(gpt2(), Task("t", (*rows[:6], tight)))
+
+
+def test_a_model_whose_positions_have_no_end_answers():
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4)).eval()
+    assert not hasattr(model.config, "max_position_embeddings")
+    assert [row["tokens"] for row in run(model).predictions] == [8] * 7
 
 
 def test_a_long_prompt_takes_no_room_from_the_others_of_its_batch():

@@ -47,7 +47,7 @@ class SkillsConfig:
 
     questions: int = option(1000, "to train on", ge=8)
     held_out: int = option(400, "in each held-out file", ge=1)
-    part: str = option("test", "test, or validation for choices that the test must not see")
+    part: Literal["test", "validation"] = option("test", "validation: for choices that the test must not see")
     misleading: bool = option(True, "whether one of the four teachers misleads")
     one_style: bool = option(False, "whether all of them write in the same style")
     gym: int = option(0, "questions by reasoning-gym; 0: none", ge=0)
@@ -287,10 +287,7 @@ def _copy(given: Given) -> Given:
 def _skills(given: Given | None) -> SkillsConfig | None:
     if given is None:
         return None
-    config = options.build(SkillsConfig, Given(given.value or {}, given.place), "skills")
-    if config.part not in ("test", "validation"):
-        refuse(given, "skills.part", f"{config.part!r} is neither test nor validation")
-    return config
+    return options.build(SkillsConfig, Given(given.value or {}, given.place), "skills")
 
 
 def _whole(given: Given | None, key: str, least: int) -> int:
