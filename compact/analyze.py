@@ -7,11 +7,9 @@ python -m compact.analyze RUN --against RUN …       prints runs side by side, 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import json
 import math
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from compact.comparison import comparison
 from compact.errors import UserError
+from compact.files import write_atomically
 from compact.metrics import EQUAL, INFORMATION, METRICS, NORMS, read_metrics
 from compact.report import markdown
-from compact.results import TaskResult, compare, load_results, mean, write_atomically
+from compact.results import TaskResult, check_run, compare, load_results, versions
+from compact.statistics import mean
 
 
 @dataclass
@@ -57,10 +56,7 @@ def read_run(folder: str | Path) -> Run:
         UserError: it is not a run's folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder of a run (its recipe's `run`)")
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
+    check_run(folder)
     traces = {when: _json(folder / "analysis" / f"{when}.json") for when in ("before", "after")}
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     return Run(
@@ -130,18 +126,6 @@ def summarize(run: Run) -> dict[str, Any]:
         "versions": run.timing.get("versions") or versions(),
     }
     return _finite(report)
-
-
-def versions() -> dict[str, str]:
-    """What a run ran on; the trainer keeps it in timing.json, since a report may be written elsewhere."""
-    out = {"python": platform.python_version()}
-    for name, package in {"torch": "torch", "transformers": "transformers", "compact": "compact-distillation"}.items():
-        try:
-            out[name] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "not installed as a package"
-    out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return out
 
 
 def _accuracy(run: Run, name: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compact.errors import UserError
-from compact.results import TaskResult, load_results, mean, standard_error
+from compact.results import TaskResult, load_results
+from compact.statistics import mean, standard_error
 
 Row = dict[str, Any]  # one prediction
 MEASURES: dict[str, Callable[[Row], float | None]] = {

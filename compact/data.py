@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from compact.answers import KINDS, canonical, nearest, same_answer, strip_closing
 from compact.data_report import DataReport
 from compact.errors import UserError
-from compact.results import write_atomically
+from compact.files import write_atomically
 from compact.rows import (
     answer_text,
     clean_messages,

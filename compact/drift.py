@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.config import Recipe
 from compact.errors import UserError
+from compact.files import write_atomically
 from compact.generation import LOGIT_CHUNK, padded
-from compact.results import mean, standard_error, write_atomically
 from compact.sources import JsonLines
+from compact.statistics import mean, standard_error
 from compact.student import head, load_student, unwrap
 
 TEXTS, TOKENS, BATCH = 200, 256, 16

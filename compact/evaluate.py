@@ -26,7 +26,7 @@ from compact.commandline import positive
 from compact.config import DataConfig, EvaluationConfig
 from compact.errors import UserError
 from compact.generation import evaluating, generate_answers, score_answers
-from compact.results import TaskResult, load_results, store_results
+from compact.results import TaskResult, check_run, load_results, store_results
 from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions
 from compact.tokenization import prompt_ids
@@ -191,10 +191,7 @@ def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: saying what is missing and how to get it.
     """
-    if not run.is_dir():
-        raise UserError(f"{run} is not a folder; give the folder of a run (its recipe's `run`)")
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not the folder of a run: it holds no recipe.yaml")
+    check_run(run)
     if not (run / "student" / "config.json").is_file():
         started = any((run / "checkpoints").glob("checkpoint-*"))
         state = (

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from compact.backbone import context_length, evaluation_mode
 from compact.config import DataConfig
 from compact.errors import UserError
-from compact.results import mean
+from compact.statistics import mean
 from compact.student import head
 from compact.tasks import TaskRow
 from compact.tokenization import encode, lead_of, render_prompt, suffix_ids

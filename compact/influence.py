@@ -28,10 +28,11 @@ from compact.config import Recipe
 from compact.drift import base_student
 from compact.errors import UserError
 from compact.evaluate import load_run
+from compact.files import write_atomically
 from compact.loss import Denominators, distillation_loss
-from compact.results import write_atomically
 from compact.run_folder import finished_recipe
 from compact.states import BATCH, QUESTIONS, run_items, without_encoder
+from compact.statistics import partial_spearman, ranks, residual, spearman
 from compact.strategies.compact import Compact
 from compact.student import prepare
 from compact_kernels import SampleGradNorms
@@ -131,36 +132,6 @@ def summary(found: Mapping[str, np.ndarray], teachers: Sequence[str]) -> dict[st
         "alpha_and_influence": spearman(found["alpha"], found["u"]),
         "teachers": by_teacher,
     }
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """0 … n − 1, ties sharing their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts) - 1
-    return (last - (counts - 1) / 2)[place]
-
-
-def residual(values: np.ndarray, *given: np.ndarray) -> np.ndarray:
-    """What is left of the values when a linear function of `given` has explained what it can."""
-    known = np.stack([np.ones(len(values)), *given], axis=1)
-    return values - known @ np.linalg.lstsq(known, values, rcond=None)[0]
-
-
-def spearman(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Rank correlation; None where one of them does not vary."""
-    return _correlation(ranks(one), ranks(other))
-
-
-def partial_spearman(one: np.ndarray, other: np.ndarray, *given: np.ndarray) -> float | None:
-    """Rank correlation with the ranks of all `given` partialled out of both."""
-    fixed = [ranks(values) for values in given]
-    return _correlation(residual(ranks(one), *fixed), residual(ranks(other), *fixed))
-
-
-def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    x, y = one - one.mean(), other - other.mean()
-    size = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / size if size > 1e-9 * len(x) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

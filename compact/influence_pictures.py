@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from compact.influence import ranks, residual
 from compact.pictures import GREY, WIDTH, colours, figure, label_ends, plain, series, show_span, smooth
+from compact.statistics import ranks, residual
 
 
 def influence(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Figure:

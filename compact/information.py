@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from compact.config import CompactConfig
+from compact.files import append_rows, write_atomically
 from compact.loss import targets_of
-from compact.metrics import INFORMATION, append_rows, read_metrics
-from compact.results import write_atomically
+from compact.metrics import INFORMATION, read_metrics
 from compact.student import StudentOutput
 from compact_kernels import AdaptabilityOptions, CompatibilityOutput, Ragged
 from compact_kernels.information import InformationQueue, answer_embeddings, proxy_controls

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from compact.errors import UserError
-from compact.results import write_atomically
+from compact.files import append_rows, write_atomically
 from compact_kernels import CompatibilityOutput, SampleNorms
 from compact_kernels.information import noise_scale
 from compact_kernels.rule import question_spread, segment_sum
 
 METRICS = ("adaptability", "consensus", "difficulty")
+SIGNS = {"adaptability": 1, "consensus": 1, "difficulty": -1}  # of a metric's z-score in eq. 7
+PEAK = 0.1  # nats: a jump of the evidence that counts as a peak
 _SCALARS = ("loss", "loss_sft", "loss_mcon", "grad_norm", "questions", "alpha_entropy", *METRICS, "squared_norms")
 INFORMATION = ("adaptability", "shuffled_mask", "wrong_answer", "phsic_mean")  # of compact.information, by rationale
 NORMS = ("influence", "own_norm")  # u_s, and n_s where it was measured apart; known after the backward pass
@@ -222,22 +224,6 @@ class MetricsTable:
                 if known := [entry[name] for entry in present if name in entry]:
                     logs[f"{name}/{teacher}"] = mean(known)
         return logs
-
-
-def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add JSON lines to a table of a run under way.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written any more.
-    """
-    try:
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}. Checkpoints so far are whole: make room and run the same command "
-            "again to go on from the last one."
-        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
-import os
-from collections.abc import Sequence
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compact.errors import UserError
+from compact.files import write_atomically
+from compact.statistics import binomial_error, mcnemar, mean, standard_error, wilson
 
 # What a task is beside the training, and how it is called in tables and pictures.
 SPLITS = {"id": "in distribution", "ood": "out of distribution", "forgetting": "not trained on"}
@@ -119,51 +123,24 @@ def load_results(run: str | Path, when: str) -> tuple[dict[str, TaskResult], dic
     return results, stored["settings"]
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file aside and rename it, so that a reader sees the old one or the new one, never half of it.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
+def check_run(folder: Path) -> None:
     """
-    aside = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; make room there, then run again") from error
+    Raises:
+        UserError: it is not a run's folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a run (its recipe's `run`)")
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
-    """95% interval of a share; unlike p ± 1.96 se it has a width at 0 and at 1."""
-    p = right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of n ≥ 2 values."""
-    if len(values) < 2:
-        return None
-    middle = sum(values) / len(values)
-    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
-def binomial_error(right: int, n: int) -> float:
-    return math.sqrt(right * (n - right) / n) / n
-
-
-def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided test that a changed item is as likely lost as won."""
-    changed = lost + won
-    tail = sum(math.comb(changed, i) for i in range(min(lost, won) + 1)) / 2**changed
-    return min(1.0, 2 * tail)
+def versions() -> dict[str, str]:
+    """What a run ran on; the trainer keeps it in timing.json, since a report may be written elsewhere."""
+    out = {"python": platform.python_version()}
+    for name, package in {"torch": "torch", "transformers": "transformers", "compact": "compact-distillation"}.items():
+        try:
+            out[name] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "not installed as a package"
+    out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return out

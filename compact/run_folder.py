@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,11 +18,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compact import demo
-from compact.analyze import versions
 from compact.config import Recipe, from_dict, read_recipe, save_recipe, to_dict
 from compact.errors import UserError
+from compact.files import save_model, write_atomically
 from compact.options import plain
-from compact.results import write_atomically
+from compact.results import versions
 
 
 def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
@@ -174,17 +173,15 @@ class Phases:
 
 
 def save_student(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """RUN/student: plain weights, tokenizer and generation config; written aside, then renamed."""
-    aside, final = folder / ".student.writing", folder / "student"
-    shutil.rmtree(aside, ignore_errors=True)
+    """RUN/student: plain weights, tokenizer and generation config.
+
+    Raises:
+        UserError: it could not be written.
+    """
     try:
-        student.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        save_model(student, tokenizer, folder / "student")
     except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"the student could not be written to {final}: {error}. Make room and run the same command again: "
-            "training is done and its last checkpoint is whole."
+            f"the student could not be written to {folder / 'student'}: {error}. Make room and run the same command "
+            "again: training is done and its last checkpoint is whole."
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    aside.replace(final)

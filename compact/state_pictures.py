@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from compact.metrics import PEAK, SIGNS
 from compact.pictures import ACCENT, GREY, WIDTH, colours, figure, plain
-from compact.states import PEAK, SIGNS, pca_shift
+from compact.statistics import pca_shift
 
 
 def figures(arrays: Mapping[str, np.ndarray], teachers: Sequence[str]) -> dict[str, Figure]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +25,11 @@ from compact.data import load_questions, tokenize_questions
 from compact.drift import base_student
 from compact.errors import UserError
 from compact.evaluate import load_run
+from compact.files import write_atomically
 from compact.loss import distillation_loss
-from compact.results import mean, write_atomically
+from compact.metrics import PEAK, SIGNS
 from compact.run_folder import finished_recipe
+from compact.statistics import auc, chance_of_cka, linear_cka, mean, pca_shift
 from compact.strategies.baselines import Uniform
 from compact.strategies.compact import Compact
 from compact.student import prepare
@@ -36,8 +37,6 @@ from compact_kernels.rule import question_zscore
 
 QUESTIONS = 64
 BATCH = 8  # questions
-PEAK = 0.1  # nats: a jump of the evidence that counts as a peak
-SIGNS = {"adaptability": 1, "consensus": 1, "difficulty": -1}  # of a metric's z-score in eq. 7
 
 
 def read_states(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
@@ -164,44 +163,3 @@ def summary(
 
 
 _COLUMNS = ("alpha", *(f"z_{name}" for name in SIGNS), *SIGNS, "peaks", "sharpest", "rise")
-
-
-def linear_cka(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Linear centred kernel alignment of two representations of the same items (Kornblith et al. 2019), in [0, 1].
-
-    Args:
-        one, other: (n, d) and (n, e).
-    """
-    x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
-    cross, own, theirs = (np.linalg.norm(a.T @ b) for a, b in ((x, y), (x, x), (y, y)))
-    return float(cross**2 / (own * theirs)) if own > 0 and theirs > 0 else None
-
-
-def chance_of_cka(one: np.ndarray, other: np.ndarray, draws: int = 10) -> float | None:
-    """Its mean where the items of `other` are shuffled: far above 0 where they are few beside the dimensions."""
-    rng = np.random.default_rng(0)
-    found = [linear_cka(one, other[rng.permutation(len(other))]) for _ in range(draws)]
-    return mean([value for value in found if value is not None])
-
-
-def pca_shift(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Both in the plane of the two main directions of `before`, and how far the centre has moved.
-
-    Returns:
-        before, after: (n, 2); shift: the distance of the centroids in the plane over the root mean square distance
-        of `before` from its own.
-    """
-    centre = before.mean(0, dtype=np.float64)
-    _, _, directions = np.linalg.svd(before.astype(np.float64) - centre, full_matrices=False)
-    points = [(value.astype(np.float64) - centre) @ directions[:2].T for value in (before, after)]
-    spread = math.sqrt(float((points[0] ** 2).sum(1).mean()))
-    moved = float(np.linalg.norm(points[1].mean(0) - points[0].mean(0)))
-    return {"before": points[0], "after": points[1], "shift": moved / spread if spread else None}
-
-
-def auc(score: np.ndarray, wrong: np.ndarray) -> float | None:
-    """How often a right rationale scores above a wrong one, ties counted half; 0.5 is chance. None: only one kind."""
-    right, bad = score[~wrong.astype(bool)], score[wrong.astype(bool)]
-    if not len(right) or not len(bad):
-        return None
-    return float((right[:, None] > bad).mean() + 0.5 * (right[:, None] == bad).mean())

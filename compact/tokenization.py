@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from compact.config import DataConfig
 from compact.data_report import DataReport
 from compact.errors import UserError
-from compact.results import write_atomically
+from compact.files import write_atomically
 from compact.sources import cache_folder, dataset_digest, write_arrow
 
 _FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read

@@ -35,7 +35,8 @@ from compact.demo.arms import run_arms
 from compact.drift import measure_drift, read_texts
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
-from compact.results import load_results, write_atomically
+from compact.files import write_atomically
+from compact.results import load_results
 from compact.run_folder import Phases, claim, locked, save_student
 from compact.student import check_float32_head, compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question

@@ -17,7 +17,7 @@ from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
 from compact.evaluate import recipe_tasks
-from compact.results import write_atomically
+from compact.files import write_atomically
 from compact.strategies import build_strategy
 from compact.tokenization import prompt_ids, suffix_ids
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,12 +19,13 @@ from matplotlib.figure import Figure
 
 import compact
 from compact import influence_pictures
-from compact.analyze import main, read_run, summarize, versions, write_report
+from compact.analyze import main, read_run, summarize, write_report
 from compact.metrics import read_metrics
 from compact.pictures import style
 from compact.question_pictures import consensus_graph, graph_of, terms, trajectory
 from compact.report import markdown
-from compact.results import TaskResult, store_results
+from compact.results import TaskResult, store_results, versions
+from tests.processes import ROOT, environment
 
 TEACHERS = ["human", "paragraph", "equations", "slipped"]
 BODIES = {
@@ -335,3 +337,9 @@ def test_the_trainer_s_versions_are_kept(tmp_path):
     (folder / "timing.json").write_text(json.dumps({"seconds": {"train": 1.0}, "versions": {"device": "another"}}))
     assert summarize(read_run(folder))["versions"] == {"device": "another"}
     assert versions()["python"].count(".") == 2
+
+
+def test_a_report_and_its_pictures_are_written_without_transformers():
+    parts = "analyze, influence_pictures, pictures, question_pictures, state_pictures"
+    code = f"import sys; from compact import {parts}; assert not sys.modules.keys() & {{'transformers', 'peft'}}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)

@@ -19,7 +19,9 @@ from compact.config import DataConfig, EvaluationConfig
 from compact.data import load_questions
 from compact.errors import UserError
 from compact.evaluate import evaluate, evaluate_tasks, main, recipe_tasks
-from compact.results import TaskResult, compare, load_results, mcnemar, wilson, write_atomically
+from compact.files import write_atomically
+from compact.results import TaskResult, compare, load_results
+from compact.statistics import mcnemar, wilson
 from compact.student import prepare
 from compact.tasks import INSTRUCTIONS, Task, TaskRow, load_task, task_from_questions
 from compact.tokenization import prompt_ids

@@ -13,7 +13,7 @@ import compact.analyze
 from compact import influence
 from compact.controls import controlled
 from compact.drift import token_divergences
-from compact.states import auc, chance_of_cka, linear_cka, pca_shift
+from compact.statistics import auc, chance_of_cka, linear_cka, pca_shift
 from compact.train import main
 from tests.toy_run import save_student, toy_model, toy_rows, toy_trainer, write_rows
 from tests.train_cases import flags

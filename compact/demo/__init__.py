@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from compact.demo.questions import Problem, draw_problems
 from compact.demo.skills import SKILLS, Pair, document, draw_skill
 from compact.demo.teachers import rationales
 from compact.demo.tiny import build_model, build_tokenizer, pretrain
+from compact.files import save_model, write_atomically
 from compact.randomness import random_state_kept
-from compact.results import write_atomically
 
 FOLDER = "demo"  # in the run's folder
 
@@ -89,9 +88,5 @@ def _student(folder: Path, recipe: Recipe) -> Path:
     with random_state_kept(seed=recipe.seed):
         model = build_model(tokenizer)
     pretrain(model, tokenizer, render, seed=recipe.seed, steps=recipe.demo.pretraining_steps)
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.replace(folder)
+    save_model(model, tokenizer, folder)
     return folder

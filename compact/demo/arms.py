@@ -13,8 +13,8 @@ from accelerate import PartialState
 from compact.config import Recipe
 from compact.demo import build
 from compact.demo.teachers import TEACHERS
+from compact.files import write_atomically
 from compact.report import table
-from compact.results import write_atomically
 
 Report = dict[str, Any]  # the content of report.json
 

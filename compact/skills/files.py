@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compact.errors import UserError
-from compact.results import write_atomically
+from compact.files import write_atomically
 from compact.skills.questions import HELD_OUT_WORDING, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, Question, draw_questions
 from compact.skills.teachers import rationale, team
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compact.files import write_atomically
 from compact.report import table
-from compact.results import write_atomically
 
 TASKS = ("held_out", "wordings", "tasks")
 STYLES = ("terse", "verbose", "numbered", "misleading")

@@ -30,8 +30,9 @@ from compact.data import load_questions
 from compact.drift import measure_drift
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
+from compact.files import save_model, write_atomically
 from compact.options import plain
-from compact.results import load_results, write_atomically
+from compact.results import load_results
 from compact.run_folder import claim, save_student
 from compact.train import run
 from compact.training_data import training_data
@@ -48,16 +49,14 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     claim(folder, recipe)
     if (folder / "report.json").exists():
         return
-    teachers = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")[
-        1
-    ].teachers
+    _, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")
     share = {"num_train_epochs": float(recipe.training.get("num_train_epochs", 3)) / rounds}  # type: ignore[arg-type]
     if (steps := int(recipe.training.get("max_steps", -1))) > 0:  # type: ignore[call-overload]
         share["max_steps"] = max(1, round(steps / rounds))
     student = recipe.student
     for number in range(1, rounds + 1):
         branches = []
-        for teacher in teachers:
+        for teacher in read.teachers:
             branch = replace(
                 recipe,
                 run=str(folder / "branches" / f"round-{number}-{teacher}"),
@@ -71,10 +70,7 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
             branches.append(Path(branch.run) / "student")
         average = folder / f"round-{number}"
         if not average.exists():
-            aside = average.with_name(f".{average.name}.writing")
-            averaged(branches).save_pretrained(aside)
-            AutoTokenizer.from_pretrained(branches[0]).save_pretrained(aside)
-            aside.replace(average)
+            save_model(averaged(branches), AutoTokenizer.from_pretrained(branches[0]), average)
         student = replace(student, model=str(average))
     model = AutoModelForCausalLM.from_pretrained(average, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(average)

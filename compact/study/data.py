@@ -15,12 +15,12 @@ from typing import Any
 from compact.config import Recipe, from_dict
 from compact.data import question_text
 from compact.errors import UserError
+from compact.files import save_model, write_atomically
 from compact.options import plain
-from compact.results import write_atomically
 from compact.rows import prompt_problem
 from compact.skills.files import write_skills
 from compact.sources import JsonLines
-from compact.student import load_student
+from compact.student import load_student, unwrap
 from compact.study.grid import Cell
 
 
@@ -130,8 +130,5 @@ def plain_student(recipe: Recipe, study: Path) -> str:
     folder = study / "student"
     if not folder.exists():
         model, tokenizer = load_student(replace(recipe.student, lora=None, compile=False), seed=0, projections=False)
-        aside = folder.with_name(".student.writing")
-        model.save_pretrained(aside)  # type: ignore[operator]
-        tokenizer.save_pretrained(aside)
-        aside.replace(folder)
+        save_model(unwrap(model), tokenizer, folder)
     return str(folder)

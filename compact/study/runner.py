@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from compact.config import Recipe, from_dict
 from compact.errors import UserError
-from compact.results import write_atomically
+from compact.files import write_atomically
 from compact.run_folder import claim, stored_recipe
 from compact.sources import JsonLines
 from compact.study.data import plain_student, recipe_of

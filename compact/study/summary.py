@@ -18,10 +18,11 @@ import numpy as np
 
 from compact.comparison import MEASURES
 from compact.errors import UserError
+from compact.files import write_atomically
 from compact.report import table
-from compact.results import TaskResult, load_results, write_atomically
+from compact.results import TaskResult, load_results
+from compact.statistics import Estimate, clustered, crossed
 from compact.study.grid import Cell, Grid
-from compact.study.statistics import Estimate, clustered, crossed
 
 Key = tuple[str, str, str]  # task, split, measure
 Values = dict[Key, dict[str, float]]  # question → value, of one seed

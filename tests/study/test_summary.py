@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from compact.results import TaskResult, store_results
+from compact.statistics import clustered, crossed, t_quantile
 from compact.study import summary
 from compact.study.grid import Cell
-from compact.study.statistics import clustered, crossed, t_quantile
 
 
 def test_cells_that_failed_alike_are_told_together():

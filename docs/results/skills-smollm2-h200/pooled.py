@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compact.study.statistics import crossed
+from compact.statistics import crossed
 
 TASKS = {"held_out": ["held_out"], "wordings": ["wordings"], "tasks": ["tasks"], "ood": ["wordings", "tasks"]}
 

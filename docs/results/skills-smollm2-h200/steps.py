@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from compact.skills.questions import HELD_OUT_WORDING, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, Question, draw_questions
-from compact.study.statistics import crossed
+from compact.statistics import crossed
 
 STEP = re.compile(r"(\w+) ([-+*]) (\d+) = (\w+)")  # also "Monday + 3 = Thursday"
 KINDS = "right", "set up", "stops early"
