@@ -198,3 +198,9 @@ def check_query_key(query: Tensor, key: Tensor, ragged: Ragged) -> None:
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "
             f"have one entry for each of the {ragged.num_sequences} rationales"
         )
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Called in a backward pass, where gradients are recorded only if someone wants to differentiate them."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no second derivative: its backward pass cannot run under create_graph=True")

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from compact_kernels import Ragged, answer_divergence, divergence_torch, linear_logprob, native, reference
-from compact_kernels import divergence as divergence_module
 from compact_kernels.dispatch import native_applies, native_cuda_applies
-from compact_kernels.head import native_rows
+from compact_kernels.head import exponentials, native_rows
 from compact_kernels.head.rows import product
 from tests.head_cases import poison_fresh_memory
 from tests.native_cases import NEEDS_LIBRARY, python
@@ -287,7 +286,7 @@ def test_the_cuda_ops_keep_what_torch_asks_of_ops_and_run_in_graphs():
 @pytest.mark.parametrize("kind", ["kl", "jsd"])
 def test_a_softcaps_slope_is_known_where_probabilities_are_0(library, kind, monkeypatch):
     if library == "plain torch":
-        for module in (divergence_module, divergence_torch):
+        for module in (exponentials, divergence_torch):
             monkeypatch.setattr(module, "native_applies", lambda *_: False)
     ragged = Ragged.build(
         sequence_lengths=[5] * 3, prompt_lengths=[2] * 3, rationales_per_question=[3], answer_spans=[(1, 2)] * 3

@@ -2,5 +2,6 @@
 
 To read in this order: `linear` (what a head is), `planner` (which rows make a chunk), `rows` (what a chunk is asked
 for, by `torch_rows`, `native_rows`, or `triton_rows` with `kernels` and `row_kernels`), then `tokens` and `weighted`,
-the two passes with their autograd, and `passes`, which calls them as a batch wants it; `norms` is a recorder's share.
+the two passes with their autograd, and `passes`, which calls them as a batch wants it; `exponentials` is what the
+divergence takes from it.
 """

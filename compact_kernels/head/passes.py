@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.norms import HeadNorms
 from compact_kernels.head.rows import Answers
 from compact_kernels.head.tokens import TokenLogprobs, TokenPass
 from compact_kernels.head.weighted import WeightedLoss, WeightedPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import CompatibilityRule, TokenStatistics
+from compact_kernels.sample_norms.head import HeadNorms
 from compact_kernels.sample_norms.recorder import active
 from compact_kernels.weighting import Decision, Settled, Weighting, decide, given_row_weight, settled
 

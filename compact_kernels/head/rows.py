@@ -58,12 +58,6 @@ def in_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def refuse_second_derivative(op: str) -> None:
-    """Called in a backward pass, where gradients are recorded only if someone wants to differentiate them."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} has no second derivative: its backward pass cannot run under create_graph=True")
-
-
 def row_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (rows, V) matrix whose rows start at multiples of 128 bytes.
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compact_kernels.arguments import refuse_second_derivative
 from compact_kernels.head.backend import backend_for, paying_mib
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.norms import HeadNorms
 from compact_kernels.head.planner import row_chunks, rows_that_fit, vocabulary_blocks
-from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, row_buffer
+from compact_kernels.sample_norms.head import HeadNorms
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from compact_kernels import arguments
 from compact_kernels.head.backend import backend_for, logits_mib, paying_mib
+from compact_kernels.head.exponentials import add_to_rows
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.head.norms import HeadNorms
 from compact_kernels.head.planner import Chunk, weighted_chunks
-from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, refuse_second_derivative, row_buffer
+from compact_kernels.head.rows import Answers, RowStatistics, in_rows, product, row_buffer
 from compact_kernels.head.tokens import TokenPass
 from compact_kernels.ragged import Ragged
 from compact_kernels.rule import TokenStatistics, segment_sum
+from compact_kernels.sample_norms.head import HeadNorms
 from compact_kernels.weighting import Decision, Settled, Weighting, given_row_weight, settled
 
 
@@ -85,8 +86,6 @@ class WeightedPass:
         chunks: tuple[Chunk, ...],
         folded: bool,
     ) -> Result:
-        from compact_kernels.divergence import add_to_rows
-
         ragged, every_row = self.ragged, self.ragged.num_rows == hidden.shape[0]
         head = self.head.in_dtype(weight, bias, self.dtype)
         answers = Answers.of_batch(ragged)
@@ -283,7 +282,7 @@ class WeightedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 6
-        refuse_second_derivative("compatibility_loss")
+        arguments.refuse_second_derivative("compatibility_loss")
         hidden, weight, bias, alpha = ctx.saved_tensors
         # The gradients are handed over, not kept: a second backward pass (retain_graph) computes them again.
         gradients, ctx.gradients = ctx.gradients, None

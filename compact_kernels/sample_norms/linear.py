@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
-from compact_kernels.head.rows import refuse_second_derivative
+from compact_kernels.arguments import refuse_second_derivative
 from compact_kernels.sample_norms import hooks, ops
 from compact_kernels.sample_norms.layers import flat, original
 

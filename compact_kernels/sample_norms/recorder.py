@@ -25,6 +25,7 @@ from compact_kernels.sample_norms.coverage import (
     weight_of,
     widths,
 )
+from compact_kernels.sample_norms.head import HeadNorms
 from compact_kernels.sample_norms.layers import HeadMember, ScaleMember, TokenMember
 from compact_kernels.sample_norms.linear import Family, LinearMember, linear_forward
 from compact_kernels.sample_norms.result import SampleNorms, Slots
@@ -197,15 +198,13 @@ class SampleGradNorms:
 
     def head_norms(
         self, weight: Tensor, bias: Tensor | None, ragged: Ragged | None
-    ) -> tuple[Any, list[Tensor | None]]:
+    ) -> tuple[HeadNorms, list[Tensor | None]]:
         """What collects a fused head's norms, and the slot and carrier that take them away.
 
         Raises:
             ValueError: another head, another batch, or a loss that knows no rationales.
             RuntimeError: a head used twice, or tied to an embedding that was not called.
         """
-        from compact_kernels.head.norms import HeadNorms
-
         if ragged is None:
             raise ValueError(
                 "linear_logprob gives no norms of a head that trains: take compatibility_loss, whose rationales are "
