@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from compact_kernels.ragged import Ragged
-from compact_kernels.rule import CompatibilityRule
+from compact_kernels.rule import AdaptabilityOptions, CompatibilityRule
 
 if TYPE_CHECKING:
     from compact_kernels.weighting import Weighting
@@ -24,16 +24,22 @@ def check_loss(weighting: Weighting, ragged: Ragged, targets: Tensor) -> None:
     for name in ("weights", "consensus", "difficulty_reference"):
         if (vector := getattr(weighting, name)) is not None:
             check_per_rationale(name, vector, ragged)
-    if DEBUG and weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(f"weights are {weights.tolist()}; they are finite and not negative")
+    if weights is not None:
+        check_weights("weights", weights)
+    if DEBUG and (reference := weighting.difficulty_reference) is not None and not bool((reference > 0).all()):
+        raise ValueError(f"difficulty_reference is {reference.tolist()}; a loss that is divided by is above 0")
     for name in ("normalizer", "divergence_normalizer"):
         value = getattr(weighting, name)
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it is one number")
-        if isinstance(value, float | int) and not 0 < value < float("inf"):
+        if value is None:
+            continue
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+            raise ValueError(f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; it is one real number")
+        if (DEBUG or not isinstance(value, Tensor)) and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0")
     if not 0 <= weighting.divergence_weight < float("inf"):
         raise ValueError(f"divergence_weight is {weighting.divergence_weight}; it must not be negative")
+    if not isinstance(weighting.adaptability, AdaptabilityOptions):
+        raise ValueError(f"adaptability is {weighting.adaptability!r}; it is AdaptabilityOptions(...)")
     if not callable(rule):
         raise ValueError(f"rule is {rule!r}; it is a function of Statistics, or CompatibilityRule(...)")
     if weights is None and isinstance(rule, CompatibilityRule) and rule.consensus and weighting.consensus is None:
@@ -79,10 +85,14 @@ def check_tensors(**given: Tensor | None) -> None:
             raise ValueError(f"{name} is a {type(value).__name__}; it is a tensor{hint}")
 
 
-def check_packed(hidden: Tensor, ragged: Ragged) -> None:
-    check_tensors(hidden=hidden)
+def check_ragged(ragged: Ragged) -> None:
     if not isinstance(ragged, Ragged):
         raise ValueError(f"ragged is a {type(ragged).__name__}; it is a compact_kernels.Ragged")
+
+
+def check_packed(hidden: Tensor, ragged: Ragged) -> None:
+    check_tensors(hidden=hidden)
+    check_ragged(ragged)
     if torch.compiler.is_compiling():  # the op in the graph looks at sizes when it runs
         return
     total = ragged.sizes.cu_seqlens[-1]
@@ -104,12 +114,18 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
             raise ValueError(f"{name} has dtype {tensor.dtype}; it needs a floating-point one")
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+    for name, tensor in (("head_weight", head_weight), ("bias", bias)):  # a bias of −∞ forbids a token
+        if DEBUG and tensor is not None and bool(tensor.isnan().any()):
+            raise ValueError(f"{name} is NaN at {tensor.isnan().nonzero()[0].tolist()} …")
     width = hidden.shape[-1]
     if head_weight.dim() != 2 or head_weight.shape[1] != width:
         raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {width}")
     if bias is not None and bias.shape != head_weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, head_weight has V = {head_weight.shape[0]} rows")
-    if hidden.dtype != head_weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if 0 in head_weight.shape:
+        raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}; it is (V, D), and has neither of none")
+    autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, head_weight.dtype)
+    if hidden.dtype != head_weight.dtype and not autocast:
         raise ValueError(
             f"hidden is {hidden.dtype}, head_weight {head_weight.dtype}: convert one, or use torch.autocast"
         )
@@ -153,8 +169,12 @@ def check_alpha(alpha: Tensor, ragged: Ragged) -> None:
         raise ValueError(f"the rule gave a {type(alpha).__name__}; α is a tensor, one number a rationale")
     if alpha.shape != (ragged.num_sequences,):
         raise ValueError(f"the rule gave α of shape {tuple(alpha.shape)} for {ragged.num_sequences} rationales")
-    if DEBUG and not bool(((alpha >= 0) & alpha.isfinite()).all()):
-        raise ValueError(f"the rule gave α {alpha.tolist()}; weights are finite and not negative")
+    check_weights("the rule's α", alpha)
+
+
+def check_weights(name: str, weights: Tensor) -> None:
+    if DEBUG and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(f"{name} is {weights.tolist()}; weights are finite and not negative")
 
 
 def check_rows(targets: Tensor, ragged: Ragged) -> None:
@@ -175,6 +195,10 @@ def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragge
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocabulary:
         found = f"{int(counted.min())} … {int(counted.max())}"
         raise ValueError(f"targets span {found}; ids are 0 … {vocabulary - 1}, or {ignore_index} where there is none")
+    check_finite(hidden)
+
+
+def check_finite(hidden: Tensor) -> None:
     if DEBUG and not bool(hidden.isfinite().all()):
         rows = (~hidden.isfinite()).reshape(-1, hidden.shape[-1]).any(-1).nonzero()[:5, 0].tolist()
         raise ValueError(f"hidden is not finite in rows {rows} …")
@@ -187,12 +211,24 @@ def check_per_rationale(name: str, values: Tensor, ragged: Ragged) -> None:
         raise ValueError(f"{name} is a DTensor; pass the whole tensor of this rank's rationales")
     if values.shape != (ragged.num_sequences,):
         raise ValueError(f"{name} has shape {tuple(values.shape)}, the batch has {ragged.num_sequences} rationales")
+    if values.is_complex():
+        raise ValueError(f"{name} has dtype {values.dtype}; real numbers are needed")
     if values.device != ragged.device:
         raise ValueError(f"{name} is on {values.device}, ragged on {ragged.device}")
 
 
-def check_query_key(query: Tensor, key: Tensor, ragged: Ragged) -> None:
+def check_query_key(query: Tensor, key: Tensor, ragged: Ragged, temperature: float) -> None:
     check_tensors(query=query, key=key)
+    check_ragged(ragged)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    if query.dim() not in (2, 3):
+        raise ValueError(f"query has shape {tuple(query.shape)}; it is (S, H, d) or (S, d)")
+    if torch.compiler.is_compiling():  # the op in the graph looks at sizes when it runs
+        return
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.device != ragged.device:
+            raise ValueError(f"{name} is on {tensor.device}, ragged on {ragged.device}")
     if query.shape != key.shape or query.shape[0] != ragged.num_sequences:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree and "

@@ -38,7 +38,7 @@ def answer_divergence(
     kl:  Σ_k α_k Σ_{j≠k} α_j KL(P_k ‖ P_j)      (eq. 9–11)
     jsd: Σ_{i<j} α_i α_j JSD(P_i ‖ P_j)          (MIND)
     each the mean over the answer's rows. Pairs whose spans differ in length are left out. α is detached.
-    A probability below e⁻⁸⁷, float32's smallest number, counts as that.
+    A probability below e⁻⁸⁷, float32's smallest number, counts as that; KL's gradient is approximate there.
 
     Args:
         hidden: (T, D). head_weight: (V, D). alpha: (S,).
@@ -53,6 +53,8 @@ def answer_divergence(
     arguments.check_head(hidden, head_weight, bias)
     arguments.check_numbers(logit_scale, softcap, temperature, workspace_mib)
     arguments.check_per_rationale("alpha", alpha, ragged)
+    arguments.check_weights("alpha", alpha)
+    arguments.check_finite(hidden)
     dtype = product_dtype(hidden, head_weight)
     if torch.is_grad_enabled() and hidden.requires_grad:
         refuse_beside_unweighted("answer_divergence")

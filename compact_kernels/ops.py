@@ -86,8 +86,8 @@ def compatibility_loss(
         :class:`CompatibilityOutput`. A batch without a scored row has loss 0 and zero gradients.
 
     Raises:
-        ValueError: naming the argument and the sizes that do not fit. Ids out of range and numbers that are not
-            finite are looked for on a device only if the environment has COMPACT_KERNELS_DEBUG=1; they give NaN
+        ValueError: naming the argument and the sizes that do not fit. Ids out of range on a device, and numbers that
+            are not finite, are looked for only if the environment has COMPACT_KERNELS_DEBUG=1; they give NaN
             otherwise.
         RuntimeError: a second derivative is asked for.
     """
@@ -229,13 +229,11 @@ def question_consensus(
     Returns:
         (S,) float32 (float64 for float64 input), without a gradient; 0 for a rationale alone.
     """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    arguments.check_query_key(query, key, ragged, temperature)
     if torch.compiler.is_compiling():
         shape, host = ragged.tensors(), ragged.host.tensors()
         return torch.ops.compact_kernels.question_consensus(query, key, shape, host, temperature, centrality)
     if centrality == "in_degree" and (native_cuda_applies(query) or triton_applies(query)):
-        arguments.check_query_key(query, key, ragged)
         if native_cuda_applies(query) and query.dtype == key.dtype:
             return native_cuda.in_degree(query, key, ragged, temperature)
         if triton_applies(query):

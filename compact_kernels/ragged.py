@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,13 @@ class Ragged:
         rows, flags, span_rows, spans = [], [], [], []
         for s, count in enumerate(completions):
             start, length = answer_spans[s]
+            for name, numbers in (
+                ("body_lengths", (body_lengths[s],)),
+                ("evidence_ids", evidence_ids[s]),
+                ("answer_spans", (start, length)),
+            ):
+                if not all(isinstance(number, Integral) for number in numbers):
+                    raise ValueError(f"rationale {s}: {name} holds {tuple(numbers)}; whole numbers are needed")
             if not 0 <= body_lengths[s] <= count:
                 raise ValueError(
                     f"rationale {s}: body_lengths is {body_lengths[s]}, its completion has {count} tokens"
@@ -164,9 +172,13 @@ class Ragged:
                 raise ValueError(f"{name} is {kind}; it is a tensor of whole numbers, int64 or int32")
             if name != "labels" and given.dim() != 1:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}; offsets are one after the other")
-        labels, cu_seqlens, cu_questions = labels.reshape(-1).cpu(), cu_seqlens.cpu().int(), cu_questions.cpu().int()
+        if not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index is {ignore_index!r}; it is a whole number that no label is")
+        labels, cu_seqlens, cu_questions = labels.reshape(-1).cpu(), cu_seqlens.cpu(), cu_questions.cpu()
         _check_offsets("cu_seqlens", cu_seqlens, labels.numel(), "tokens")
         _check_offsets("cu_questions", cu_questions, cu_seqlens.numel() - 1, "rationales")
+        # The batch's own: kernels read offsets side by side, and who gave them may write to them again.
+        cu_seqlens, cu_questions = (_host_tensor(t.tolist(), torch.int32) for t in (cu_seqlens, cu_questions))
         scored = labels.new_zeros(labels.numel() + 1, dtype=torch.bool)
         scored[: labels.numel()] = labels != ignore_index
         scored[cu_seqlens.long()] = False  # the first token of a sequence is nobody's target
@@ -217,6 +229,9 @@ class Ragged:
         Raises:
             ValueError: naming the field and the sizes.
         """
+        for name in _TENSORS:
+            if not getattr(self, name).is_contiguous():
+                raise ValueError(f"ragged.{name} is not contiguous: kernels read its entries side by side")
         rationales, rows = self.num_sequences, self.num_rows
         for name, count, total, least in (
             ("cu_seqlens", rationales, int(self.cu_seqlens[-1]), 1),

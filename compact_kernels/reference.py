@@ -151,7 +151,7 @@ def question_affinity(
         A (Q, K, K), rows summing to one, softmax per head and then the mean over heads; and the mask of the
         rationales that exist (Q, K).
     """
-    arguments.check_query_key(query, key, ragged)
+    arguments.check_query_key(query, key, ragged, temperature)
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     if query.dim() == 2:
@@ -200,7 +200,7 @@ def _pagerank(edges: Tensor, present: Tensor, damping: float = 0.85, steps: int 
     count = present.sum(1, keepdim=True)
     uniform = present.to(edges.dtype) / count
     out = edges.sum(2, keepdim=True)
-    walk = torch.where(out > 0, edges / out.where(out > 0, 1.0), uniform[:, None, :])
+    walk = torch.where(out == 0, uniform[:, None, :], edges / out.where(out != 0, 1.0))  # what is NaN stays so
     rank = uniform
     for _ in range(steps):
         rank = damping * torch.einsum("qi,qij->qj", rank, walk) + (1 - damping) * uniform

@@ -45,6 +45,8 @@ class AdaptabilityOptions:
             raise ValueError(f"adaptability span is {self.span!r}; it is body or all")
         if self.length_norm not in ("none", "mean"):
             raise ValueError(f"adaptability length_norm is {self.length_norm!r}; it is none or mean")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"adaptability epsilon is {self.epsilon}; it is 0 … 1")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class CompatibilityRule:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"the rule's temperature is {self.temperature}; it must be above 0")
+        for name in ("adaptability", "consensus", "difficulty"):
+            if not -float("inf") < getattr(self, name) < float("inf"):
+                raise ValueError(f"the rule's {name} is {getattr(self, name)}; it is a finite number")
 
     def __call__(self, statistics: Statistics) -> Tensor:
         """α, (S,), summing to one over each question."""

@@ -130,5 +130,15 @@ def test_sizes_that_do_not_fit_are_named():
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_none_is_an_error(temperature):
     ragged = Ragged.build(sequence_lengths=[2, 2], prompt_lengths=[1, 1], rationales_per_question=[2])
-    with pytest.raises(ValueError, match="temperature is .*; it must be above 0"):
-        question_consensus(torch.randn(2, 3), torch.randn(2, 3), ragged, temperature=temperature)
+    for op in (question_consensus, question_affinity):
+        with pytest.raises(ValueError, match="temperature is .*; it must be above 0"):
+            op(torch.randn(2, 3), torch.randn(2, 3), ragged, temperature=temperature)
+
+
+@pytest.mark.parametrize("centrality", ["in_degree", "pagerank", "eigenvector"])
+def test_states_that_are_not_finite_show_in_their_own_question_alone(centrality):
+    ragged = make_ragged((3, 2)).to(DEVICE)
+    query, key = torch.randn(2, 5, 8, device=DEVICE)
+    query[1] = float("nan")
+    found = question_consensus(query, key, ragged, centrality=centrality)
+    assert found[:3].isnan().any() and found[3:].isfinite().all()

@@ -109,6 +109,7 @@ def test_no_questions_are_a_batch():
         (r"rationale 0: answer_spans is \(3, 2\).* 4 tokens", {"answer_spans": [(3, 2), (0, 2), (1, 0)]}),
         (r"rationale 1: answer_spans is \(-1, 2\).* 3 tokens", {"answer_spans": [(2, 1), (-1, 2), (1, 0)]}),
         (r"rationale 2: answer_spans is \(1, -1\).* 2 tokens", {"answer_spans": [(2, 1), (0, 2), (1, -1)]}),
+        (r"rationale 0: body_lengths holds \(1.9,\); whole", {"body_lengths": [1.9, 0, 1]}),
         (r"rationale 1: thinking has 1 .* 3 tokens", {"thinking": [GOOD["thinking"][0], [True], [True, True]]}),
     ],
 )
@@ -138,6 +139,27 @@ def test_labels_describe_a_batch_whose_first_tokens_are_nobodys_targets():
     assert ragged.rows.dtype == torch.int64 and ragged.cu_seqlens.dtype == torch.int32
     other = Ragged.from_labels(labels.where(labels != i, 0), ragged.cu_seqlens, ragged.cu_questions, ignore_index=0)
     assert contents(other) == contents(ragged)
+
+
+def test_offsets_that_are_given_are_copied_side_by_side():
+    labels = torch.arange(8)
+    given = [torch.tensor(offsets, dtype=torch.int32) for offsets in ([0, 4, 8], [0, 2])]
+    wanted = contents(Ragged.from_labels(labels, *given))
+    strided = [torch.stack([offsets, torch.full_like(offsets, 7)], -1)[..., 0] for offsets in given]
+    ragged = Ragged.from_labels(labels, *strided)
+    assert ragged.cu_seqlens.is_contiguous() and ragged.cu_questions.is_contiguous()
+    for offsets in strided:
+        offsets.zero_()
+    assert contents(ragged) == wanted
+    for offsets in given:
+        offsets.zero_()
+    made = dataclasses.replace(ragged, cu_rows=torch.stack([ragged.cu_rows] * 2, -1)[..., 0])
+    with pytest.raises(ValueError, match="ragged.cu_rows is not contiguous"):
+        _ = made.sizes
+    with pytest.raises(ValueError, match="ignore_index is None"):
+        Ragged.from_labels(labels, ragged.cu_seqlens, ragged.cu_questions, ignore_index=None)
+    with pytest.raises(ValueError, match="cu_questions must rise from 0 to the 2 rationales"):
+        Ragged.from_labels(labels, ragged.cu_seqlens, torch.tensor([0, 2 + 2**32]))
 
 
 def test_labels_and_lengths_agree_about_the_rows():

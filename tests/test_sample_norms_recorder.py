@@ -132,6 +132,16 @@ def test_hutchinson_is_unbiased_and_knows_its_error():
     torch.testing.assert_close(torch.stack(errors).square().mean(0).sqrt(), spread, rtol=0.5, atol=0)
 
 
+@pytest.mark.parametrize("probes", [2, 33, 64])
+def test_as_many_probes_as_there_may_be(probes):
+    model = student("llama", lora=False)
+    ids, targets, ragged = batch()
+    recorder = SampleGradNorms(model, method="hutchinson", probes=probes)
+    with recorder.record(ragged) as norms:
+        fused(model, ids, targets, ragged).backward()
+    assert (norms.squared > 0).all() and (norms.standard_error > 0).all()
+
+
 class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()

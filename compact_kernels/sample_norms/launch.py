@@ -46,7 +46,7 @@ STORED_BLOCK = 512 if INTERPRETER else 4096  # entries of stored products that o
 def product_tile(m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> ProductTile:
     """A product's tile by its shape and, in depth, its dtype; LoRA's narrow side is one tile."""
     if INTERPRETER:
-        return ProductTile(32, 16 if n <= 16 else 32, 16, 4, 1)
+        return ProductTile(32, max(16, triton.next_power_of_2(n)) if n <= 64 else 32, 16, 4, 1)
     if n <= 64:
         return ProductTile(128, max(16, triton.next_power_of_2(n)), 64, 4, 3)
     if m <= 64:

@@ -53,7 +53,7 @@ class SampleNorms:
         """n_s = u_s / c_s, (S,): the norm of the unweighted loss; NaN, not measured, where c_s is 0.
 
         Args:
-            weights: c_s, what rationale s weighed in the loss: α_s R/Q (method §6). (S,)
+            weights: c_s, what rationale s weighed in the loss: α_s R/Q, by tokens α_s R/N (method §6). (S,)
         """
         return torch.where(weights > 0, self.norms / weights, float("nan"))
 
