@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from compact.errors import UserError
 from compact.files import write_atomically
 from compact.metrics import EQUAL, INFORMATION, METRICS, NORMS, read_metrics
 from compact.report import markdown
-from compact.results import TaskResult, check_run, compare, load_results, versions
+from compact.results import TaskResult, check_run, compare, finished, load_results, versions
 from compact.statistics import mean
 
 
@@ -72,20 +73,24 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
-def write_report(run_dir: str | Path) -> dict[str, Any]:
-    """Write report.json, report.md and pictures/*.png into a run's folder; give the content of report.json.
+def write_report(run_dir: str | Path, *, over: bool = False) -> dict[str, Any]:
+    """Write pictures/*.png, report.md and report.json into a run's folder; give the content of report.json.
 
     What was not measured is null in report.json and "not measured" in report.md. Without matplotlib there are no
     pictures, and the report says so.
+
+    Args:
+        over: the run has come to its end, which report.json then says; else it is as finished as it was.
 
     Raises:
         UserError: it is not a run's folder, or it cannot be written.
     """
     run = read_run(run_dir)
     content = summarize(run)
+    content["finished"] |= over
     pictures = _draw(run, content)
-    write_atomically(run.folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_atomically(run.folder / "report.md", markdown(content, run.recipe_text, pictures))
+    write_atomically(run.folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")  # the last
     return content
 
 
@@ -96,6 +101,7 @@ def summarize(run: Run) -> dict[str, Any]:
     tenth = max(1, len(rows) // 10)
     report = {
         "run": str(run.folder.name),
+        "finished": finished(run.folder),
         "strategy": run.recipe.get("strategy", "compact"),
         "student": run.recipe.get("student", {}).get("model"),
         "note": run.recipe.get("evaluation", {}).get("note"),
@@ -141,8 +147,9 @@ def _accuracy(run: Run, name: str) -> dict[str, Any]:
         "n": len(known.predictions),
         "summary": {"before": before.summary() if before else None, "after": after.summary() if after else None},
     }
-    if before and after and before.ids == after.ids:
-        out["changes"] = compare(before, after)
+    if before and after:
+        with suppress(ValueError):  # other questions, or some alone
+            out["changes"] = compare(before, after)
     return out
 
 

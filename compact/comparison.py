@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compact.errors import UserError
-from compact.results import TaskResult, load_results
+from compact.results import TaskResult, load_results, question_of
 from compact.statistics import mean, standard_error
 
 Row = dict[str, Any]  # one prediction
@@ -66,8 +65,8 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
 
 
 def _cells(name: str, result: TaskResult, reference: TaskResult, is_reference: bool) -> list[str]:
-    theirs = {_question(row): row for row in reference.predictions}
-    if not any(_question(row) in theirs for row in result.predictions):
+    theirs = {question_of(row): row for row in reference.predictions}
+    if not any(question_of(row) in theirs for row in result.predictions):
         raise UserError(
             f"task {result.name}: {name} and the first run have no question in common; compare runs with the same "
             "seed and the same data"
@@ -75,15 +74,10 @@ def _cells(name: str, result: TaskResult, reference: TaskResult, is_reference: b
     cells = []
     for measure in MEASURES.values():
         values = [value for row in result.predictions if (value := measure(row)) is not None]
-        pairs = [(measure(row), measure(theirs[q])) for row in result.predictions if (q := _question(row)) in theirs]
+        pairs = [(measure(row), measure(theirs[q])) for row in result.predictions if (q := question_of(row)) in theirs]
         differences = [a - b for a, b in pairs if a is not None and b is not None]
         cells += [_plus_minus(values), "" if is_reference else _plus_minus(differences, sign=True)]
     return cells
-
-
-def _question(row: Row) -> tuple[str, str]:
-    """Ids such as 1, 2, 3 may be those of other questions elsewhere."""
-    return row["id"], json.dumps(row.get("prompt"))
 
 
 def _plus_minus(values: Sequence[float], sign: bool = False) -> str:

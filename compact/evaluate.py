@@ -26,7 +26,7 @@ from compact.commandline import positive
 from compact.config import DataConfig, EvaluationConfig
 from compact.errors import UserError
 from compact.generation import evaluating, generate_answers, score_answers
-from compact.results import TaskResult, check_run, load_results, store_results
+from compact.results import TaskResult, check_run, finished, load_results, store_results
 from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions
 from compact.tokenization import prompt_ids
@@ -197,8 +197,9 @@ def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         state = (
             "training has not finished (there are checkpoints, no student)" if started else "there is no student yet"
         )
-        if (run / "report.json").is_file():
-            raise UserError(f"{run} is finished and its student was not kept; keep_students: true in a grid keeps it")
+        if finished(run):
+            kept = "; keep_students: true in a grid keeps it" if (run / "cell.json").exists() else ""
+            raise UserError(f"{run} is finished and its student is no longer there{kept}")
         raise UserError(f"{run}: {state}; run the training's command again, it goes on where it stopped")
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")

@@ -227,14 +227,19 @@ class MetricsTable:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table; a last line that a kill cut short is left out."""
+    """The rows of a table; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: a damaged line; bring the file back, or remove that line") from None
     return rows
 
 

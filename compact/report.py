@@ -49,7 +49,7 @@ def _opening(content: Mapping[str, Any]) -> str:
         text += f"; {content['steps']:,} steps, {content['epochs']:.3g} epochs"
     if content["seconds"] is not None:
         text += f", {duration(content['seconds'])} on {content['versions'].get('device', 'an unknown device')}"
-    return text + "."
+    return text + ("." if content["finished"] else ". **The run is not finished.**")
 
 
 def _accuracy(tasks: Mapping[str, Any]) -> list[str]:

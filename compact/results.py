@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,6 @@ class TaskResult:
         """Share of right answers, read flexibly."""
         return sum(row["correct"] for row in self.predictions) / len(self.predictions)
 
-    @property
-    def ids(self) -> set[str]:
-        return {row["id"] for row in self.predictions}
-
     def summary(self) -> dict[str, Any]:
         """Numbers alone: accuracies with binomial standard errors, mean log-probabilities with theirs.
 
@@ -60,6 +57,11 @@ class TaskResult:
         return out
 
 
+def question_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a prediction answers. Ids such as 1, 2, 3 may be those of other questions elsewhere."""
+    return row["id"], json.dumps(row.get("prompt"))
+
+
 def compare(before: TaskResult, after: TaskResult) -> dict[str, Any]:
     """Item by item what was forgotten (right before, wrong after) and gained (the other way round).
 
@@ -71,13 +73,13 @@ def compare(before: TaskResult, after: TaskResult) -> dict[str, Any]:
     Raises:
         ValueError: the results are not about the same questions.
     """
+    questions = [{question_of(row) for row in result.predictions} for result in (before, after)]
+    if missing := sorted(questions[0] ^ questions[1]):
+        raise ValueError(
+            f"task {before.name}: {len(missing)} questions are in one result only, such as {missing[0][0]!r}"
+        )
     first = {row["id"]: row for row in before.predictions}
     second = {row["id"]: row for row in after.predictions}
-    if first.keys() != second.keys():
-        missing = sorted(first.keys() ^ second.keys())
-        raise ValueError(
-            f"task {before.name}: {len(missing)} questions are in one result only, such as {missing[0]!r}"
-        )
     forgotten = [i for i in first if first[i]["correct"] and not second[i]["correct"]]
     gained = [i for i in first if not first[i]["correct"] and second[i]["correct"]]
     n, lost, won = len(first), len(forgotten), len(gained)
@@ -110,16 +112,25 @@ def store_results(results: dict[str, TaskResult], settings: dict[str, Any], run:
 
 
 def load_results(run: str | Path, when: str) -> tuple[dict[str, TaskResult], dict[str, Any]]:
-    """The stored results under RUN/evaluation/{when} and their settings; ({}, {}) where nothing is stored."""
+    """The stored results under RUN/evaluation/{when} and their settings; ({}, {}) where nothing is stored.
+
+    Raises:
+        UserError: a file of them is damaged or missing.
+    """
     folder = Path(run) / "evaluation" / when
     if not (folder / "summary.json").is_file():
         return {}, {}
-    stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    results = {}
-    for name, task in stored["tasks"].items():
-        with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
-            predictions = [json.loads(line) for line in lines]
-        results[name] = TaskResult(name, task["split"], task["kind"], predictions, task["seconds"])
+    results, file = {}, folder / "summary.json"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        for name, task in stored["tasks"].items():
+            file = folder / f"{name}.jsonl"
+            predictions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            if len(predictions) != task["n"]:
+                raise ValueError
+            results[name] = TaskResult(name, task["split"], task["kind"], predictions, task["seconds"])
+    except (ValueError, FileNotFoundError):
+        raise UserError(f"{file} is damaged: bring it back, or begin the run anew in another folder") from None
     return results, stored["settings"]
 
 
@@ -132,6 +143,16 @@ def check_run(folder: Path) -> None:
         raise UserError(f"{folder} is not a folder; give the folder of a run (its recipe's `run`)")
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has come to its end: it has a report, and not one of a run under way."""
+    try:
+        return json.loads((folder / "report.json").read_text(encoding="utf-8")).get("finished", True)
+    except FileNotFoundError:
+        return False
+    except ValueError:  # damaged: compact.analyze writes it again
+        return True
 
 
 def versions() -> dict[str, str]:

@@ -65,6 +65,8 @@ def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
 def stored_recipe(folder: Path) -> dict[str, Any]:
     """What RUN/recipe.yaml holds; where the folder has been moved, so has what its paths name, if it is there."""
     values = plain(read_recipe(str(folder / "recipe.yaml")))
+    if not isinstance(values, dict) or "run" not in values:
+        raise UserError(f"{folder / 'recipe.yaml'} is damaged: it has no key run; bring it back")
     old, new = Path(str(values["run"])), folder
     if old.is_absolute() and old != new.absolute():
         while old.name and old.name == new.name:
@@ -130,9 +132,12 @@ def locked(folder: Path, what: str = "run", flag: str = "--run") -> Iterator[int
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others: no locks here, as Lustre can be mounted
                 file.seek(0)
                 process = file.read().strip() or "unknown"
+                who = f"process {process}"
+                if process.isdigit() and not psutil.pid_exists(int(process)):
+                    who = f"one that process {process}, which has ended, had started"
                 raise UserError(
-                    f"{folder}: another {what} is writing to it (process {process}); wait for it, "
-                    f"or choose another folder with {flag}"
+                    f"{folder}: another {what} is writing to it ({who}); wait for it, or choose another folder with "
+                    f"{flag}"
                 ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

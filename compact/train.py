@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ from compact.demo.arms import run_arms
 from compact.drift import measure_drift, read_texts
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
-from compact.files import write_atomically
-from compact.results import load_results
+from compact.files import digest, fingerprint, write_atomically
+from compact.results import finished, load_results
 from compact.run_folder import Phases, claim, locked, save_student
 from compact.student import check_float32_head, compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer, check_length
-from compact.training_data import example_question, training_data
+from compact.training_data import check_unchanged, example_question, training_data
 
 logger = logging.getLogger("compact")
 
@@ -104,7 +105,7 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
         with _main_process_first():
             if PartialState().is_main_process:
                 stored = (folder / "recipe.yaml").exists()
-                if stored and not (folder / "report.json").exists():  # before claim() touches a run under way
+                if stored and not finished(folder):  # before claim() touches a run under way
                     held.enter_context(locked(folder))
                 claim(folder, recipe)
                 if not stored:
@@ -114,10 +115,14 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
 
 def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before: bool) -> dict[str, Any]:
     state = PartialState()
-    if (folder / "report.json").exists():
+    if finished(folder):
         if state.is_main_process:
             print(f"{folder} holds this very run, finished: its report is {folder / 'report.md'}")
-        return json.loads((folder / "report.json").read_text())
+        try:
+            return json.loads((folder / "report.json").read_text())
+        except ValueError:
+            repair = f"python -m compact.analyze {folder}"
+            raise UserError(f"{folder / 'report.json'} is damaged: `{repair}` writes it again") from None
     phases = Phases(folder)
     projections = recipe.consensus.affinity == "attention"
 
@@ -130,8 +135,12 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         check_length(model, recipe.data, recipe.student.model)
         train_set, held_out, report = training_data(recipe, tokenizer, folder)
         tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
-        if recipe.evaluation.held_text is not None:
-            read_texts(recipe.evaluation.held_text)  # what is wrong with it is said before training, not after
+        facts = {f"questions of {task.name}": digest([astuple(row) for row in task.rows]) for task in tasks}
+        if recipe.evaluation.held_text is not None:  # what is wrong with it is said before training, not after
+            facts["texts of evaluation.held_text"] = digest(read_texts(recipe.evaluation.held_text))
+        if Path(recipe.student.model).exists():
+            facts["weights of the student"] = fingerprint(Path(recipe.student.model))
+        check_unchanged(folder, **facts)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
         print(report.summary())
@@ -198,7 +207,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         if recipe.evaluation.held_text is not None:
             with phases("drift"):
                 measure_drift(recipe, student, tokenizer, folder)
-        write_report(folder)
+        write_report(folder, over=True)
     state.wait_for_everyone()
     return json.loads((folder / "report.json").read_text())
 
@@ -304,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     # The names that transformers 5.17 knows too: peft asks by the first, this project by the second.
     old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)
+    recipe = None
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
         if recipe.data.train is None and recipe.student.model == "demo":
@@ -324,7 +334,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("compact.train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        begun = get_last_checkpoint(str(Path(recipe.run) / "checkpoints")) if recipe is not None else None
+        where = "from the last checkpoint" if begun else "with training from its start: there is no checkpoint yet"
+        print(f"compact.train: stopped; the same command goes on {where}", file=sys.stderr)
         return 130
     if PartialState().is_main_process:
         print(f"report: {Path(recipe.run) / 'report.md'}")

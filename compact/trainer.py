@@ -15,13 +15,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging as transformers_logging
 
 from compact.adapters.trainer import DistillationMixin, refuse_arguments
 from compact.backbone import context_length
+from compact.checkpoints import WholeCheckpoints
 from compact.collate import to_device
 from compact.config import CompactConfig, DataConfig
 from compact.data import load_questions, tokenize_questions
@@ -37,11 +36,8 @@ from compact_kernels import CompatibilityOutput, SampleGradNorms
 
 logger = logging.getLogger(__name__)
 
-STRATEGY_STATE = "strategy.pt"
-CAP_STATE = "norms.pt"  # what gradients.cap_by last remembers
 
-
-class CompactTrainer(DistillationMixin, Trainer):
+class CompactTrainer(DistillationMixin, WholeCheckpoints):
     """Distills the rationales of several teachers into one student, weighted by compatibility.
 
     Args:
@@ -126,7 +122,6 @@ class CompactTrainer(DistillationMixin, Trainer):
             assert isinstance(self.train_dataset, Dataset)
             sizes = len(self.train_dataset), len(self.teacher_names)
             self._last_norm_cap = LastNormCap(self.config.gradients.cap, *sizes, args.device)
-        self._aside: str | None = None  # where a checkpoint is being written
         self.add_callback(_StepCallback(self))
         if any(isinstance(c, ProgressCallback) for c in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -225,6 +220,12 @@ class CompactTrainer(DistillationMixin, Trainer):
                     self.strategy.observe(result.statistics, context, result.alpha)
                 self.strategy.step()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # a run that had ended within an epoch and goes on: transformers would take one more step
+            self.control.should_training_stop = True
+
     # ---- logs ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -239,81 +240,6 @@ class CompactTrainer(DistillationMixin, Trainer):
             logs.update(self.information.flush(self.accelerator))
         logs.update(self.strategy.logs())
         super().log(logs, start_time)
-
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return self._aside or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write the checkpoint aside, then rename it: a folder called checkpoint-N is always whole."""
-        self.table.flush(self.accelerator)  # raises where the loss is not finite: nothing is saved after that
-        final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        aside = final.parent / f".{final.name}.writing"
-        written = aside / final.name
-        self._aside = str(aside)
-        try:
-            super()._save_checkpoint(model, trial)
-            state = self.strategy.state_dict()
-            if state and self.args.should_save:
-                torch.save(state, written / STRATEGY_STATE)
-            if self._last_norm_cap is not None and self.args.should_save:
-                torch.save(self._last_norm_cap.state_dict(), written / CAP_STATE)
-            if self.state.best_global_step and self.args.should_save:
-                best = final.parent / f"checkpoint-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best) if best == final or best.exists() else None
-                self.state.save_to_json(str(written / "trainer_state.json"))
-        except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if (
-                isinstance(error, OSError)
-                or "SafetensorError" in type(error).__name__
-                or "inline_container" in str(error)
-            ):
-                raise UserError(
-                    f"the checkpoint of step {self.state.global_step} could not be written to {final.parent}: "
-                    f"{error}. Earlier checkpoints are whole: make room and run the same command again to go on from "
-                    "the last one."
-                ) from error
-            raise
-        finally:
-            self._aside = None
-        self.accelerator.wait_for_everyone()
-        if self.args.process_index == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(written, final)
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and written.exists():  # nodes without a shared file system
-            os.replace(written, final)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(final.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # a bar of its own for every checkpoint would cut through ours
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
-        folder = output_dir or self.args.output_dir
-        if self.args.should_save and folder is not None:  # a pickle that nobody here reads
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / STRATEGY_STATE).exists():
-            state = torch.load(Path(checkpoint) / STRATEGY_STATE, weights_only=True, map_location="cpu")
-            self.strategy.load_state_dict(state)
-        if checkpoint is not None and self._last_norm_cap is not None and (Path(checkpoint) / CAP_STATE).exists():
-            state = torch.load(Path(checkpoint) / CAP_STATE, weights_only=True, map_location="cpu")
-            self._last_norm_cap.load_state_dict(state)
 
 
 class _StepCallback(TrainerCallback):

@@ -69,7 +69,8 @@ def training_data(
             )
     held_out = held_out.select([index for index, fits in enumerate(room) if fits])
     report.questions["held_out"] = len(held_out)
-    _check_unchanged(folder, questions, held_out)
+    # Their Arrow files are named by their content.
+    check_unchanged(folder, questions=[Path(f["filename"]).name for d in (questions, held_out) for f in d.cache_files])
     kept = build_strategy(recipe, report.teachers).restrict(train_set)
     if kept is not train_set:
         _recount(report, train_set, kept)
@@ -98,21 +99,26 @@ def _texts(prompt: str | list[dict[str, str]]) -> set[str]:
     return {prompt_text(prompt), prompt_text([message for message in prompt if message["role"] == "user"])}
 
 
-def _check_unchanged(folder: Path, *datasets: Dataset) -> None:
-    """The questions are those that the run began with. Their Arrow files are named by their content.
+def check_unchanged(folder: Path, **facts: Any) -> None:
+    """What the run is made of is what it began with: RUN/cache/questions.json holds that.
+
+    Args:
+        facts: plain values by what they tell of; what is not known of an older run is taken as it is now.
 
     Raises:
-        UserError: the data has changed since.
+        UserError: it has changed since.
     """
-    names = [Path(file["filename"]).name for dataset in datasets for file in dataset.cache_files]
     stored = folder / "cache" / "questions.json"
-    if stored.exists() and json.loads(stored.read_text()) != names:
+    known = json.loads(stored.read_text()) if stored.exists() else {}
+    if isinstance(known, list):  # of an older version
+        known = {"questions": known}
+    if changed := [name for name, value in facts.items() if known.get(name, value) != value]:
         raise UserError(
-            f"the questions have changed since the run in {folder} began, and it cannot go on with others: "
-            "bring the old file back, or choose another folder with --run"
+            f"the {' and the '.join(changed)} have changed since the run in {folder} began, and it cannot go on with "
+            "others: bring the old file back, or choose another folder with --run"
         )
     if PartialState().is_main_process:
-        write_atomically(stored, json.dumps(names))
+        write_atomically(stored, json.dumps(known | facts))
 
 
 def _recount(report: DataReport, before: Dataset, after: Dataset) -> None:

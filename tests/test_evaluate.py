@@ -373,6 +373,17 @@ def test_stored_results_come_back(tmp_path):
     assert loaded["toy"].summary() == stored["toy"].summary() | {"seconds": loaded["toy"].summary()["seconds"]}
     assert settings["max_new_tokens"] == 4 and settings["suffix"] == DATA.suffix
     assert load_results(tmp_path, "after") == ({}, {})
+    stored = tmp_path / "evaluation" / "before"
+    for name in ("toy.jsonl", "summary.json"):
+        whole = (stored / name).read_text()
+        for damaged in ("", whole[: len(whole) // 2]):
+            (stored / name).write_text(damaged)
+            with pytest.raises(UserError, match=f"{stored / name} is damaged"):
+                load_results(tmp_path, "before")
+        (stored / name).write_text(whole)
+    (stored / "toy.jsonl").unlink()
+    with pytest.raises(UserError, match="toy.jsonl is damaged"):
+        load_results(tmp_path, "before")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -188,6 +188,17 @@ def test_a_learned_strategy_of_one_s_own_trains_beside_the_student_and_resumes(t
     assert largest_difference(parameters(straight), parameters(resumed)) == 0
 
 
+def test_steps_of_another_number_of_questions_do_not_follow(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "epochs": 2}
+    toy_trainer(tmp_path, batch=4, **settings).train()
+    other = toy_trainer(tmp_path, batch=8, **settings)
+    with pytest.raises(UserError, match="a run with 4 questions a step, this one has 8 .*Start as many processes"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    split = toy_trainer(tmp_path, batch=2, accumulate=2, **settings)  # the same step in other parts
+    split.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert split.state.global_step == split.state.max_steps
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
     trainer = toy_trainer(tmp_path, save_strategy="steps", save_steps=2, logging_steps=2)
     trainer.add_callback(_Poison(trainer.model, after=3))

@@ -17,6 +17,7 @@ from typing import Any
 
 from compact.files import write_atomically
 from compact.report import table
+from compact.results import finished
 
 TASKS = ("held_out", "wordings", "tasks")
 STYLES = ("terse", "verbose", "numbered", "misleading")
@@ -40,7 +41,7 @@ def count_styles(study: Path) -> list[dict[str, Any]]:
         setting, method, _ = folder.relative_to(study / "cells").parts
         for task in TASKS:
             file = folder / "evaluation" / "after" / f"{task}.jsonl"
-            if (folder / "failed.txt").exists() or not file.exists():
+            if (folder / "failed.txt").exists() or not file.exists() or not finished(folder):
                 continue
             seeds[setting, method, task] += 1
             for line in file.read_text(encoding="utf-8").splitlines():

@@ -32,7 +32,7 @@ from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.files import save_model, write_atomically
 from compact.options import plain
-from compact.results import load_results
+from compact.results import finished, load_results
 from compact.run_folder import claim, save_student
 from compact.train import run
 from compact.training_data import training_data
@@ -47,7 +47,8 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     assert recipe.data.train is not None
     folder = Path(recipe.run)
     claim(folder, recipe)
-    if (folder / "report.json").exists():
+    if finished(folder):
+        _clear(folder)
         return
     _, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")
     share = {"num_train_epochs": float(recipe.training.get("num_train_epochs", 3)) / rounds}  # type: ignore[arg-type]
@@ -91,9 +92,14 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     if settings.held_text is not None:
         measure_drift(recipe, model, tokenizer, folder)
     save_student(model, tokenizer, folder)
+    compact.analyze.write_report(folder, over=True)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """What a merged student was made of."""
     for leftover in (folder / "branches", *folder.glob("round-*")):
-        shutil.rmtree(leftover)
-    compact.analyze.write_report(folder)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def averaged(folders: Sequence[Path]) -> PreTrainedModel:

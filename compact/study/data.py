@@ -66,6 +66,8 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
 def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Questions into folds by their text, the same for every seed: each question is held out once a seed."""
     source = Path(str(data.get("train")))
+    if source.suffix == ".jsonl" and not source.exists():
+        raise UserError(f"folds: there is no file {source}, which data.train names")
     if source.suffix != ".jsonl" or not source.is_file():
         raise UserError(f"folds: data.train must be a .jsonl file of questions, and is {data.get('train')!r}")
     content = source.read_bytes()

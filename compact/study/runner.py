@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from compact.config import Recipe, from_dict
 from compact.errors import UserError
-from compact.files import write_atomically
+from compact.files import fingerprint, write_atomically
 from compact.run_folder import claim, stored_recipe
 from compact.sources import JsonLines
 from compact.study.data import plain_student, recipe_of
@@ -219,6 +219,8 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
             recipe = recipe_of(cell, study)
             _check_unchanged(recipe, study, digests)
             recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
+            if not (folder / "recipe.yaml").exists():
+                job.error.unlink(missing_ok=True)  # of a try that did not come to be a run
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
             claim(folder, recipe, flag="--study")
             if recipe.data.held_out is not None:  # else each seed holds out questions of its own
@@ -242,7 +244,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
 
 
 def _check_unchanged(recipe: Recipe, study: Path, digests: dict[Path, str]) -> None:
-    """STUDY/files.json holds what the files of questions were when the first cell of each was begun.
+    """STUDY/files.json holds what the student and the files of questions were when the first cell of each was begun.
 
     Args:
         digests: of those that were looked at before.
@@ -253,11 +255,19 @@ def _check_unchanged(recipe: Recipe, study: Path, digests: dict[Path, str]) -> N
     path = study / "files.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     found = dict(known)
-    for key, name in (("data.train", recipe.data.train), ("data.held_out", recipe.data.held_out)):
+    evaluation = recipe.evaluation
+    read = {"data.train": recipe.data.train, "data.held_out": recipe.data.held_out}
+    read |= {f"evaluation.tasks.{name}": file for name, file in evaluation.tasks.items()}
+    read |= {f"evaluation.forgetting.{name}": file for name, file in evaluation.forgetting.items()}
+    read |= {"evaluation.held_text": evaluation.held_text, "student.model": recipe.student.model}
+    for key, name in read.items():
         file = Path(name or "").resolve()
-        if file.is_file() and not file.is_relative_to(study.resolve()):  # what a study makes, it looks after
+        if file.is_relative_to(study.resolve()):  # what a study makes, it looks after
+            continue
+        student = key == "student.model" and file.exists() and name != "demo"
+        if student or file.is_file():
             if file not in digests:
-                digests[file] = JsonLines(file).digest()
+                digests[file] = fingerprint(file) if student else JsonLines(file).digest()
             if found.setdefault(str(file), digests[file]) != digests[file]:
                 raise UserError(
                     f"{key}: {file} has changed since the study's first cells; bring it back, or choose another "

@@ -20,7 +20,7 @@ from compact.comparison import MEASURES
 from compact.errors import UserError
 from compact.files import write_atomically
 from compact.report import table
-from compact.results import TaskResult, load_results
+from compact.results import TaskResult, finished, load_results
 from compact.statistics import Estimate, clustered, crossed
 from compact.study.grid import Cell, Grid
 
@@ -102,8 +102,8 @@ def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]
         for cell in (cell for cell in cells if cell.seed == seed):
             folder = study / "cells" / cell.name
             results, _ = load_results(folder, when)
-            finished = (folder / "report.json").exists() and not (folder / "failed.txt").exists()
-            if not results or (when == "after" and not finished):
+            over = finished(folder) and not (folder / "failed.txt").exists()
+            if not results or (when == "after" and not over):
                 break
             for key, item, value in _measured(results, cell.fold):
                 asked[key][item].append(value)
@@ -161,7 +161,7 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         folder = study / "cells" / cell.name
         file = folder / "report.json"
-        if file.exists() and not (folder / "failed.txt").exists():
+        if finished(folder) and not (folder / "failed.txt").exists():
             reports.setdefault((cell.setting, cell.method), []).append(json.loads(file.read_text()))
     out = []
     for (setting, method), found in reports.items():

@@ -28,6 +28,7 @@ from compact.study.data import recipe_of
 from compact.study.grid import load_grid
 from tests.processes import ROOT
 from tests.study_cases import grid_file, study
+from tests.toy_run import toy_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,29 @@ def test_a_file_that_changed_since_the_first_cells_is_named(tmp_path):
     rows.write_text("{}\n{}\n")
     with pytest.raises(UserError, match=f"data.train: {rows} has changed since .* --study"):
         runner._check_unchanged(recipe, study, {})
+    recipe = from_dict(
+        {"run": "r", "evaluation": {"tasks": {"more": str(other)}}, "student": {"model": str(tmp_path)}}
+    )
+    runner._check_unchanged(recipe, study, {})
+    other.write_text("{}\n")
+    with pytest.raises(UserError, match=f"evaluation.tasks.more: {other} has changed"):
+        runner._check_unchanged(recipe, study, {})
+    other.write_text("{}\n{}\n")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"student.model: {tmp_path} has changed"):
+        runner._check_unchanged(recipe, study, {})
+
+
+def test_a_cell_that_failed_before_it_was_a_run_is_tried_again(toy, tmp_path):
+    rows = tmp_path / "late.jsonl"
+    changes = {"methods": ["uniform"], "settings": {"folds": {"folds": 2}}, "set": {"data.train": str(rows)}}
+    path = grid_file(tmp_path, toy, recipe="demo", **changes)
+    assert study(path) == 1
+    failed = tmp_path / "study" / "cells" / "folds" / "uniform" / "seed-0-fold-0" / "failed.txt"
+    assert f"there is no file {rows}" in failed.read_text()
+    write_rows(rows, toy_rows(11))
+    assert study(path) == 0
+    assert not failed.exists() and (failed.parent / "report.json").exists()
 
 
 def test_a_study_that_was_moved_goes_on_where_it_is(finished, toy, tmp_path):
@@ -222,6 +246,9 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     assert all(torch.equal(saved[name], mean[name]) for name in mean)
     assert "4 teachers (terse, verbose," in (run / "report.md").read_text() and not (run / "branches").exists()
+    (run / "branches" / "round-1-terse").mkdir(parents=True)  # as one that was killed while it cleared up leaves it
+    cell.run_merged(recipe, 1)
+    assert not (run / "branches").exists() and len(branches) == 1
     assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}
 
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import compact.analyze
 import compact.train
 from compact.metrics import MetricsTable, read_metrics
 from compact.run_folder import locked
@@ -71,13 +72,14 @@ def test_a_run_that_is_under_way_is_not_run_twice(refused, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
     with locked(tmp_path / "run"):
         refused("another run is writing to it", "with --run", trained=True, training__disable_tqdm=False)
+        ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+        (tmp_path / "run" / ".lock").write_text(ended.stdout)
+        said = f"one that process {int(ended.stdout)}, which has ended, had started"
+        refused(said, trained=True, training__disable_tqdm=False)
 
 
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(finished, toy, tmp_path, monkeypatch):
     words = flags(toy, tmp_path / "run", training__disable_tqdm=False)
-
-    class Killed(BaseException):
-        pass
 
     def die(self, *arguments):
         raise Killed
@@ -102,6 +104,102 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(finished, toy, tmp
     assert main(words) == 0
     assert not list((run / "checkpoints").glob(".*")) and list(run.glob(".*")) == [run / ".lock"]
     assert_same_run(finished, run)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_in(name: str, words: list[str], call: int = 1) -> None:
+    """The command, until compact.train's `name`, or the trainer's, is called for the `call`th time."""
+    owner = CompactTrainer if hasattr(CompactTrainer, name) else compact.train
+    real, calls = getattr(owner, name), []
+
+    def die(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, die)
+        with pytest.raises(Killed):
+            main(words)
+
+
+def test_a_report_on_a_run_under_way_does_not_end_it(finished, toy, tmp_path):
+    run = tmp_path / "run"
+    words = flags(toy, run, training__disable_tqdm=False)
+    killed_in("training_step", words, call=6)
+    assert compact.analyze.main([str(run)]) == 0
+    assert not json.loads((run / "report.json").read_text())["finished"]
+    assert "**The run is not finished.**" in (run / "report.md").read_text()
+    assert main(words) == 0
+    assert_same_run(finished, run)
+    assert json.loads((run / "report.json").read_text())["finished"]
+    assert compact.analyze.main([str(run)]) == 0
+    assert json.loads((run / "report.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("length", [{"training__max_steps": 7}, {"training__num_train_epochs": 1.5}])
+def test_a_run_that_ended_within_an_epoch_takes_no_further_step(toy, tmp_path, length):
+    options = {"training__lr_scheduler_type": "constant", **length}
+    assert main(flags(toy, tmp_path / "whole", **options)) == 0
+    words = flags(toy, tmp_path / "run", **options)
+    for name in ("save_student", "write_report"):
+        killed_in(name, words)
+    assert main(words) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_checkpoint_that_lacks_a_file_is_named(refused, toy, tmp_path):
+    run = tmp_path / "run"
+    killed_in("save_student", flags(toy, run))
+    last = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for name in ("optimizer.pt", "rng_state.pth", "adapter_model.safetensors"):
+        (last / name).rename(tmp_path / name)
+        refused(f"{last}, is not whole: it has no {name}. Remove it", trained=True)
+        (tmp_path / name).rename(last / name)
+    assert main(flags(toy, run)) == 0
+
+
+def test_what_was_measured_of_information_is_there_after_a_resumption(toy, tmp_path):
+    words = flags(toy, tmp_path / "run", information__every=1, training__logging_steps=50)
+    killed_in("training_step", words, call=6)
+    assert main(words) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "information.jsonl")] == list(range(1, 11))
+
+
+def test_a_damaged_row_of_the_table_is_named_and_none_is_lost(refused, toy, tmp_path):
+    run = tmp_path / "run"
+    killed_in("save_student", flags(toy, run))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:-1], *lines[2:]]) + "\n")
+    refused(f"{run / 'metrics.jsonl'}:2: a damaged line", trained=True)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_run_does_not_go_on_with_another_student_or_other_tasks(refused, toy, tmp_path):
+    run, task, texts = tmp_path / "run", tmp_path / "task.jsonl", tmp_path / "texts.jsonl"
+    student = shutil.copytree(toy / "student", tmp_path / "student")
+    write_rows(task, [{"question": "1+1?", "answer": "2"}])
+    write_rows(texts, [{"text": "Tom has eggs."}])
+    options = {
+        "student__model": student,
+        "evaluation__tasks__sums": task,
+        "evaluation__held_text": texts,
+        "training__max_steps": 2,
+    }
+    killed_in("save_student", flags(toy, run, **options))
+    save_student(student, seed=1)
+    refused("the weights of the student have changed since", trained=True, **options)
+    save_student(student)
+    write_rows(task, [{"question": "1+2?", "answer": "3"}])
+    write_rows(texts, [{"text": "Tom has no eggs."}])
+    refused("the questions of sums and the texts of evaluation.held_text have changed", trained=True, **options)
+    write_rows(task, [{"question": "1+1?", "answer": "2"}])
+    write_rows(texts, [{"text": "Tom has eggs."}])
+    assert main(flags(toy, run, **options)) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- two processes
@@ -272,6 +370,12 @@ def test_ctrl_c_ends_without_a_traceback_and_says_how_to_go_on(toy, tmp_path, mo
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CompactTrainer, "training_step", interrupted)
-    assert main(flags(toy, tmp_path / "run")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    words = flags(toy, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(CompactTrainer, "training_step", interrupted)
+        assert main(words) == 130
+    said = capsys.readouterr().err
+    assert "the same command goes on with training from its start: there is no checkpoint yet" in said
+    monkeypatch.setattr("compact.train.save_student", interrupted)
+    assert main(words) == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
