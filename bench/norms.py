@@ -25,10 +25,10 @@ from bench.shapes import Scale
 from bench.steps import CONFIG, Step, prepare_step
 from bench.targets import INFORMATION, MIND, WITHOUT, WITHOUT_MIND
 from bench.timing import Runner, free_memory, one_line
-from compact.backbone import decoder_layers, unwrap
 from compact.config import CompactConfig
 from compact.information import InformationLog
 from compact.loss import distillation_loss
+from compact.models import decoder_layers, unwrap
 from compact.strategies import Context, Strategy
 from compact.strategies.compact import Compact
 from compact.strategies.mind import Mind

@@ -22,10 +22,11 @@ from bench.peers import PEERS
 from bench.shapes import Scale, Student
 from bench.timing import Runner, free_memory, one_line
 from compact.attention import attention_for, packed_rows
-from compact.backbone import decoder_layers, prepare, unwrap
+from compact.backbone import prepare
 from compact.collate import Collator
 from compact.config import CompactConfig, LoraConfig
 from compact.loss import MODEL_INPUTS, distillation_loss
+from compact.models import decoder_layers, unwrap
 from compact.strategies.compact import Compact
 from compact.student import add_lora
 

@@ -1,4 +1,4 @@
-"""A causal LM that stops at its hidden states: its backbone, head and last-layer projections.
+"""A causal LM that stops at its hidden states: its backbone and its head.
 
 ``prepare`` teaches a Hugging Face causal LM the call ``model(…, compact=ragged)``; ``head`` finds the output layer.
 """
@@ -8,28 +8,27 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from compact.attention import noted, packed_rows
+from compact.attention import packed_rows
 from compact.errors import UserError
+from compact.models import sharded_units, unwrap
+from compact.projections import Tap, last_attention, query_key, tap_of
 from compact_kernels.ragged import Ragged
 
 logger = logging.get_logger(__name__)
@@ -111,45 +110,7 @@ pytree.register_dataclass(Head)
 pytree.register_dataclass(StudentOutput)
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside DDP, torch.compile, DeepSpeed and peft wrappers."""
-    inner: nn.Module | None = model
-    while inner is not None and not isinstance(inner, PreTrainedModel):
-        if isinstance(inner, PeftModel):
-            inner = inner.get_base_model()
-        else:
-            children = dict(inner.named_children())
-            inner = children.get("module", children.get("_orig_mod"))
-    if inner is None:
-        raise UserError(
-            f"{type(model).__name__} holds no transformers PreTrainedModel; pass a causal LM of transformers"
-        )
-    return inner
-
-
 # --------------------------------------------------------------------------------------------------------- forward
-
-
-class _Tap:
-    """Forward pre-hook of the last attention module: keeps its input at `rows`, while there are rows to keep.
-
-    Gradient checkpointing runs the hook again during backward; `rows` is None by then, so nothing is kept.
-    """
-
-    rows: Tensor | None = None  # (S,) int64
-    states: Tensor | None = None  # (S, D)
-    position_embeddings: tuple[Tensor, Tensor] | None = None  # (1, T, d_rotary) each, for their sizes
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.rows is not None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.states = hidden.detach()[0, self.rows]
-            self.position_embeddings = kwargs.get("position_embeddings")
-
-    def take(self) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        taken = self.states, self.position_embeddings
-        self.rows = self.states = self.position_embeddings = None
-        return taken
 
 
 def prepare(model: nn.Module, *, projections: bool = True) -> nn.Module:
@@ -185,7 +146,7 @@ def prepare(model: nn.Module, *, projections: bool = True) -> nn.Module:
         )
     attention = last_attention(inner) if projections else None
     if attention is not None and tap_of(attention) is None:
-        attention.register_forward_pre_hook(_Tap(), with_kwargs=True)
+        attention.register_forward_pre_hook(Tap(), with_kwargs=True)
     inner.forward = types.MethodType(_patched(type(inner), projections), inner)
     return model
 
@@ -262,10 +223,10 @@ def _stop_at_hidden(
         hidden = torch.ops.aten._unsafe_view.default(hidden, hidden.shape[1:])
     finally:
         states, rotary = tap.take() if tap is not None else (None, None)
-    query, key = _query_key(model, states, rotary) if states is not None else (None, None)
+    query, key = query_key(model, states, rotary) if states is not None else (None, None)
     layer = head(model)
     # FSDP2 frees what it gathered when this forward returns, so the loss needs a copy; elsewhere a view is enough.
-    copied = bool(_sharded_units(model))
+    copied = bool(sharded_units(model))
     weight, bias = (
         None if tensor is None else tensor.clone() if copied else tensor.view_as(tensor)
         for tensor in (layer.weight, layer.bias)
@@ -304,119 +265,6 @@ def _pooled(hidden: Tensor, ragged: Ragged) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------- projections
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The backbone's list of layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(model).__name__} has no list of {count} layers (config.num_hidden_layers) in its backbone")
-
-
-def last_attention(model: PreTrainedModel) -> nn.Module:
-    for candidate in decoder_layers(model)[-1].modules():
-        if type(candidate).__name__.endswith("Attention") and isinstance(
-            getattr(candidate, "config", None), PretrainedConfig
-        ):
-            return candidate
-    raise UserError(
-        f"{type(model).__name__}: no attention module in its last layer, so there are no query and key projections "
-        "for the consensus graph (eq. 4); set consensus.affinity=cosine"
-    )
-
-
-def tap_of(attention: nn.Module) -> _Tap | None:
-    return next((hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, _Tap)), None)
-
-
-def context_length(model: nn.Module) -> int:
-    """Tokens that the student can read at once; sys.maxsize where its positions have no end."""
-    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module's own mode restored afterwards: a frozen part may be in evaluation mode already."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@torch.compiler.disable
-@torch.no_grad()
-def _query_key(model: PreTrainedModel, states: Tensor, rotary: object) -> tuple[Tensor, Tensor]:
-    """Queries and keys (S, H, d) float32 of eq. 4, from the last layer's attention input `states` (S, D).
-
-    The attention module itself is run on S sequences of one token at rotary position 0, where rotating is the
-    identity, with an attention function that notes what it is given: every layout of the projections (fused,
-    interleaved, Conv1D), query/key norms, clipping and live LoRA are the module's own. In float32, because states
-    after identical suffixes lie close (method §2), and without LoRA dropout: it must not draw random numbers, or
-    gradient checkpointing would recompute with other masks. The layer's logit scale is folded into the query.
-    """
-    attention = last_attention(model)
-    inputs: dict = {"attention_mask": None, "position_ids": states.new_zeros((len(states), 1), dtype=torch.int64)}
-    if isinstance(rotary, tuple):
-        cos, sin = rotary
-        inputs["position_embeddings"] = torch.ones_like(cos[:, :1]).float(), torch.zeros_like(sin[:, :1]).float()
-    try:
-        with (
-            evaluation_mode(attention),
-            _gathered(model, attention),
-            torch.autocast(states.device.type, enabled=False),
-            noted(cast(PretrainedConfig, attention.config)) as projections,
-        ):
-            parameters = {
-                name: parameter.float() if parameter.is_floating_point() else parameter
-                for name, parameter in attention.named_parameters()
-            }
-            functional_call(attention, parameters, (states.float().unsqueeze(1),), inputs)
-            found = list(projections)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise _no_projections(model, attention) from error
-    if len(found) != 1 or found[0].query.shape[2] != 1:
-        raise _no_projections(model, attention)
-    query, key = found[0].query[:, :, 0], found[0].key[:, :, 0]
-    if found[0].scaling is not None:
-        query = query * (found[0].scaling * query.shape[-1] ** 0.5)
-    return query.float(), key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-
-
-def _sharded_units(model: nn.Module) -> list[nn.Module]:
-    """FSDP2's units, outer ones first. Modules are walked only where there are ranks: a walk takes milliseconds."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _no_projections(model: PreTrainedModel, attention: nn.Module) -> UserError:
-    return UserError(
-        f"{type(model).__name__}: the query and key projections of its last attention layer "
-        f"({type(attention).__name__}) cannot be found for the consensus graph (eq. 4); set consensus.affinity=cosine"
-    )
-
-
-@contextmanager
-def _gathered(model: PreTrainedModel, module: nn.Module) -> Iterator[None]:
-    """Inside, the parameters of `module` are whole on this rank, under FSDP2 and ZeRO-3 too."""
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            yield
-        return
-    owners = [unit for unit in _sharded_units(model) if any(child is module for child in unit.modules())]
-    owner = cast(FSDPModule, owners[-1]) if owners else None  # the innermost unit holds the parameters
-    if owner is not None:
-        owner.unshard()
-    yield
-    if owner is not None:
-        owner.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------------ head

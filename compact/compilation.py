@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from compact.backbone import decoder_layers, last_attention, tap_of, unwrap
 from compact.errors import UserError
+from compact.models import decoder_layers, unwrap
+from compact.projections import last_attention, tap_of
 
 BACKEND = "inductor"
 GRAPHS = 20  # at most, as the option's help says

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from compact import options
 from compact.commandline import help_lines, set_flags
 from compact.errors import UserError
-from compact.options import Given, as_given, option, refuse
+from compact.options import Given, as_given, option
+from compact.training_arguments import check_training
 from compact.yamlfile import read_file, write_file
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -363,67 +363,6 @@ class Recipe(CompactConfig):
                 raise UserError(
                     f"evaluation: the task {name!r} must be named as a file can be: letters, digits, . _ -"
                 )
-
-
-ANY = object()
-# Fields of TrainingArguments that a recipe may not set (to that value): they would be ignored or break the method.
-NOT_IN_TRAINING: dict[str, tuple[object, str]] = {
-    "output_dir": (ANY, "the run's folder is the key run"),
-    "seed": (ANY, "set the key seed"),
-    "gradient_checkpointing": (ANY, "set student.gradient_checkpointing"),
-    "activation_checkpointing": (ANY, "set student.gradient_checkpointing"),
-    "use_cache": (ANY, "packed batches are only right without the cache"),
-    "remove_unused_columns": (ANY, "the collator needs every column"),
-    "label_names": (ANY, "the labels are the collator's"),
-    "label_smoothing_factor": (ANY, "the loss is the method's own and has no smoothing"),
-    "use_liger_kernel": (ANY, "it replaces the forward that the method needs"),
-    "liger_kernel_config": (ANY, "it replaces the forward that the method needs"),
-    "average_tokens_across_devices": (False, "a step is normalised over all devices, or the loss would change"),
-    "parallelism_config": (ANY, "context and sequence parallelism would split a question"),
-    "train_sampling_strategy": ("group_by_length", "an item is a question, which has several lengths"),
-    "resume_from_checkpoint": (ANY, "Trainer does not read it; a run goes on from its own last checkpoint"),
-    "eval_strategy": (ANY, "the run evaluates before and after training, by generation"),
-    "eval_on_start": (ANY, "the run evaluates before and after training, by generation"),
-    "load_best_model_at_end": (ANY, "nothing is evaluated in between"),
-    "save_strategy": ("best", "nothing is evaluated in between; epoch, steps or no"),
-    "torch_compile": (True, "set student.compile, which compiles the layers and not what reads their states"),
-    "torch_compile_backend": (ANY, "set student.compile"),
-    "torch_compile_mode": (ANY, "set student.compile"),
-    "fp16": (True, "its loss scaling makes gradients infinite on purpose; bf16 needs none"),
-    "dataloader_drop_last": (True, "questions would be left out without a word"),
-    "do_train": (ANY, "nothing reads it"),
-    "do_eval": (ANY, "nothing reads it"),
-    "do_predict": (ANY, "nothing reads it"),
-    "hub_token": (ANY, "it would be written to the run's recipe.yaml: log in with `hf auth login`"),
-}
-
-
-def check_training(given: Given) -> None:
-    """Names and types of the `training` section, against the installed transformers.
-
-    Raises:
-        UserError: an unknown field (with the nearest), one that is not the recipe's to set, or a wrong type.
-    """
-    if not given.value:
-        return
-    from transformers import TrainingArguments  # seconds to import, and most uses of this module need none of it
-
-    types = options.hints(TrainingArguments)
-    for name, item in given.value.items():
-        key = f"training.{name}"
-        refused, reason = NOT_IN_TRAINING.get(name, (None, ""))
-        if reason and (refused is ANY or item.value == refused):
-            refuse(item, key, reason if refused is ANY else f"{refused!r} is refused: {reason}")
-        if name not in types:
-            near = options.nearest(str(name), types) or "; its fields are listed in transformers' documentation"
-            refuse(item, key, f"transformers.TrainingArguments has no such field{near}")
-        if options.optional(types[name])[0] in (bool, int, float, str):
-            options.coerce(types[name], item, key)
-        for kind in get_args(types[name]):
-            if isinstance(kind, type) and issubclass(kind, enum.Enum) and item.value not in list(kind):
-                choices = [str(member.value) for member in kind]
-                near = options.nearest(str(item.value), choices)
-                refuse(item, key, f"{item.value!r} is not one of {', '.join(choices)}{near}")
 
 
 def embedded_recipes() -> list[str]:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.answers import extract, same_answer
-from compact.backbone import context_length
 from compact.commandline import positive
 from compact.config import DataConfig, EvaluationConfig
 from compact.errors import UserError
 from compact.generation import evaluating, generate_answers, score_answers
+from compact.models import context_length
 from compact.results import TaskResult, check_run, finished, load_results, store_results
 from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions

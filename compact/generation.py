@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compact.backbone import context_length, evaluation_mode
 from compact.config import DataConfig
 from compact.errors import UserError
+from compact.models import context_length, evaluation_mode
 from compact.statistics import mean
 from compact.student import head
 from compact.tasks import TaskRow

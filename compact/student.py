@@ -7,8 +7,6 @@ The parts that run in every step (``prepare``, ``head``) are in :mod:`compact.ba
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +14,6 @@ from typing import Any, cast
 import peft
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -26,10 +23,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from compact.attention import attention_for, windows_noted
-from compact.backbone import Head, StudentOutput, decoder_layers, evaluation_mode, head, prepare, unwrap
+from compact.backbone import Head, StudentOutput, head, prepare
 from compact.compilation import compile_layers
 from compact.config import LoraConfig, StudentConfig
 from compact.errors import UserError
+from compact.gguf_file import load_gguf
+from compact.models import decoder_layers, evaluation_mode, unwrap
 from compact.randomness import random_state_kept
 from compact_kernels.ragged import Ragged
 
@@ -82,9 +81,12 @@ def load_student(
             what :func:`check` and :func:`add_lora` raise.
     """
     dtype = compute_dtype(config)
-    load = _load_gguf if config.model.endswith(".gguf") else _load_folder
     # AdamW's small steps would be lost in bfloat16 weights: those that train stay float32, and autocast computes.
-    model, tokenizer = load(config, torch.float32 if config.lora is None else dtype)
+    kept = torch.float32 if config.lora is None else dtype
+    if config.model.endswith(".gguf"):
+        model, tokenizer = load_gguf(Path(config.model), kept)
+    else:
+        model, tokenizer = _load_folder(config, kept)
     _settle_tokens(model, tokenizer, config.model)
     if config.attention == "auto":
         implementation = attention_for(
@@ -133,72 +135,6 @@ def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedM
             "which would be random. A backbone saved without its head is no causal LM: save the whole model"
         )
     return model, tokenizer
-
-
-def _load_gguf(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file and rebuild it as an ordinary model: transformers counts it as quantized otherwise."""
-    path = Path(config.model)
-    if not path.is_file():
-        raise UserError(f"student.model={path}: no such file")
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"student.model={path}: reading GGUF needs the package gguf; run: pip install gguf")
-    try:
-        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # whatever a foreign or broken file makes the reader raise
-        raise UserError(f"student.model={path}: transformers cannot read this GGUF file. {error}") from error
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)
-    plain_config = type(read.config)(**settings)
-    plain_config.dtype = dtype
-    with no_init_weights():
-        plain = type(read)(plain_config)
-    plain.load_state_dict(read.state_dict())
-    plain.tie_weights()
-    plain.generation_config = copy.deepcopy(read.generation_config)
-    plain.eval()
-    _settle_gguf_tokenizer(tokenizer, path)
-    _drop_tokens_beyond(len(_embedding(plain)), tokenizer)
-    return nn.Module.to(plain, dtype), tokenizer
-
-
-def _settle_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Take from the file what transformers gets wrong.
-
-    * Special tokens: transformers 5.17 calls BOS EOS and the reverse, and drops the padding token.
-    * Splitting into words: transformers splits as GPT-2 does wherever it does not know the name that the file gives.
-      For ``smollm`` that joins the last of several newlines or spaces to a digit, where the model's own tokenizer
-      splits digits off first: "\\n\\n48" has other ids (8 of 1,000 GSM8K texts). Others are warned of.
-    """
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        field = fields.get(f"tokenizer.ggml.{key}_token_id")
-        token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
-        setattr(tokenizer, f"{name}_token", token)
-    backend = tokenizer.backend_tokenizer
-    if "tokenizer.ggml.pre" not in fields or not isinstance(backend.model, models.BPE):
-        return
-    name = fields["tokenizer.ggml.pre"].contents()
-    if name == "smollm":
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif name not in ("default", "gpt-2") and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        logger.warning(
-            f"{path}: text is split into words as GPT-2 does, but this file asks for {name!r}; token ids may differ "
-            "from those the student was trained on. The original model's folder avoids this"
-        )
-
-
-def _drop_tokens_beyond(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Forget special tokens that the file does not have: some transformers add a default ``<|endoftext|>``."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [token for token in described["added_tokens"] if token["id"] < rows]
-    if len(kept) < len(described["added_tokens"]):
-        described["added_tokens"] = kept
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
 
 
 def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compact.backbone import evaluation_mode
 from compact.collate import Collator, to_device
 from compact.config import CompactConfig
 from compact.loss import consensus_vectors, distillation_loss
+from compact.models import evaluation_mode
 from compact.strategies import Strategy
 from compact_kernels import question_affinity
 

@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from compact import demo
@@ -42,35 +42,11 @@ from compact.run_folder import Phases, claim, locked, save_student
 from compact.student import check_float32_head, compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer, check_length
+from compact.training_arguments import training_arguments
 from compact.training_data import check_unchanged, example_question, training_data
 
 logger = logging.getLogger("compact")
 
-# What a recipe's `training` section need not say. Everything else is transformers' own default.
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 3,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,  # a share of all steps
-    "logging_steps": 10,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),
-    "ddp_find_unused_parameters": False,  # every parameter that trains is used in every step
-    "use_cpu": not torch.accelerator.is_available(),
-}
-# Fields that transformers does not check before training begins.
-AT_LEAST = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "warmup_steps": 0,
-    "dataloader_num_workers": 0,
-}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What reading a damaged checkpoint raises.
 UNREADABLE = (EOFError, OSError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError, RuntimeError)
@@ -265,36 +241,6 @@ def _main_process_first() -> Iterator[None]:
         if state.is_main_process:
             broadcast_object_list(failed)
     state.wait_for_everyone()
-
-
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """transformers' arguments of a recipe: its `training` section over this project's few defaults.
-
-    Raises:
-        UserError: a value out of range, or one that transformers refuses.
-    """
-    for name, least in AT_LEAST.items():
-        value = recipe.training.get(name, least)
-        if isinstance(value, (int, float)) and value < least:
-            raise UserError(f"training.{name}: {value} is out of range: at least {least}")
-    epochs, steps = recipe.training.get("num_train_epochs", 1), recipe.training.get("max_steps", -1)
-    if epochs <= 0 and steps <= 0:  # type: ignore[operator]
-        raise UserError(f"training.num_train_epochs: {epochs} trains nothing: above 0 is needed, or max_steps")
-    given: dict[str, Any] = {**TRAINING_DEFAULTS, "bf16": compute_dtype(recipe.student) is torch.bfloat16}
-    if "save_steps" in recipe.training:
-        given["save_strategy"] = "steps"
-    given |= {**recipe.training, "output_dir": str(Path(recipe.run) / "checkpoints"), "seed": recipe.seed}
-    try:
-        arguments = TrainingArguments(**given)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training: transformers refuses it: {str(error).strip().removeprefix('--')}") from error
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except ImportError as error:
-        raise UserError(f"training.optim: {error}") from error
-    except ValueError:  # some want to see the model: the Trainer asks them again
-        pass
-    return arguments
 
 
 def tell(report: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import ProgressCallback
 
 from compact.adapters.trainer import DistillationMixin, refuse_arguments
-from compact.backbone import context_length
 from compact.checkpoints import WholeCheckpoints
 from compact.collate import to_device
 from compact.config import CompactConfig, DataConfig
@@ -28,6 +27,7 @@ from compact.errors import UserError
 from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
+from compact.models import context_length
 from compact.norm_cap import LastNormCap
 from compact.randomness import random_state_kept
 from compact.strategies import check_weights

@@ -10,7 +10,6 @@ import pytest
 
 from compact import options
 from compact.config import (
-    NOT_IN_TRAINING,
     RECIPES,
     CompactConfig,
     ConsensusConfig,
@@ -26,6 +25,7 @@ from compact.config import (
     to_dict,
 )
 from compact.errors import UserError
+from compact.training_arguments import NOT_IN_TRAINING
 from compact.yamlfile import read_text
 
 

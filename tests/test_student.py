@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compact.backbone import last_attention, tap_of
 from compact.config import LoraConfig
 from compact.errors import UserError
+from compact.projections import last_attention, tap_of
 from compact.student import add_lora, check, prepare
 from tests.architectures import CONFIGS, MORE, tiny, token_ids
 from tests.processes import two_ranks

@@ -18,97 +18,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import compact.analyze
-from compact.config import Recipe, from_dict, read_recipe
-from compact.data import load_questions
-from compact.drift import measure_drift
+from compact.config import from_dict, read_recipe
 from compact.errors import UserError
-from compact.evaluate import evaluate_tasks, recipe_tasks
-from compact.files import save_model, write_atomically
+from compact.files import write_atomically
 from compact.options import plain
-from compact.results import finished, load_results
-from compact.run_folder import claim, save_student
+from compact.results import load_results
+from compact.study.merge import run_merged
 from compact.train import run
-from compact.training_data import training_data
-
-
-def run_merged(recipe: Recipe, rounds: int) -> None:
-    """Branches that each learn from one teacher, merged by averaging their weights (Merge-of-Thought's idea).
-
-    Every round trains its branches from the last round's average, with an even share of the recipe's epochs or steps;
-    the branches are ordinary runs in RUN/branches. RUN then holds the merged student, its evaluation and a report.
-    """
-    assert recipe.data.train is not None
-    folder = Path(recipe.run)
-    claim(folder, recipe)
-    if finished(folder):
-        _clear(folder)
-        return
-    _, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=folder / "cache")
-    share = {"num_train_epochs": float(recipe.training.get("num_train_epochs", 3)) / rounds}  # type: ignore[arg-type]
-    if (steps := int(recipe.training.get("max_steps", -1))) > 0:  # type: ignore[call-overload]
-        share["max_steps"] = max(1, round(steps / rounds))
-    student = recipe.student
-    for number in range(1, rounds + 1):
-        branches = []
-        for teacher in read.teachers:
-            branch = replace(
-                recipe,
-                run=str(folder / "branches" / f"round-{number}-{teacher}"),
-                strategy="single",
-                weights=replace(recipe.weights, teacher=teacher),
-                student=student,
-                training={**recipe.training, **share},
-                evaluation=replace(recipe.evaluation, tasks={}, forgetting={}, held_text=None, limit=1),
-            )
-            run(branch)
-            branches.append(Path(branch.run) / "student")
-        average = folder / f"round-{number}"
-        if not average.exists():
-            save_model(averaged(branches), AutoTokenizer.from_pretrained(branches[0]), average)
-        student = replace(student, model=str(average))
-    model = AutoModelForCausalLM.from_pretrained(average, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(average)
-    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    _, held_out, report = training_data(recipe, tokenizer, folder)  # the same as every branch's
-    write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
-    settings = recipe.evaluation
-    evaluate_tasks(
-        model,
-        tokenizer,
-        recipe_tasks(settings, held_out, recipe.seed),
-        folder,
-        "after",
-        data=recipe.data,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    if settings.held_text is not None:
-        measure_drift(recipe, model, tokenizer, folder)
-    save_student(model, tokenizer, folder)
-    compact.analyze.write_report(folder, over=True)
-    _clear(folder)
-
-
-def _clear(folder: Path) -> None:
-    """What a merged student was made of."""
-    for leftover in (folder / "branches", *folder.glob("round-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def averaged(folders: Sequence[Path]) -> PreTrainedModel:
-    """A model whose weights are the means, in float32, of those in `folders`, in their own dtype."""
-    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype="auto")
-    states = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict() for folder in folders]
-    mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
-    model.load_state_dict({name: value.to(states[0][name].dtype) for name, value in mean.items()})
-    return model
 
 
 def main(argv: Sequence[str] | None = None) -> int:

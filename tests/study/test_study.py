@@ -23,7 +23,7 @@ from compact.config import from_dict
 from compact.errors import UserError
 from compact.results import load_results
 from compact.run_folder import locked
-from compact.study import cell, runner, summary
+from compact.study import cell, merge, runner, summary
 from compact.study.data import recipe_of
 from compact.study.grid import load_grid
 from tests.processes import ROOT
@@ -234,9 +234,9 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
         branches.append(([AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders], model.state_dict()))
         return model
 
-    averaged = cell.averaged
-    monkeypatch.setattr(cell, "averaged", remembered)
-    cell.run_merged(recipe, 1)
+    averaged = merge.averaged
+    monkeypatch.setattr(merge, "averaged", remembered)
+    merge.run_merged(recipe, 1)
     (states, mean), run = branches[0], Path(recipe.run)
     assert len(states) == 4
     for name, value in mean.items():
@@ -247,7 +247,7 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     assert all(torch.equal(saved[name], mean[name]) for name in mean)
     assert "4 teachers (terse, verbose," in (run / "report.md").read_text() and not (run / "branches").exists()
     (run / "branches" / "round-1-terse").mkdir(parents=True)  # as one that was killed while it cleared up leaves it
-    cell.run_merged(recipe, 1)
+    merge.run_merged(recipe, 1)
     assert not (run / "branches").exists() and len(branches) == 1
     assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}
 
@@ -258,7 +258,7 @@ def test_a_merged_student_is_evaluated_on_the_questions_that_its_branches_held_o
     _, cells, _ = load_grid([str(path), "--baseline", "merge_of_thought"])
     recipe = recipe_of(cells[0], tmp_path / "study")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, held_out=None))
-    cell.run_merged(recipe, 1)
+    merge.run_merged(recipe, 1)
     assert len(load_results(Path(recipe.run), "after")[0]["held_out"].predictions) > 0
 
 
