@@ -156,7 +156,8 @@ def _accuracy(run: Run, name: str) -> dict[str, Any]:
 def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
     """Draw what there is to draw: title → path below the run's folder; {"": why} where nothing can be drawn."""
     try:
-        from compact import influence_pictures, pictures, question_pictures, state_pictures
+        from compact import pictures
+        from compact.pictures import influence, question, states
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -175,20 +176,20 @@ def _draw(run: Run, content: Mapping[str, Any]) -> dict[str, str]:
             figures["statistics"] = pictures.statistics(run.metrics, run.teachers)
         if run.traces:
             epsilon = run.recipe.get("adaptability", {}).get("epsilon", 0.1)
-            figures["trajectory"] = question_pictures.trajectory(run.traces, run.teachers, epsilon)
-            figures["consensus"] = question_pictures.consensus_graph(run.traces, run.teachers)
-        states = run.folder / "analysis" / "states.npz"
-        if states.exists():
-            with np.load(states, allow_pickle=False) as arrays:
-                figures |= state_pictures.figures(dict(arrays), run.teachers)
+            figures["trajectory"] = question.trajectory(run.traces, run.teachers, epsilon)
+            figures["consensus"] = question.consensus_graph(run.traces, run.teachers)
+        inside = run.folder / "analysis" / "states.npz"
+        if inside.exists():
+            with np.load(inside, allow_pickle=False) as arrays:
+                figures |= states.figures(dict(arrays), run.teachers)
         if "influence" in _measured(run.metrics):
-            figures["influence"] = influence_pictures.influence(run.metrics, run.teachers)
+            figures["influence"] = influence.influence(run.metrics, run.teachers)
         if rows := read_metrics(run.folder / "information.jsonl"):
-            figures["information"] = influence_pictures.information(rows, run.teachers)
+            figures["information"] = influence.information(rows, run.teachers)
         norms = run.folder / "analysis" / "influence.npz"
         if norms.exists():
             with np.load(norms, allow_pickle=False) as arrays:
-                figures["norms"] = influence_pictures.norms(dict(arrays), run.teachers)
+                figures["norms"] = influence.norms(dict(arrays), run.teachers)
         for name, figure in figures.items():
             png = io.BytesIO()
             figure.savefig(png, format="png")

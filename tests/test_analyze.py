@@ -18,11 +18,10 @@ import yaml
 from matplotlib.figure import Figure
 
 import compact
-from compact import influence_pictures
 from compact.analyze import main, read_run, summarize, write_report
 from compact.metrics import read_metrics
-from compact.pictures import style
-from compact.question_pictures import consensus_graph, graph_of, terms, trajectory
+from compact.pictures import influence, style
+from compact.pictures.question import consensus_graph, graph_of, terms, trajectory
 from compact.report import markdown
 from compact.results import TaskResult, store_results, versions
 from tests.processes import ROOT, environment
@@ -235,7 +234,7 @@ def test_norms_that_were_measured_now_and_then_are_a_line_and_a_mean(tmp_path, u
     assert report["steps_with_norms"] == 2
     assert all(teacher["influence"] == 21 for teacher in report["teachers"].values())
     assert "Norms of 2 measured steps" in (folder / "report.md").read_text()
-    figure = influence_pictures.influence(rows, report["alpha_mean"])
+    figure = influence.influence(rows, report["alpha_mean"])
     lines = figure.axes[1].get_lines()
     assert len(lines) == len(report["teachers"]) and list(lines[0].get_xdata()) == [1, 21]
 
@@ -274,10 +273,9 @@ def test_the_importer_s_matplotlib_stays_as_it_was(tmp_path, undrawn):
 
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
-    for name in [n for n in sys.modules if n.startswith("matplotlib") or n.endswith("pictures")]:
+    for name in [n for n in sys.modules if n.startswith(("matplotlib", "compact.pictures"))]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("pictures", "question_pictures"):
-        monkeypatch.delattr(compact, name, raising=False)
+    monkeypatch.delattr(compact, "pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = plausible_run(tmp_path / "run", steps=5)
     write_report(folder)
@@ -340,6 +338,6 @@ def test_the_trainer_s_versions_are_kept(tmp_path):
 
 
 def test_a_report_and_its_pictures_are_written_without_transformers():
-    parts = "analyze, influence_pictures, pictures, question_pictures, state_pictures"
-    code = f"import sys; from compact import {parts}; assert not sys.modules.keys() & {{'transformers', 'peft'}}"
+    parts = "analyze, pictures.influence, pictures.question, pictures.states".replace(", ", ", compact.")
+    code = f"import sys, compact.{parts}; assert not sys.modules.keys() & {{'transformers', 'peft'}}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)

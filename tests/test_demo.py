@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from compact.config import from_dict, load_recipe
 from compact.demo import build
 from compact.demo.arms import arms_table, compare_arms, run_arms
+from compact.demo.pretraining import document
 from compact.demo.questions import draw_problems
-from compact.demo.skills import document
 from compact.demo.teachers import LARGEST_SLIP, SLIP, TEACHERS, rationales, slip
 from compact.errors import UserError
 from compact.train import run

@@ -132,7 +132,7 @@ def test_a_correlation_that_length_makes_is_gone_without_it():
 
 
 def test_without_scikit_learn_the_message_says_how_to_get_it(monkeypatch):
-    from compact.state_pictures import tsne
+    from compact.pictures.states import tsne
 
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compact.config import Recipe
+from compact.demo.pretraining import SKILLS, Pair, document, draw_skill
 from compact.demo.questions import Problem, draw_problems
-from compact.demo.skills import SKILLS, Pair, document, draw_skill
 from compact.demo.teachers import rationales
 from compact.demo.tiny import build_model, build_tokenizer, pretrain
 from compact.files import save_model, write_atomically

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compact.demo.skills import Pair, document
+from compact.demo.pretraining import Pair, document
 
 PIECE = r" ?[A-Za-z]+| ?[0-9]+|[\s\S]"  # a word or a number with the space before it, else one character
 CONTEXT = 256  # tokens
@@ -73,7 +73,7 @@ def pretrain(
     documents: int = 64,
     learning_rate: float = 4e-3,
 ) -> list[float]:
-    """Teach the model what follows the prompts of :func:`compact.demo.skills.document`.
+    """Teach the model what follows the prompts of :func:`compact.demo.pretraining.document`.
 
     Args:
         render: as `document` takes it.
