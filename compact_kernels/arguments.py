@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 DEBUG = os.environ.get("COMPACT_KERNELS_DEBUG") == "1"
 
 
+def debugging() -> bool:
+    """Whether values are looked at, for which a device is waited for; not in a graph, which has none yet."""
+    return DEBUG and not torch.compiler.is_compiling()
+
+
 def check_loss(weighting: Weighting, ragged: Ragged, targets: Tensor) -> None:
     """What decides α and what is made of it, against the batch and its scored rows' targets (N,)."""
     rule, weights = weighting.rule, weighting.weights
@@ -26,7 +31,7 @@ def check_loss(weighting: Weighting, ragged: Ragged, targets: Tensor) -> None:
             check_per_rationale(name, vector, ragged)
     if weights is not None:
         check_weights("weights", weights)
-    if DEBUG and (reference := weighting.difficulty_reference) is not None and not bool((reference > 0).all()):
+    if debugging() and (reference := weighting.difficulty_reference) is not None and not bool((reference > 0).all()):
         raise ValueError(f"difficulty_reference is {reference.tolist()}; a loss that is divided by is above 0")
     for name in ("normalizer", "divergence_normalizer"):
         value = getattr(weighting, name)
@@ -34,7 +39,7 @@ def check_loss(weighting: Weighting, ragged: Ragged, targets: Tensor) -> None:
             continue
         if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
             raise ValueError(f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; it is one real number")
-        if (DEBUG or not isinstance(value, Tensor)) and not 0 < value < float("inf"):
+        if (debugging() or not isinstance(value, Tensor)) and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0")
     if not 0 <= weighting.divergence_weight < float("inf"):
         raise ValueError(f"divergence_weight is {weighting.divergence_weight}; it must not be negative")
@@ -65,7 +70,7 @@ def check_scored(ragged: Ragged, targets: Tensor, ignore_index: int) -> None:
         targets: of the scored rows (N,): in debug mode those that are ignored do not count.
     """
     rows, questions = ragged.sizes.cu_rows, ragged.sizes.cu_questions
-    if DEBUG:
+    if debugging():
         counted = torch.nn.functional.pad((targets != ignore_index).cumsum(0), (1, 0))
         rows = counted[rows].tolist()
     for first, last in zip(questions, questions[1:]):
@@ -115,7 +120,7 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
     for name, tensor in (("head_weight", head_weight), ("bias", bias)):  # a bias of −∞ forbids a token
-        if DEBUG and tensor is not None and bool(tensor.isnan().any()):
+        if debugging() and tensor is not None and bool(tensor.isnan().any()):
             raise ValueError(f"{name} is NaN at {tensor.isnan().nonzero()[0].tolist()} …")
     width = hidden.shape[-1]
     if head_weight.dim() != 2 or head_weight.shape[1] != width:
@@ -173,7 +178,7 @@ def check_alpha(alpha: Tensor, ragged: Ragged) -> None:
 
 
 def check_weights(name: str, weights: Tensor) -> None:
-    if DEBUG and not bool(((weights >= 0) & weights.isfinite()).all()):
+    if debugging() and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError(f"{name} is {weights.tolist()}; weights are finite and not negative")
 
 
@@ -189,7 +194,7 @@ def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragge
     span = None if ragged is None else ragged.sizes.evidence_range
     if span is not None and not 0 <= span[0] <= span[1] < vocabulary:
         raise ValueError(f"ragged.evidence_ids span {span[0]} … {span[1]}; the head has {vocabulary}")
-    if targets.device.type != "cpu" and not DEBUG:
+    if targets.device.type != "cpu" and not debugging():
         return
     counted = targets[targets != ignore_index]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocabulary:
@@ -199,7 +204,7 @@ def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragge
 
 
 def check_finite(hidden: Tensor) -> None:
-    if DEBUG and not bool(hidden.isfinite().all()):
+    if debugging() and not bool(hidden.isfinite().all()):
         rows = (~hidden.isfinite()).reshape(-1, hidden.shape[-1]).any(-1).nonzero()[:5, 0].tolist()
         raise ValueError(f"hidden is not finite in rows {rows} …")
 

@@ -527,3 +527,5 @@ def test_debugging_finds_what_is_not_finite_or_negative(monkeypatch):
         answer_divergence(hidden, weight, ragged, -ones)
     forbidden = torch.tensor([-math.inf, 0, 0, 0, 0])
     assert compatibility_loss(hidden, weight, targets + 1, ragged, weights=ones, bias=forbidden).loss.isfinite()
+    op = torch.compile(compatibility_loss, backend="aot_eager", fullgraph=True)
+    assert op(hidden, weight, targets, ragged, weights=ones, divergence_weight=0.1).loss.isfinite()
