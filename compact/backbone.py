@@ -264,9 +264,6 @@ def _pooled(hidden: Tensor, ragged: Ragged) -> Tensor:
     return torch.stack([hidden[a:b].mean(0, dtype=torch.float32) for a, b in itertools.pairwise(bounds)])
 
 
-# ----------------------------------------------------------------------------------------------------- projections
-
-
 # ------------------------------------------------------------------------------------------------------------ head
 
 

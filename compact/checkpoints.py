@@ -15,7 +15,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from compact.errors import UserError
-from compact.files import write_atomically
 from compact.information import InformationLog
 from compact.metrics import MetricsTable
 from compact.norm_cap import LastNormCap
@@ -60,6 +59,9 @@ class WholeCheckpoints(Trainer):
                 best = final.parent / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best) if best == final or best.exists() else None
                 self.state.save_to_json(str(written / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.process_index == 0:
+                self._seal(written)
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
             if (
@@ -75,9 +77,7 @@ class WholeCheckpoints(Trainer):
             raise
         finally:
             self._aside = None
-        self.accelerator.wait_for_everyone()
         if self.args.process_index == 0:
-            self._seal(written)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(written, final)
             shutil.rmtree(aside, ignore_errors=True)
@@ -112,7 +112,7 @@ class WholeCheckpoints(Trainer):
 
     def _seal(self, folder: Path) -> None:
         files = sorted(path.name for path in folder.iterdir())
-        write_atomically(folder / SEAL, json.dumps({"questions_per_step": self._questions_per_step, "files": files}))
+        (folder / SEAL).write_text(json.dumps({"questions_per_step": self._questions_per_step, "files": files}))
 
     def _check_seal(self, folder: Path) -> None:
         """
@@ -124,8 +124,8 @@ class WholeCheckpoints(Trainer):
         seal = json.loads((folder / SEAL).read_text())
         if missing := [name for name in seal["files"] if not (folder / name).exists()]:
             raise UserError(
-                f"the last checkpoint, {folder}, is not whole: it has no {', '.join(missing)}. Remove it and run the "
-                "same command again, which goes on from the one before"
+                f"the checkpoint {folder} is not whole: it has no {', '.join(missing)}. Remove it and run the same "
+                "command again, which goes on from the one before, or from the start where there is none"
             )
         if seal["questions_per_step"] != self._questions_per_step:
             raise UserError(

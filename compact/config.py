@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,12 +79,15 @@ class DataConfig:
         lambda: list(THINKING_WORDS), "whole words, any case, at which adaptability counts in full (eq. 3)"
     )
 
-    def validate(self) -> None:
+    def validate(self, names: Collection[str] | None = None) -> None:
         """
+        Args:
+            names: of the options that are looked at; all.
+
         Raises:
             UserError: a wrong type, a value out of range, or a template without its slot.
         """
-        options.check(self, "data")
+        options.check(self, "data", names)
         for key, slot in (("suffix", "{answer}"), ("prompt_template", "{prompt}")):
             if (text := getattr(self, key)).count(slot) != 1:
                 raise UserError(f"data.{key}: must hold {slot} once, got {text!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,16 +66,21 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     aside.replace(folder)
 
 
+_OF_A_STUDENT = re.compile(
+    r".*\.(safetensors|bin|gguf|model)|(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab"
+    r"|.*\.index)\.json"
+)
+
+
 def fingerprint(path: Path) -> str:
-    """A digest of a student's file, or of those in its folder; large ones are looked at in 64 places of 64 KiB."""
-    kinds = {".safetensors", ".bin", ".gguf", ".json", ".model"}
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in kinds)
+    """A digest of a student's file, or of those in its folder; of what is larger than 64 MiB 1024 places are read."""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if _OF_A_STUDENT.fullmatch(f.name))
     found = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size
-        found.update(f"{file.name} {size}\n".encode())
+        found.update(f"{'' if file is path else file.name} {size}\n".encode())
         with file.open("rb") as stream:
-            for place in range(0, size, max(1 << 16, size // 64)):
+            for place in range(0, size, max(1 << 16, size // 1024)):
                 stream.seek(place)
                 found.update(stream.read(1 << 16))
     return found.hexdigest()

@@ -84,7 +84,7 @@ class MetricsTable:
         """Begin after optimizer step `step`; only a rank with `write` touches the file."""
         self._write = write
         self._started = time.perf_counter()
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        rows = [row for row in read_metrics(self.path, until=step) if row["step"] <= step]
         self._elapsed_before = self._last_seconds = rows[-1]["seconds"] if rows else 0.0
         if write:
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -148,8 +148,8 @@ class MetricsTable:
                     way_out = "no step had been taken: look at the student's weights and dtype, and at those questions"
                 if not math.isfinite(row["alpha_entropy"]) and all(map(math.isfinite, row["spread"].values())):
                     way_out = (
-                        "what the student says is finite, the teachers' weights are not: look at the strategy (mind's "
-                        "assistant has diverged: lower mind.rate and mind.warmup_rate)"
+                        "what the student says is finite, the teachers' weights are not: look at the strategy (if it "
+                        "is mind, its assistant has diverged: lower mind.rate and mind.warmup_rate)"
                     )
                 raise UserError(
                     f"the {what} is not finite at step {row['step']}{where} "
@@ -226,15 +226,20 @@ class MetricsTable:
         return logs
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
     """The rows of a table; a last line that a kill cut short is left out.
+
+    Args:
+        until: the step of the last row that is wanted; what stands after it may be damaged.
 
     Raises:
         UserError: another line is damaged.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
+    lines = path.read_text().splitlines() if path.exists() and until != 0 else []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
+        if until is not None and rows and rows[-1]["step"] >= until:
+            break
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -12,7 +12,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -167,14 +167,16 @@ def plain(given: Given) -> Any:
     return given.value
 
 
-def check(options: Any, key: str = "") -> None:
-    """Every field of a dataclass made in Python, as if it had been read from a file.
+def check(options: Any, key: str = "", names: Collection[str] | None = None) -> None:
+    """Every field of a dataclass made in Python, or those of `names`, as if it had been read from a file.
 
     Raises:
         UserError: a wrong type or a value out of range.
     """
     types_ = hints(type(options))
     for spec in fields(options):
+        if names is not None and spec.name not in names:
+            continue
         value, path = getattr(options, spec.name), f"{key}.{spec.name}" if key else spec.name
         inner, _ = optional(types_[spec.name])
         if is_dataclass(inner) and value is not None:

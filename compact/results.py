@@ -125,7 +125,8 @@ def load_results(run: str | Path, when: str) -> tuple[dict[str, TaskResult], dic
         stored = json.loads(file.read_text(encoding="utf-8"))
         for name, task in stored["tasks"].items():
             file = folder / f"{name}.jsonl"
-            predictions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            with file.open(encoding="utf-8") as lines:  # not splitlines(): texts hold what that splits at too
+                predictions = [json.loads(line) for line in lines]
             if len(predictions) != task["n"]:
                 raise ValueError
             results[name] = TaskResult(name, task["split"], task["kind"], predictions, task["seconds"])
@@ -149,8 +150,8 @@ def finished(folder: Path) -> bool:
     """Whether a run has come to its end: it has a report, and not one of a run under way."""
     try:
         return json.loads((folder / "report.json").read_text(encoding="utf-8")).get("finished", True)
-    except FileNotFoundError:
-        return False
+    except FileNotFoundError:  # lost, where a study knows that the cell was over
+        return (folder / "cell.json").exists()
     except ValueError:  # damaged: compact.analyze writes it again
         return True
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from compact.config import Recipe, from_dict, read_recipe, save_recipe, to_dict
 from compact.errors import UserError
 from compact.files import save_model, write_atomically
 from compact.options import plain
-from compact.results import versions
+from compact.results import finished, versions
 
 
 def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
@@ -40,7 +41,7 @@ def claim(folder: Path, recipe: Recipe, *, flag: str = "--run") -> None:
     stored = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and a run needs a folder: choose another one with {flag}")
-    begun = any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student", "report.json"))
+    begun = finished(folder) or any((folder / name).exists() for name in ("evaluation", "metrics.jsonl", "student"))
     if stored.exists() and begun:
         theirs, ours = (_leaves(to_dict(one)) for one in (from_dict(stored_recipe(folder)), recipe))
         apart = ("run", "demo.arms")  # however the folder is called from here; arms are runs of their own
@@ -131,16 +132,16 @@ def locked(folder: Path, what: str = "run", flag: str = "--run") -> Iterator[int
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # others: no locks here, as Lustre can be mounted
                 file.seek(0)
-                process = file.read().strip() or "unknown"
-                who = f"process {process}"
-                if process.isdigit() and not psutil.pid_exists(int(process)):
+                process, _, host = file.read().strip().partition(" ")
+                who = f"process {process or 'unknown'}"
+                if host == socket.gethostname() and not psutil.pid_exists(int(process)):
                     who = f"one that process {process}, which has ended, had started"
                 raise UserError(
                     f"{folder}: another {what} is writing to it ({who}); wait for it, or choose another folder with "
                     f"{flag}"
                 ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()
         yield file.fileno()
 

@@ -108,7 +108,7 @@ _OPTIONS = (
 
 
 def _check(config: DataConfig, tokenizer: Any) -> None:
-    config.validate()
+    config.validate(_OPTIONS)
     if tokenizer.eos_token_id is None:
         raise UserError("the student's tokenizer has no end-of-sequence token; set eos_token in its configuration")
 

@@ -115,7 +115,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         if recipe.evaluation.held_text is not None:  # what is wrong with it is said before training, not after
             facts["texts of evaluation.held_text"] = digest(read_texts(recipe.evaluation.held_text))
         if Path(recipe.student.model).exists():
-            facts["weights of the student"] = fingerprint(Path(recipe.student.model))
+            facts["files of the student"] = fingerprint(Path(recipe.student.model))
         check_unchanged(folder, **facts)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
@@ -217,7 +217,7 @@ def _train(trainer: CompactTrainer) -> None:
             raise
         raise UserError(
             f"the last checkpoint, {checkpoint}, cannot be read ({type(error).__name__}: {error}): remove it and run "
-            "the same command again, which goes on from the one before"
+            "the same command again, which goes on from the one before, or from the start where there is none"
         ) from error
 
 
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        begun = get_last_checkpoint(str(Path(recipe.run) / "checkpoints")) if recipe is not None else None
+        begun = recipe is not None and any((Path(recipe.run) / "checkpoints").glob("checkpoint-*"))
         where = "from the last checkpoint" if begun else "with training from its start: there is no checkpoint yet"
         print(f"compact.train: stopped; the same command goes on {where}", file=sys.stderr)
         return 130

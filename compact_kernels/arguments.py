@@ -119,9 +119,13 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
             raise ValueError(f"{name} has dtype {tensor.dtype}; it needs a floating-point one")
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
-    for name, tensor in (("head_weight", head_weight), ("bias", bias)):  # a bias of −∞ forbids a token
-        if debugging() and tensor is not None and bool(tensor.isnan().any()):
-            raise ValueError(f"{name} is NaN at {tensor.isnan().nonzero()[0].tolist()} …")
+    if debugging():
+        wrong = {"head_weight": ~head_weight.isfinite()}
+        if bias is not None:
+            wrong["bias"] = ~bias.isfinite() & ~bias.isneginf()  # −∞ forbids a token
+        for name, where in wrong.items():
+            if bool(where.any()):
+                raise ValueError(f"{name} is not finite at {where.nonzero()[0].tolist()} …")
     width = hidden.shape[-1]
     if head_weight.dim() != 2 or head_weight.shape[1] != width:
         raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}, hidden states have D = {width}")

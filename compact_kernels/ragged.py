@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from numbers import Integral
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -109,17 +109,12 @@ class Ragged:
         _check_count("answer_spans", answer_spans, num_sequences)
         _check_count("thinking", thinking, num_sequences)
 
+        body_lengths = _whole("body_lengths", body_lengths)
+        evidence = _whole("evidence_ids", [token for ids in evidence_ids for token in ids])
         cu_seqlens, cu_rows = _offsets(sequence_lengths), _offsets(completions)
         rows, flags, span_rows, spans = [], [], [], []
         for s, count in enumerate(completions):
-            start, length = answer_spans[s]
-            for name, numbers in (
-                ("body_lengths", (body_lengths[s],)),
-                ("evidence_ids", evidence_ids[s]),
-                ("answer_spans", (start, length)),
-            ):
-                if not all(isinstance(number, Integral) for number in numbers):
-                    raise ValueError(f"rationale {s}: {name} holds {tuple(numbers)}; whole numbers are needed")
+            start, length = _whole("answer_spans", answer_spans[s])
             if not 0 <= body_lengths[s] <= count:
                 raise ValueError(
                     f"rationale {s}: body_lengths is {body_lengths[s]}, its completion has {count} tokens"
@@ -143,9 +138,9 @@ class Ragged:
             cu_questions=_offsets(rationales_per_question),
             rows=_concatenate(rows, torch.int64),
             cu_rows=cu_rows,
-            body_lengths=_host_tensor(list(body_lengths), torch.int32),
+            body_lengths=_host_tensor(body_lengths, torch.int32),
             thinking=_concatenate(flags, torch.bool),
-            evidence_ids=_host_tensor([token for ids in evidence_ids for token in ids], torch.int64),
+            evidence_ids=_host_tensor(evidence, torch.int64),
             cu_evidence=_offsets([len(ids) for ids in evidence_ids]),
             span_rows=_concatenate(span_rows, torch.int64),
             cu_span=_offsets(spans),
@@ -172,8 +167,7 @@ class Ragged:
                 raise ValueError(f"{name} is {kind}; it is a tensor of whole numbers, int64 or int32")
             if name != "labels" and given.dim() != 1:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}; offsets are one after the other")
-        if not isinstance(ignore_index, int):
-            raise ValueError(f"ignore_index is {ignore_index!r}; it is a whole number that no label is")
+        (ignore_index,) = _whole("ignore_index", [ignore_index])
         labels, cu_seqlens, cu_questions = labels.reshape(-1).cpu(), cu_seqlens.cpu(), cu_questions.cpu()
         _check_offsets("cu_seqlens", cu_seqlens, labels.numel(), "tokens")
         _check_offsets("cu_questions", cu_questions, cu_seqlens.numel() - 1, "rationales")
@@ -204,9 +198,16 @@ class Ragged:
         """The same description in CPU tensors; reading sizes from it never waits for a device."""
         return self if self._host is None else self._host
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
-        """The host's offsets as Python numbers, converted once a batch."""
+        """The host's offsets as Python numbers, converted once a batch.
+
+        Raises:
+            ValueError: parts do not fit each other, or a kernel could not read them.
+        """
+        for name in _TENSORS:
+            if not getattr(self, name).is_contiguous():
+                raise ValueError(f"ragged.{name} is not contiguous: kernels read its entries side by side")
         return self.host._sizes
 
     @cached_property
@@ -229,9 +230,6 @@ class Ragged:
         Raises:
             ValueError: naming the field and the sizes.
         """
-        for name in _TENSORS:
-            if not getattr(self, name).is_contiguous():
-                raise ValueError(f"ragged.{name} is not contiguous: kernels read its entries side by side")
         rationales, rows = self.num_sequences, self.num_rows
         for name, count, total, least in (
             ("cu_seqlens", rationales, int(self.cu_seqlens[-1]), 1),
@@ -372,6 +370,14 @@ def _offsets(counts: Sequence[int]) -> Tensor:
 
 def _concatenate(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(parts).to(dtype) if parts else _host_tensor([], dtype)
+
+
+def _whole(name: str, numbers: Sequence[SupportsIndex]) -> list[int]:
+    """Plain ones of Python's, NumPy's or torch's."""
+    try:
+        return [index(number) for number in numbers]
+    except TypeError:
+        raise ValueError(f"{name} holds {list(numbers)}; whole numbers are needed") from None
 
 
 def _check_count(name: str, values: Sequence[object], expected: int) -> None:

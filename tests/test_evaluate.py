@@ -366,7 +366,9 @@ def test_results_about_different_questions_are_not_compared():
 
 def test_stored_results_come_back(tmp_path):
     stored = evaluate_tasks(
-        llama(), toy_tokenizer(), [toy_task()], tmp_path, "before", max_new_tokens=4, progress=False
+        *(llama(), toy_tokenizer(), [toy_task(prompt="1 + 1?\u2028Say.\x85")], tmp_path, "before"),
+        max_new_tokens=4,
+        progress=False,
     )
     loaded, settings = load_results(tmp_path, "before")
     assert loaded["toy"].predictions == stored["toy"].predictions

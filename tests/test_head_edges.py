@@ -509,8 +509,9 @@ def test_debugging_finds_what_is_not_finite_or_negative(monkeypatch):
     targets = torch.zeros(6).long()
     for changed, said in (
         ({"hidden": hidden * math.nan}, r"hidden is not finite in rows \[0, 1"),
-        ({"head_weight": weight.where(weight != weight[2, 1], math.nan)}, r"head_weight is NaN at \[2, 1\]"),
-        ({"bias": torch.tensor([0, math.nan, 0, 0, 0])}, r"bias is NaN at \[1\]"),
+        ({"head_weight": weight.where(weight != weight[2, 1], math.nan)}, r"head_weight is not finite at \[2, 1\]"),
+        ({"bias": torch.tensor([0, math.nan, 0, 0, 0])}, r"bias is not finite at \[1\]"),
+        ({"bias": torch.tensor([-math.inf, 0, math.inf, 0, 0])}, r"bias is not finite at \[2\]"),
     ):
         given = {"hidden": hidden, "head_weight": weight} | changed
         with pytest.raises(ValueError, match=said):

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,7 +110,8 @@ def test_no_questions_are_a_batch():
         (r"rationale 0: answer_spans is \(3, 2\).* 4 tokens", {"answer_spans": [(3, 2), (0, 2), (1, 0)]}),
         (r"rationale 1: answer_spans is \(-1, 2\).* 3 tokens", {"answer_spans": [(2, 1), (-1, 2), (1, 0)]}),
         (r"rationale 2: answer_spans is \(1, -1\).* 2 tokens", {"answer_spans": [(2, 1), (0, 2), (1, -1)]}),
-        (r"rationale 0: body_lengths holds \(1.9,\); whole", {"body_lengths": [1.9, 0, 1]}),
+        (r"body_lengths holds \[1.9, 0, 1\]; whole", {"body_lengths": [1.9, 0, 1]}),
+        (r"answer_spans holds \[0.5, 1\]; whole", {"answer_spans": [(0.5, 1), (0, 2), (1, 0)]}),
         (r"rationale 1: thinking has 1 .* 3 tokens", {"thinking": [GOOD["thinking"][0], [True], [True, True]]}),
     ],
 )
@@ -141,6 +143,12 @@ def test_labels_describe_a_batch_whose_first_tokens_are_nobodys_targets():
     assert contents(other) == contents(ragged)
 
 
+def test_whole_numbers_may_be_numpys_or_torchs():
+    given = {name: [torch.tensor(n) for n in GOOD[name]] for name in ("sequence_lengths", "body_lengths")}
+    given["evidence_ids"] = [list(np.array(ids, dtype=np.int32)) for ids in GOOD["evidence_ids"]]
+    assert contents(Ragged.build(**GOOD | given)) == contents(Ragged.build(**GOOD))
+
+
 def test_offsets_that_are_given_are_copied_side_by_side():
     labels = torch.arange(8)
     given = [torch.tensor(offsets, dtype=torch.int32) for offsets in ([0, 4, 8], [0, 2])]
@@ -153,10 +161,14 @@ def test_offsets_that_are_given_are_copied_side_by_side():
     assert contents(ragged) == wanted
     for offsets in given:
         offsets.zero_()
-    made = dataclasses.replace(ragged, cu_rows=torch.stack([ragged.cu_rows] * 2, -1)[..., 0])
-    with pytest.raises(ValueError, match="ragged.cu_rows is not contiguous"):
-        _ = made.sizes
-    with pytest.raises(ValueError, match="ignore_index is None"):
+    strided = torch.stack([ragged.cu_rows] * 2, -1)[..., 0]
+    for made in (
+        dataclasses.replace(ragged, cu_rows=strided),
+        dataclasses.replace(ragged, cu_rows=strided, _host=ragged),
+    ):
+        with pytest.raises(ValueError, match="ragged.cu_rows is not contiguous"):
+            _ = made.sizes
+    with pytest.raises(ValueError, match="ignore_index holds .None.; whole numbers"):
         Ragged.from_labels(labels, ragged.cu_seqlens, ragged.cu_questions, ignore_index=None)
     with pytest.raises(ValueError, match="cu_questions must rise from 0 to the 2 rationales"):
         Ragged.from_labels(labels, ragged.cu_seqlens, torch.tensor([0, 2 + 2**32]))

@@ -10,6 +10,7 @@ import pytest
 
 from compact.data import load_questions
 from compact.errors import UserError
+from compact.results import TaskResult, store_results
 from compact.skills import styles
 from compact.skills.__main__ import main
 from compact.skills.files import write_skills
@@ -140,9 +141,9 @@ def test_with_one_style_nothing_but_the_calculations_tells_teachers_apart(tmp_pa
 def test_styles_are_counted_over_finished_seeds_and_printed_from_the_counts_alone(tmp_path, capsys):
     for seed, answers in enumerate([["Step 1: x, 1 + 1 = 2.", "1 + 1 = 2"], ["1 + 1 = 3", "2 > 1"], ["First x."]]):
         folder = tmp_path / "cells" / "s" / "m" / f"seed-{seed}"
-        (folder / "evaluation" / "after").mkdir(parents=True)
-        rows = [json.dumps({"text": text, "correct": "= 2" in text}) + "\n" for text in answers]
-        (folder / "evaluation" / "after" / "held_out.jsonl").write_text("".join(rows))
+        rest = {"strict_correct": False, "finished": True, "tokens": 1}
+        rows = [{"id": text, "text": text, "correct": "= 2" in text, **rest} for text in answers]
+        store_results({"held_out": TaskResult("held_out", "id", "number", rows)}, {}, folder, "after")
         (folder / ("report.json" if seed < 2 else "failed.txt")).write_text("{}")
     assert styles.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -17,7 +17,7 @@ from typing import Any
 
 from compact.files import write_atomically
 from compact.report import table
-from compact.results import finished
+from compact.results import finished, load_results
 
 TASKS = ("held_out", "wordings", "tasks")
 STYLES = ("terse", "verbose", "numbered", "misleading")
@@ -39,13 +39,14 @@ def count_styles(study: Path) -> list[dict[str, Any]]:
     seeds: defaultdict[tuple[str, str, str], int] = defaultdict(int)
     for folder in sorted(path.parent for path in study.glob("cells/*/*/*/report.json")):
         setting, method, _ = folder.relative_to(study / "cells").parts
+        if (folder / "failed.txt").exists() or not finished(folder):
+            continue
+        results, _ = load_results(folder, "after")
         for task in TASKS:
-            file = folder / "evaluation" / "after" / f"{task}.jsonl"
-            if (folder / "failed.txt").exists() or not file.exists() or not finished(folder):
+            if task not in results:
                 continue
             seeds[setting, method, task] += 1
-            for line in file.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for row in results[task].predictions:
                 entry = counts[setting, method, task][style_of(row["text"])]
                 entry[0] += 1
                 entry[1] += row["correct"]

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ def test_a_run_that_is_under_way_is_not_run_twice(refused, finished, tmp_path):
     with locked(tmp_path / "run"):
         refused("another run is writing to it", "with --run", trained=True, training__disable_tqdm=False)
         ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-        (tmp_path / "run" / ".lock").write_text(ended.stdout)
+        (tmp_path / "run" / ".lock").write_text(f"{int(ended.stdout)} {socket.gethostname()}")
         said = f"one that process {int(ended.stdout)}, which has ended, had started"
         refused(said, trained=True, training__disable_tqdm=False)
 
@@ -158,7 +159,7 @@ def test_a_checkpoint_that_lacks_a_file_is_named(refused, toy, tmp_path):
     last = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for name in ("optimizer.pt", "rng_state.pth", "adapter_model.safetensors"):
         (last / name).rename(tmp_path / name)
-        refused(f"{last}, is not whole: it has no {name}. Remove it", trained=True)
+        refused(f"the checkpoint {last} is not whole: it has no {name}. Remove it", trained=True)
         (tmp_path / name).rename(last / name)
     assert main(flags(toy, run)) == 0
 
@@ -192,7 +193,7 @@ def test_a_run_does_not_go_on_with_another_student_or_other_tasks(refused, toy, 
     }
     killed_in("save_student", flags(toy, run, **options))
     save_student(student, seed=1)
-    refused("the weights of the student have changed since", trained=True, **options)
+    refused("the files of the student have changed since", trained=True, **options)
     save_student(student)
     write_rows(task, [{"question": "1+2?", "answer": "3"}])
     write_rows(texts, [{"text": "Tom has no eggs."}])
@@ -375,6 +376,10 @@ def test_ctrl_c_ends_without_a_traceback_and_says_how_to_go_on(toy, tmp_path, mo
         patch.setattr(CompactTrainer, "training_step", interrupted)
         assert main(words) == 130
     said = capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("compact.train.load_student", interrupted)
+        assert main(flags(toy, tmp_path / "early")) == 130
+    assert "the same command goes on with training from its start" in capsys.readouterr().err
     assert "the same command goes on with training from its start: there is no checkpoint yet" in said
     monkeypatch.setattr("compact.train.save_student", interrupted)
     assert main(words) == 130
