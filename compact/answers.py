@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import threading
+import unicodedata
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
@@ -16,7 +17,7 @@ from compact.errors import UserError
 
 KINDS = ("number", "choice", "yesno", "math", "text")
 
-_NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?"
+_NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 _VALUE = rf"{_NUMBER}(?:(?:[ ]\d+)?/\d+)?"  # 1/2 and 2 1/2 too
 _LETTER = "[A-J]"
 _WORD = r"(?:and|so|thus|therefore|hence|then|finally|consequently|in conclusion|to conclude|in summary)\b[,:]?"
@@ -31,8 +32,10 @@ _IS = (
     r"(?:\**\s*(?:(?:is|are|was|would\s+be|must\s+be|should\s+be)(?![\w'’])|=|:)[\s:*]*(?!not\b)"
     r"|\**:?\**[ \t]*\n\s*)"
 )
+# What ends no sentence: titles (Jr. does, unless its sentence goes on), and two initials or more before a name.
+_TITLE = r"(?:\b(?:(?:St|Mt|Ft|Mr|Mrs|Ms|Dr)\.|(?:Jr|Sr)\.(?-i:(?=,? [a-z])))|(?-i:\b(?:[A-Z]\. ?){2,}(?=[A-Z][a-z])))"
 # One line, and no second sentence in it: what stands in mid-text is no closing statement.
-_STATED = r"(?P<stated>(?:(?![.!?]\s+\S)[^\n])+)"
+_STATED = rf"(?P<stated>(?:{_TITLE}|(?![.!?]\s+\S)[^\n])+)"
 _HASHES = re.compile(r"(?:^|\s)####[ \t]*(?P<stated>[^\n]+)$")
 _STATEMENT = re.compile(
     rf"(?:^|(?<=[\s(*]))[#*_]*[ \t]*{_CONNECTIVE}*{_NAMED}{_OF}{_IS}(?=\S){_STATED}$", re.IGNORECASE
@@ -78,7 +81,9 @@ def strip_closing(completion: str) -> tuple[str, str | None, bool]:
     Returns:
         body (right-stripped), the stated answer or None, whether a closing statement was recognised.
     """
-    body, stated = _PLEASANTRY.sub("", completion.rstrip()), None
+    body, stated = completion.rstrip(), None
+    cut = max(0, len(body) - _TAIL)
+    body = body[:cut] + _PLEASANTRY.sub("", body[cut:])
     while True:
         shorter, found = _strip_one(body)
         if found is None:
@@ -105,17 +110,16 @@ def _strip_one(text: str) -> tuple[str, str | None]:
     return text, None
 
 
-def _box(text: str, end: int | None = None) -> tuple[int, int, str] | None:
-    r"""The last ``\boxed{…}`` with matching braces before `end`: where it begins and ends, its content."""
-    start = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
-    if start < 0:
-        return None
-    opened, depth = text.index("{", start), 0
-    for position in range(opened, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return start, position + 1, text[opened + 1 : position].strip()
-    return _box(text, start)
+def _box(text: str) -> tuple[int, int, str] | None:
+    r"""The last ``\boxed{…}`` with matching braces: where it begins and ends, its content."""
+    opened: list[re.Match[str]] = []
+    last: tuple[int, int, str] | None = None
+    for brace in re.finditer(r"(?:\\boxed|\\fbox)?\{|\}", text):
+        if brace.group() != "}":
+            opened.append(brace)
+        elif opened and (begin := opened.pop()).group() != "{" and (last is None or begin.start() > last[0]):
+            last = begin.start(), brace.end(), text[begin.end() : brace.start()].strip()
+    return last
 
 
 def _trailing_box(text: str) -> tuple[int, str, str, str] | None:
@@ -129,12 +133,12 @@ def _trailing_box(text: str) -> tuple[int, str, str, str] | None:
     return opening.start(), content, opening.group(), text[end:]
 
 
-def clean(stated: str) -> str:
-    """An answer without the marks around it: maths delimiters, bold, quotes, the full stop."""
+def clean(stated: str, marks: str = " \t.!,;") -> str:
+    """An answer without the marks around it: maths delimiters, bold, quotes, the full stop and other `marks`."""
     text = stated.strip()
     while True:
         before = text
-        text = text.rstrip(" \t.!,;") if not text.endswith("...") else text
+        text = text.rstrip(marks) if not text.endswith("...") else text
         box = _trailing_box(text)
         if box is not None and box[0] == 0:
             text = box[1]
@@ -153,22 +157,48 @@ def canonical(stated: str, kind: str) -> str:
     A statement that holds no answer of the kind comes back as :func:`clean` leaves it.
     """
     _check_kind(kind)
-    text = clean(stated)
+    if kind == "math":
+        return clean(stated, " \t.,;")  # 10! is a factorial
+    text = clean(_STYLED.sub(r"\1", clean(stated)))
     if kind == "number":
-        said = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text.rpartition("=")[2].replace("−", "-"))
-        said = re.sub(r"^\s*-\s+", "-", re.sub(r"\{,\}|\\[,!$%]", "", said))
-        if mixed := re.search(r"((?<!\d)-|)\$?(\d+)\s+(\d+)/(\d+)", said):  # 2 1/2
-            whole, part, of = map(int, mixed.groups()[1:])
+        said = _numeric(text)
+        if mixed := re.search(r"((?<!\d)-|)\$?(\d[\d,]{0,99})\s+(\d{1,99})/(\d{1,99})", said):  # 2 1/2
+            whole, part, of = (int(number.replace(",", "")) for number in mixed.groups()[1:])
             return f"{mixed[1]}{whole * of + part}/{of}"
         found = re.search(rf"{_NUMBER}(?:/\d+)?(?!\d*:\d)", said)
         return found.group().translate(_DROP) if found else text
     if kind == "choice":
-        found = re.match(r"(?:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])", text)
+        found = re.match(r"(?i:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])", text)
         return found.group(1).upper() if found else text
     if kind == "yesno":
         found = re.match(r"(yes|no|true|false)\b", text, re.IGNORECASE)
         return _YESNO[found.group(1).lower()] if found else text
     return text
+
+
+_STYLED = re.compile(r"\\(?:text|mathrm|mathbf)(?:bf|rm|it)?\{([^{}]*)\}")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
+
+
+def _numeric(text: str) -> str:
+    """What a statement says as a number, in digits, -, / and what stands around them.
+
+    Of "x = 5" it is what stands last, of "72 = 6 · 12", "72 (n = 3)" and "72, since x = 6" what stands first.
+    """
+    said = re.sub("[−–](?=\\s*[$\\d.])", "-", text)
+    said = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/"), said)
+    said = re.sub(r"\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))", r" \1\3/\2\4", said)
+    said = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", said)
+    said = re.sub(r"(?<![\d.,])(\d{1,3}(?:[\u00a0\u2009\u202f ]\d{3})+)(?![\d.,]*\d)", _joined, said)
+    said = re.sub(r"(?<![\d.])(\d{1,6})\s*\^\s*\{?(\d{1,2})\}?", lambda x: str(int(x[1]) ** int(x[2])), said)
+    first = re.match(rf"\s*{_VALUE}(?=\s*(?:$|=|\(|,?\s*(?:since|because|as|where|when)\b))", said)
+    said = first.group() if first else said.rpartition("=")[2]
+    return re.sub(r"^\s*-\s+", "-", re.sub(r"\{,\}|\\[,!$%]", "", said))
+
+
+def _joined(digits: re.Match[str]) -> str:
+    """1 234 567 → 1234567"""
+    return re.sub(r"\D", "", digits[1])
 
 
 def is_answer(text: str, kind: str) -> bool:
@@ -195,17 +225,19 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     _check_kind(kind)
     if kind == "number":
         if not strict:
-            numbers = re.findall(_VALUE, text.replace("−", "-"))
+            numbers = re.findall(_VALUE, text.replace("−", "-"))  # not –, which may stand between two
             return canonical(numbers[-1], kind) if numbers else None
         found = _first(rf"{_MARK}\(?((?:-[ ])?{_VALUE})", text.replace("−", "-"))
         return canonical(found, kind) if found else None
     if kind == "choice":
-        mark = rf"{_MARK}(?:(?:option|choice)\s+)?\(?"
+        mark = rf"{_MARK}(?i:(?:option|choice)\s+)?\(?"
         found = _first(rf"{mark}({_LETTER})\b(?!['’])", text)
         if found is None and (small := re.search(rf"{mark}([a-j])(?!\.[a-z])(?=[).:,]|\s*$|\s*\n)", text)):
             found = small[1].upper()  # "The answer is b.", where that is what the options are called
         if found or strict:
             return found
+        if (box := _box(text)) and len(boxed := canonical(box[2], kind)) == 1:
+            return boxed
         letters = re.findall(rf"\(({_LETTER})\)", text) or re.findall(
             rf"(?<![\w'’])({_LETTER})(?=[).:,]|\s*$|\s*\n)", text
         )
@@ -230,8 +262,6 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     return clean(lines[-1]) or None if lines else None
 
 
-# Which end no sentence; Jr. does, unless its sentence goes on.
-_TITLE = r"\b(?:(?:St|Mt|Ft|Mr|Mrs|Ms|Dr)\.|(?:Jr|Sr)\.(?-i:(?=,? [a-z])))"
 _MARK = r"(?:####|\b[Aa]nswer(?:\s+is\b|\s*:)\s*:?|\bANSWER\s*:)[ \t]*\**\s*"
 
 
@@ -270,7 +300,7 @@ def _value(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
+    return " ".join(unicodedata.normalize("NFKC", text).replace("’", "'").casefold().split()).rstrip(".")
 
 
 def _same_math(gold: str, predicted: str) -> bool:

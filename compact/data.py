@@ -260,7 +260,7 @@ class _Reader:
                 continue
             body, stated, recognised = strip_closing(completion)
             own = answer_text(entry.get("answer")) or stated
-            own = None if own is None else canonical(own, kind)
+            own = None if own is None else canonical(own, kind) or None
             wrong = own is not None and not same_answer(gold, own, kind)
             if teacher not in self.seen_teachers:
                 self.seen_teachers.add(teacher)
@@ -306,8 +306,7 @@ def split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datase
     if not 0 <= fraction < 1:
         raise UserError(f"data.holdout: {fraction} is not in [0, 1); it is the share of the questions held out")
     rows = dataset.select_columns(["prompt", "is_messages"])
-    # Folded alone: two questions that differ in exponents may share a side, and sides stay what they were.
-    keys = (f"{seed}\0{_folded(_joined(prompt_of(row)))}".encode() for row in rows)
+    keys = (f"{seed}\0{question_text(row)}".encode() for row in rows)
     hashes = np.fromiter(
         (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys),
         dtype=np.uint64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import ValuesView
 from decimal import Decimal
 from typing import Any
 
@@ -80,7 +81,7 @@ def unseen_options(rows: list[Any], prompt: Any) -> str:
         options = row.get("options") or row.get("choices") or ()
         if isinstance(options, dict):
             options = options.get("text", options.values())
-        for text in options if not isinstance(options, str) else ():
+        for text in options if isinstance(options, (list, tuple, ValuesView)) else ():
             if isinstance(text, str) and text not in shown:
                 return f"({text})"
     return ""

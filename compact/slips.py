@@ -75,38 +75,39 @@ class _Carrying:
         self.flaws = 0
 
     def result(self) -> tuple[int, Slip] | None:
+        try:
+            return self._result()
+        except (_Impossible, ZeroDivisionError):
+            return None
+
+    def _result(self) -> tuple[int, Slip] | None:
         body, mark, gold = self.solution.rpartition("####")
         gold = gold.strip()
         if not mark or not _NUMBER.fullmatch(gold):
             return None
         written, position, carried, before, after = "", 0, 0, "", ""
         given = {_value(number) for number in _NUMBER.findall(self.question)}
-        try:
-            for index, match in enumerate(NOTE.finditer(body)):
-                written += self._text(body[position : match.start()])
-                position = match.end()
-                expression, stated = match.groups()
-                value = _parsed(stated)
-                if index == self.note:
-                    new = _slipped(value, self.kind, self.sign)
-                    before, after = stated.strip(), _written(new, stated)
-                else:
-                    new = self._calculated(expression, value, stated)
-                    carried += new != value
-                if new != value:
-                    if new <= 0:
-                        raise _Impossible
-                    self.flaws += (value.denominator == 1) != (new.denominator == 1)
-                    seen = {_value(number) for number in _NUMBER.findall(NOTE.sub("", body[: match.start()]))}
-                    self.flaws += value in given or value in seen
-                    self.changed[value] = new
-                else:
-                    self.changed.pop(value, None)
-                written += (
-                    f"<<{self._text(expression) if index != self.note else expression}={_written(new, stated)}>>"
-                )
-        except (_Impossible, ZeroDivisionError):
-            return None
+        for index, match in enumerate(NOTE.finditer(body)):
+            written += self._text(body[position : match.start()])
+            position = match.end()
+            expression, stated = match.groups()
+            value = _parsed(stated)
+            if index == self.note:
+                new = _slipped(value, self.kind, self.sign)
+                before, after = stated.strip(), _written(new, stated)
+            else:
+                new = self._calculated(expression, value, stated)
+                carried += new != value
+            if new != value:
+                if new <= 0:
+                    raise _Impossible
+                self.flaws += (value.denominator == 1) != (new.denominator == 1)
+                seen = {_value(number) for number in _NUMBER.findall(NOTE.sub("", body[: match.start()]))}
+                self.flaws += value in given or value in seen
+                self.changed[value] = new
+            else:
+                self.changed.pop(value, None)
+            written += f"<<{self._text(expression) if index != self.note else expression}={_written(new, stated)}>>"
         written += self._text(body[position:])
         answer = self.changed.get(_value(gold))
         if answer is None:
@@ -167,7 +168,10 @@ def _slipped(value: Fraction, kind: str, sign: int) -> Fraction:
 
 
 def _value(number: str) -> Fraction:
-    return Fraction(number.replace(",", ""))
+    try:
+        return Fraction(number.replace(",", ""))
+    except ValueError:  # of thousands of digits
+        raise _Impossible from None
 
 
 def _parsed(stated: str) -> Fraction:
@@ -201,7 +205,7 @@ def _evaluate(expression: str) -> Fraction:
 
         tree = ast.parse(_NUMBER.sub(name, expression).strip(), mode="eval").body
         return _walk(tree, numbers)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):
         raise _Impossible from None
 
 

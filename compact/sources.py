@@ -84,13 +84,15 @@ class JsonLines:
                 f"{self.name}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
                 f"convert it, for instance with: iconv -f LATIN1 -t UTF-8 {self.name}"
             ) from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
             if number == 1 and line.lstrip().startswith(b"["):
                 raise UserError(
                     f"{self.name}:1: this is one JSON array, but one JSON object a line is needed; "
                     f"convert it: jq -c '.[]' {self.name} > {self._path.stem}.jsonl"
                 ) from None
-            column = f", column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
+            column = (
+                f", column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
+            )
             raise UserError(
                 f"{self.name}:{number}: broken JSON{column}; one complete JSON object a line is needed "
                 "(a broken last line usually means that the file was cut off: fetch it again)"

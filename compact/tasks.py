@@ -189,8 +189,10 @@ def _row(
 ) -> TaskRow:
     prompt = record.get("prompt") or record.get("question")
     if isinstance(prompt, list):
-        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-            raise UserError(f"{where}: field 'prompt' is a list, but not of messages {{role, content}}")
+        if not prompt or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt
+        ):
+            raise UserError(f"{where}: field 'prompt' is a list, but not of messages {{role, content}}, each a text")
     elif not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: field 'prompt' (or 'question') is missing or empty")
     if kind not in KINDS:
@@ -210,6 +212,8 @@ def _row(
     if reference is not None:
         by_teacher = {r["teacher"]: r.get("body") or r.get("completion") for r in record.get("rationales") or []}
         solution = by_teacher.get(reference)
+    if solution is not None and not isinstance(solution, str):
+        raise UserError(f"{where}: field 'solution' (or 'explanation') is a {type(solution).__name__}; it is text")
     if solution is not None:
         solution = strip_closing(_CALCULATOR.sub("", solution))[0].strip() or None
     return TaskRow(
@@ -233,7 +237,7 @@ def _options(record: Mapping[str, Any], where: str) -> dict[str, str]:
         return _lettered(options)
     if not isinstance(options, dict):
         raise UserError(f"{where}: field 'options' is a {type(options).__name__}; {{A: text, …}} or a list is needed")
-    if options.keys() == {"label", "text"}:  # CommonsenseQA's upstream form
+    if options.keys() == {"label", "text"} and all(isinstance(part, list) for part in options.values()):  # CSQA's
         return dict(zip(options["label"], options["text"]))
     return {letter: text for letter, text in options.items() if text is not None}
 

@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from jinja2.exceptions import TemplateError
 from tqdm.auto import tqdm
 
 from compact.config import DataConfig
@@ -253,7 +252,7 @@ class _Tokenizing:
             rendered = render_prompt(self.tokenizer, prompt, self.config.prompt_template)
             try:
                 prompts.append(prompt_ids(self.tokenizer, prompt, self.config.prompt_template))
-            except TemplateError as error:
+            except Exception as error:  # whatever a template's code raises
                 raise UserError(
                     f"question {row['id']!r}: the tokenizer's chat template refuses its prompt ({error}); change its "
                     "roles, or give the prompt as text"
@@ -279,6 +278,9 @@ class _Tokenizing:
         report.rationales["wrong"] += sum(rationale["wrong"] for rationale in row["rationales"])
         report.rationales["unrecognised_closings"] += sum(not r["recognised"] for r in row["rationales"])
         report.questions["all_wrong"] += bool(bodies) and all(r["wrong"] for r in row["rationales"])
+        if not prompt:
+            report.refuse_question(name, "its prompt leaves no token:", f"{row['prompt']!r}", rationales=len(bodies))
+            return None
         gold, start, length = self._suffix(row["answer"])
         evidence = gold[start : start + length]
         if len(prompt) + len(gold) > config.max_length:
@@ -298,6 +300,10 @@ class _Tokenizing:
             if rationale["wrong"] and config.wrong_answers == "drop":
                 report.refuse_rationale(place, "wrong answer (data.wrong_answers: drop)", f"{rationale['answer']!r}")
                 continue
+            if self.tokenizer.eos_token_id in body:  # some tokenizers know no other reading of it
+                reason = "its text is read as the end of a sequence:"
+                report.refuse_rationale(place, reason, f"{self.tokenizer.eos_token!r}")
+                continue
             answer = row["answer"]
             if config.suffix_answer == "own" and rationale["wrong"]:
                 answer = rationale["answer"]
@@ -311,6 +317,8 @@ class _Tokenizing:
                 continue
             thinking = self._thinking_flags(text, offsets)
             body_length = min(len(body), room)
+            while cut and body_length and offsets[body_length, 0] < offsets[body_length - 1, 1]:
+                body_length -= 1  # no character is cut in two
             report.rationales["cut"] += cut
             rationales.append(
                 {

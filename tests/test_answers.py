@@ -167,3 +167,48 @@ def test_missing_math_verify_is_named_with_the_way_out(monkeypatch):
 def test_unknown_kind_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'number'"):
         same_answer("1", "2", "numbr")
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "other", "same"),
+    [
+        ("number", "72", "72 (n = 3)", True),
+        ("number", "72", "72, since x = 6", True),
+        ("number", "72", "72 = 6*12", True),
+        ("number", "72", "6*12 = 72", True),
+        ("number", "0.5", r"\boxed{\frac12}", True),
+        ("number", "2½", "2.5", True),
+        ("number", "2½", "2", False),
+        ("number", "1 / 2", "0.5", True),
+        ("number", "–3", "-3", True),
+        ("number", "–3", "3", False),
+        ("number", "1e100", "1", False),
+        ("number", "10^6", "1000000", True),
+        ("number", "1 234 567", "1234567", True),
+        ("number", "1,234 1/2", "1234.5", True),
+        ("choice", "C", "Option C", True),
+        ("choice", "C", r"\boxed{\textbf{(C)}\ 5}", True),
+        ("yesno", "yes", r"\boxed{\text{Yes}}", True),
+        ("math", "10", r"10!", False),
+        ("math", "10!", r"\boxed{10!}", True),
+        ("text", "Caf\u00e9", "Cafe\u0301", True),
+        ("text", "It's", "It’s", True),
+    ],
+)
+def test_one_value_in_many_forms(kind, one, other, same):
+    if kind == "math":
+        pytest.importorskip("math_verify")
+    assert same_answer(one, canonical(other, kind), kind) is same
+
+
+@pytest.mark.parametrize("name", ["St. Louis", "J. R. R. Tolkien", "U.S. Navy"])
+def test_names_with_full_stops_are_read_whole(name):
+    assert strip_closing(f"It is there. The answer is {name}.") == ("It is there.", name, True)
+    assert extract(f"So.\nThe answer is {name}.", "text", strict=True) == name
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 20_000, "\n" * 200_000 + "x", "1" * 5000 + " 1/2"])
+def test_what_a_looping_student_writes_is_read(text):
+    """In steps that grow with its length: with the square of it this would take hours."""
+    assert strip_closing(text)[0] and isinstance(canonical(text, "number"), str)
+    extract(text, "math", strict=False)

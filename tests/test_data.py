@@ -280,6 +280,24 @@ def test_blank_lines_and_byte_order_mark_do_not_matter(tmp_path):
     assert len(dataset) == 1 and f"{path}:4: " in report.reasons[0]
 
 
+def test_one_question_in_two_forms_is_on_one_side(load):
+    texts = [f"What is {n}{square}?" for n in range(40) for square in ("x^2", "x²")]
+    dataset, _ = load([question(str(index), text) for index, text in enumerate(texts)])
+    train, held_out = split(dataset, 0.2, seed=0)
+    assert not {question_text(row) for row in train} & {question_text(row) for row in held_out}
+    assert len(held_out) == 16
+
+
+def test_what_is_no_choice_and_no_answer_of_its_own_is_no_crash(load):
+    odd = [4, True, 5.0, {"text": 5}, {"label": ["A"], "text": None}]
+    for number, choices in enumerate(odd):
+        dataset, _ = load([question("1", "How many?", choices=choices)], name=f"{number}.jsonl")
+        assert len(dataset) == 1
+    said = [{"teacher": "a", "completion": "It is so.", "answer": "."}]
+    dataset, _ = load([question("1", "How many?", rationales=said)], name="own.jsonl")
+    assert dataset[0]["rationales"][0]["answer"] is None and not dataset[0]["rationales"][0]["wrong"]
+
+
 def test_split_is_by_question_text(load):
     rows = [question(str(i), f"Question {i // 2}?" if i % 2 else f" question  {i // 2}? ") for i in range(40)]
     dataset, _ = load(rows)

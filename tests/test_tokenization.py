@@ -137,6 +137,27 @@ def test_overlong_body_is_cut_at_its_end_and_never_the_suffix():
     assert report.rationales["refused"] == 1 and "question '1', teacher 'a': too long" in report.reasons[0]
 
 
+def test_a_cut_leaves_every_character_whole():
+    tokenizer = toy_tokenizer()
+    for limit in range(45, 75):
+        item, _ = tokenize(questions(a="Add 🙂🙂 数字 all of them.\n#### 72"), max_length=limit)
+        assert "\ufffd" not in tokenizer.decode(item["rationales"][0]["completion_ids"])
+
+
+def test_a_body_that_is_read_as_the_end_of_a_sequence_is_refused_by_name(monkeypatch):
+    tokenizer = toy_tokenizer()
+    monkeypatch.setattr(
+        "compact.tokenization.encode",
+        lambda tokenizer, texts, real=encode: [
+            ([*ids[:2], tokenizer.eos_token_id, *ids[3:]] if "tags" in text else ids, offsets)
+            for text, (ids, offsets) in zip(texts, real(tokenizer, texts))
+        ],
+    )  # as Unigram tokenizers do, in whose vocabulary it stands
+    item, report = tokenize(questions(a="Some tags here.\n#### 72", b="Right.\n#### 72"), tokenizer)
+    assert [rationale["teacher"] for rationale in item["rationales"]] == [1]
+    assert "teacher 'a': its text is read as the end of a sequence" in report.reasons[0]
+
+
 def test_suffix_longer_than_the_context_is_named_with_the_way_out():
     with pytest.raises(UserError) as error:
         tokenize(questions(), max_length=8)
