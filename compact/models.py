@@ -38,6 +38,16 @@ def context_length(model: nn.Module) -> int:
     return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
+def packed_length(model: nn.Module) -> int:
+    """Tokens that a text may have beside others: the rotary embeddings of some follow the longest of a batch."""
+    config, context = unwrap(model).config.get_text_config(), context_length(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return context
+    known = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return min(context, known or context)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module's own mode restored afterwards: a frozen part may be in evaluation mode already."""

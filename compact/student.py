@@ -107,7 +107,10 @@ def load_student(
         model.set_attn_implementation("sdpa")  # some ask for no attention function, or leave its window to the mask
         check(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"student.gradient_checkpointing: {error}") from error
         model.enable_input_require_grads()  # reentrant checkpoints, if the Trainer asks for them, need it under LoRA
     if config.compile:
         compile_layers(model)
@@ -187,7 +190,8 @@ def check(model: nn.Module) -> None:
     * Packed sequences do not see each other.
     * The projections of eq. 4 can be read (where :func:`prepare` was asked for them).
 
-    Flash and flex attention, which cannot run everywhere, are stood in for by what runs on CPUs.
+    Flash and flex attention, which cannot run everywhere, are stood in for by what runs on CPUs: flex, which is given
+    masks as sdpa is, by that.
 
     Raises:
         UserError: naming what does not hold, and the way out.
@@ -196,7 +200,9 @@ def check(model: nn.Module) -> None:
     weight = _embedding(inner)
     implementation = inner.config._attn_implementation
     try:
-        if implementation not in ("sdpa", "eager", "compact_varlen"):
+        if implementation == "flex_attention":
+            inner.set_attn_implementation("sdpa" if getattr(inner, "_supports_sdpa", False) else "eager")
+        elif implementation not in ("sdpa", "eager", "compact_varlen"):
             inner.set_attn_implementation(attention_for(type(inner), inner.config, "cpu", weight.dtype))
         lengths = [7, 5]
         ids = (torch.arange(sum(lengths), device=weight.device) * 37 + 11) % weight.shape[0]
@@ -205,12 +211,12 @@ def check(model: nn.Module) -> None:
             try:
                 with windows_noted() as windows:
                     output = inner(input_ids=ids[None], compact=ragged)
-            except UserError:
+                logits = head(inner)(output.hidden).float().split(lengths)
+                alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
+            except (UserError, torch.OutOfMemoryError):
                 raise
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"{type(inner).__name__} cannot run a packed batch: {error}") from error
-            logits = head(inner)(output.hidden).float().split(lengths)
-            alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
     finally:
         inner.set_attn_implementation(implementation)
     if not all(logit.isfinite().all() for logit in alone):
@@ -262,9 +268,13 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     for layer in decoder_layers(model):
         for path, module in layer.named_modules():
             name = path.rsplit(".", 1)[-1]
-            if isinstance(module, (nn.Linear, Conv1D)) and name not in _ROUTERS:
+            # Quantised layers have forwards of their own too; an architecture's own kind is no plain product.
+            plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+            own_kind = not plain and type(module).__module__.startswith("transformers.models.")
+            if isinstance(module, (nn.Linear, Conv1D)) and name not in _ROUTERS and not own_kind:
                 linear.add(name)
-            fused |= {f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.ndim == 3}
+            if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # whose weights have three dimensions too
+                fused |= {f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.ndim == 3}
     return sorted(linear), sorted(fused)
 
 

@@ -27,7 +27,7 @@ from compact.errors import UserError
 from compact.information import InformationLog
 from compact.loss import distillation_loss
 from compact.metrics import MetricsTable, batch_metrics, norm_metrics
-from compact.models import context_length
+from compact.models import context_length, packed_length
 from compact.norm_cap import LastNormCap
 from compact.randomness import random_state_kept
 from compact.strategies import check_weights
@@ -87,7 +87,7 @@ class CompactTrainer(DistillationMixin, WholeCheckpoints):
                 raise UserError("train_dataset holds text: pass processing_class, the student's tokenizer")
             if data is None:
                 data = DataConfig()
-                data.max_length = min(data.max_length, context_length(model))
+                data.max_length = min(data.max_length, packed_length(model))
             check_length(model, data)
             train_dataset, teachers = _tokenized(train_dataset, processing_class, data, teachers)
             if eval_dataset is not None:
@@ -313,4 +313,11 @@ def check_length(model: nn.Module, data: DataConfig, name: str = "the student") 
         raise UserError(
             f"data.max_length: {data.max_length} tokens are more than {name} can read, which is {context}: set "
             f"data.max_length to {context} or less (the bodies of longer rationales are cut, and counted)"
+        )
+    packed = packed_length(model)
+    if data.max_length > packed:
+        raise UserError(
+            f"data.max_length: where one text of a batch is longer than {packed} tokens, {name} turns the positions "
+            "of all of them in another way (its rope_type), so that texts would change with their neighbours: set "
+            f"data.max_length to {packed} or less"
         )

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from compact.config import LoraConfig
+from compact.student import add_lora, prepare
 from compact_kernels import Ragged, SampleGradNorms, sample_grad_norms
 from tests.architectures import tiny
 from tests.norm_cases import batch
@@ -171,3 +174,16 @@ def test_what_is_made_on_the_host_is_there_whatever_the_default_device_is():
         SampleGradNorms(nn.RMSNorm(6, device="cpu"))
     for made in (ragged, labelled):
         assert {tensor.device.type for tensor in made.tensors()} == {"cpu"}
+
+
+def test_adapters_of_fused_experts_are_refused_when_the_recorder_is_made():
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_experts": 4}
+    sizes |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 32,
+        "num_experts_per_tok": 2,
+    }
+    model = prepare(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)), projections=False)
+    with pytest.raises(ValueError, match="it adapts experts fused into one parameter"):
+        SampleGradNorms(add_lora(model, LoraConfig(rank=2, dropout=0.0)))

@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from compact import student
-from compact.config import StudentConfig, from_dict
+from compact.config import DataConfig, StudentConfig, from_dict
 from compact.errors import UserError
-from compact.student import load_student, merged
+from compact.student import check, load_student, lora_targets, merged, prepare
+from compact.trainer import check_length
 from tests.architectures import CONFIGS, token_ids
 from tests.student_cases import LENGTHS, gradients, run
 from tests.toy import toy_tokenizer
@@ -173,3 +174,45 @@ def test_weights_without_their_head_or_not_finite_are_refused(folder, tmp_path):
 def test_a_folder_that_is_not_there_is_said_to_be_missing():
     with pytest.raises(UserError, match=r"\./nowhere: no such folder"):
         load_student(StudentConfig(model="./nowhere"), seed=0)
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 1}
+
+
+def test_a_text_whose_length_would_change_its_neighbours_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope["original_max_position_embeddings"] = 64
+    config = transformers.Phi3Config(**SMALL, original_max_position_embeddings=64, rope_parameters=rope)
+    model = transformers.Phi3ForCausalLM(config)
+    check_length(model, DataConfig(max_length=64))
+    with pytest.raises(UserError, match="longer than 64 tokens, the student turns .* set data.max_length to 64 or"):
+        check_length(model, DataConfig(max_length=65))
+    check_length(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)), DataConfig(max_length=256))
+
+
+def test_flex_attention_is_stood_in_for_by_what_has_its_masks():
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=32))
+    for model in (llama, opt):
+        model.set_attn_implementation("flex_attention")
+        prepare(model, projections=False)
+    check(llama)
+    assert llama.config._attn_implementation == "flex_attention"
+    with pytest.raises(
+        UserError, match="see each other under student.attention=flex_attention"
+    ):  # so does the real one
+        check(opt)
+
+
+def test_whatever_a_packed_batch_raises_is_said_of_the_model():
+    sizes = {"vocab_size": 96, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 64}
+    config = transformers.ElectraConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, is_decoder=True)
+    with pytest.raises(UserError, match="ElectraForCausalLM cannot run a packed batch"):
+        check(prepare(transformers.ElectraForCausalLM(config), projections=False))
+
+
+def test_convolutions_are_no_fused_experts():
+    linear, fused = lora_targets(transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SMALL)))
+    assert "q_proj" in linear and fused == []

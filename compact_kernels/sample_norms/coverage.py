@@ -105,6 +105,13 @@ def _behaves(module: nn.Module) -> bool:
     return any(torch.allclose(found, truth * w, rtol=tolerance, atol=tolerance) for w in (weight, 1 + weight))
 
 
+def expert_adapters(model: nn.Module) -> set[int]:
+    """Ids of peft's A and B on experts fused into one parameter, which are multiplied by the weight and by no rows."""
+    wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    parts = [getattr(wrapper, name, None) for wrapper in wrappers for name in ("lora_A", "lora_B")]
+    return {id(module) for part in parts if part is not None for module in part.modules()}
+
+
 def output_layer(model: nn.Module) -> nn.Module | None:
     """The lm head, if the model says which one it is."""
     for module in model.modules():

@@ -15,6 +15,7 @@ from compact_kernels.ragged import Ragged
 from compact_kernels.sample_norms import costs, layers, ops
 from compact_kernels.sample_norms.coverage import (
     embedding_scale,
+    expert_adapters,
     is_linear,
     is_trained,
     normalisation,
@@ -267,13 +268,15 @@ class SampleGradNorms:
                 tied[id(module)] = places[1][1]
                 modules[places[1][1]] = places[1][0].rpartition(".")[0]
             modules[module] = first.rpartition(".")[0]
-        heads = {id(head) for head in tied.values()}
+        heads, of_experts = {id(head) for head in tied.values()}, expert_adapters(model)
         embeddings: dict[int, TokenMember] = {}
         linear: list[tuple[str, nn.Module]] = []
         head = output_layer(model)
         for module, path in modules.items():
             names = trained(path, module)
             reason = reason_against(module)
+            if id(module) in of_experts:
+                reason = "it adapts experts fused into one parameter, whose rows no layer shows"
             if reason is None and len({self.groups(name) for name in names}) > 1 and id(module) not in heads:
                 reason = f"the layer's parameters {', '.join(names)} are in different groups"
             if reason is not None:
