@@ -298,8 +298,9 @@ def attention_for(model_class: type[PreTrainedModel], config: PretrainedConfig, 
     * Attention that is no more than causality, a window and dropout: ``compact_varlen``, on CPUs and on GPUs; on
       GPUs in half precision ``flash_attention_3`` / ``flash_attention_2`` where installed (``flash_attention_4``,
       a prerelease that compiles its kernels at the first batches, only where it is asked for by name).
-    * Softcaps, attention sinks, chunked attention (Gemma 2, gpt-oss, Llama 4): ``flex_attention`` on GPUs
-      (``flash_attention_2`` where installed and enough), ``eager`` or ``sdpa`` on CPUs.
+    * Softcaps, attention sinks, chunked attention (Gemma 2): ``flex_attention`` on GPUs (``flash_attention_2`` where
+      installed and enough), ``eager`` or ``sdpa`` on CPUs. gpt-oss and Llama 4 have such, but transformers makes their
+      masks without position ids: their packed sequences see each other, and :func:`compact.student.check` says so.
 
     On CPUs ``compact_varlen`` is sdpa sequence by sequence: the numbers of ``sdpa`` over the packed row, without its
     mask of all tokens by all tokens (3 to 5 times faster a training step on 1,500 to 3,200 packed tokens).
