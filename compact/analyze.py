@@ -101,7 +101,7 @@ def summarize(run: Run) -> dict[str, Any]:
     tenth = max(1, len(rows) // 10)
     report = {
         "run": str(run.folder.name),
-        "finished": finished(run.folder),
+        "finished": finished(run.folder) or (run.folder / "cell.json").exists(),  # of a cell whose report was lost
         "strategy": run.recipe.get("strategy", "compact"),
         "student": run.recipe.get("student", {}).get("model"),
         "note": run.recipe.get("evaluation", {}).get("note"),

@@ -112,6 +112,8 @@ def _strip_one(text: str) -> tuple[str, str | None]:
 
 def _box(text: str) -> tuple[int, int, str] | None:
     r"""The last ``\boxed{…}`` with matching braces: where it begins and ends, its content."""
+    if "boxed{" not in text and "fbox{" not in text:  # most: no need to look at every brace
+        return None
     opened: list[re.Match[str]] = []
     last: tuple[int, int, str] | None = None
     for brace in re.finditer(r"(?:\\boxed|\\fbox)?\{|\}", text):

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from compact.answers import KINDS, canonical, nearest, same_answer, strip_closing
 from compact.data_report import DataReport
 from compact.errors import UserError
-from compact.files import write_atomically
+from compact.files import digest, write_atomically
 from compact.rows import (
     answer_text,
     clean_messages,
@@ -105,7 +105,7 @@ def load_questions(
         raise UserError(f"data.answer_kind: {answer_kind!r} is none of {', '.join(KINDS)}{nearest(answer_kind)}")
     folder = cache_folder(cache_dir)
     rows = open_source(source, folder)
-    key = hashlib.blake2b(json.dumps([_FORMAT, rows.digest(), answer_kind]).encode(), digest_size=16).hexdigest()
+    key = digest([_FORMAT, rows.digest(), answer_kind])
     name = hashlib.blake2b(rows.name.encode(), digest_size=8).hexdigest()  # which the report's places begin with
     target, report_file = folder / f"questions-{key}.arrow", folder / f"questions-{key}-{name}.json"
     if not (target.exists() and report_file.exists()):

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from compact.config import CompactConfig
 from compact.errors import UserError
+from compact.files import digest
 from compact.generation import padded
 from compact.sources import cache_folder, dataset_digest, write_arrow
 from compact.tokenization import TOKENS
@@ -92,7 +93,7 @@ def embed_rationales(
     model, reader = load_encoder(encoder)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     parts = [_FORMAT, dataset_digest(dataset), vocabulary, _digest(model, reader), questions]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    key = digest(parts)
     target = folder / f"embeddings-{key}.arrow"
     if not target.exists():
         embed = _Embedding(model.to(device), reader, batch_size)  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ class InformationLog:
         """Begin after optimizer step `step`: rows beyond it are cut off."""
         self._write = write
         if write and self.path.exists():
-            kept = [row for row in read_metrics(self.path, until=step) if row["step"] <= step]
+            kept = read_metrics(self.path, until=step)
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     @torch.no_grad()

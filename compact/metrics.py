@@ -84,7 +84,7 @@ class MetricsTable:
         """Begin after optimizer step `step`; only a rank with `write` touches the file."""
         self._write = write
         self._started = time.perf_counter()
-        rows = [row for row in read_metrics(self.path, until=step) if row["step"] <= step]
+        rows = read_metrics(self.path, until=step)
         self._elapsed_before = self._last_seconds = rows[-1]["seconds"] if rows else 0.0
         if write:
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -230,7 +230,7 @@ def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
     """The rows of a table; a last line that a kill cut short is left out.
 
     Args:
-        until: the step of the last row that is wanted; what stands after it may be damaged.
+        until: the last step whose row is wanted; what stands after it may be damaged.
 
     Raises:
         UserError: another line is damaged.
@@ -245,7 +245,7 @@ def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: a damaged line; bring the file back, or remove that line") from None
-    return rows
+    return [row for row in rows if until is None or row["step"] <= until]
 
 
 def _resident_bytes() -> int:

@@ -150,8 +150,8 @@ def finished(folder: Path) -> bool:
     """Whether a run has come to its end: it has a report, and not one of a run under way."""
     try:
         return json.loads((folder / "report.json").read_text(encoding="utf-8")).get("finished", True)
-    except FileNotFoundError:  # lost, where a study knows that the cell was over
-        return (folder / "cell.json").exists()
+    except FileNotFoundError:
+        return False
     except ValueError:  # damaged: compact.analyze writes it again
         return True
 

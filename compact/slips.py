@@ -142,9 +142,9 @@ def _false_equations(text: str) -> int:
     for left, operator, right, result in _EQUATION.findall(NOTE.sub("", text)):
         try:
             value = _evaluate(f"{left}{'*' if operator in 'x×' else operator}{right}")
+            false += abs(value - _value(result)) > Fraction(1, 100)
         except (_Impossible, ZeroDivisionError):
             continue
-        false += abs(value - _value(result)) > Fraction(1, 100)
     return false
 
 
@@ -170,15 +170,12 @@ def _slipped(value: Fraction, kind: str, sign: int) -> Fraction:
 def _value(number: str) -> Fraction:
     try:
         return Fraction(number.replace(",", ""))
-    except ValueError:  # of thousands of digits
+    except (ValueError, ZeroDivisionError):  # no number, or one of thousands of digits
         raise _Impossible from None
 
 
 def _parsed(stated: str) -> Fraction:
-    try:
-        return Fraction(stated.replace(",", "").replace("$", "").strip())
-    except (ValueError, ZeroDivisionError):
-        raise _Impossible from None
+    return _value(stated.replace("$", "").strip())
 
 
 def _written(value: Fraction, like: str) -> str:

@@ -212,9 +212,9 @@ def _row(
     if reference is not None:
         by_teacher = {r["teacher"]: r.get("body") or r.get("completion") for r in record.get("rationales") or []}
         solution = by_teacher.get(reference)
-    if solution is not None and not isinstance(solution, str):
-        raise UserError(f"{where}: field 'solution' (or 'explanation') is a {type(solution).__name__}; it is text")
     if solution is not None:
+        if not isinstance(solution, str):
+            raise UserError(f"{where}: field 'solution' (or 'explanation') is a {type(solution).__name__}; it is text")
         solution = strip_closing(_CALCULATOR.sub("", solution))[0].strip() or None
     return TaskRow(
         id=row_id(record) or f"{name}-{number}",

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from compact.config import DataConfig
 from compact.data_report import DataReport
 from compact.errors import UserError
-from compact.files import write_atomically
+from compact.files import digest, write_atomically
 from compact.sources import cache_folder, dataset_digest, write_arrow
 
 _FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read
@@ -79,7 +79,7 @@ def tokenize_questions(
     teachers = _teachers(dataset) if teachers is None else list(teachers)
     options = [getattr(config, name) for name in _OPTIONS]
     parts = [_FORMAT, dataset_digest(dataset), _tokenizer_digest(tokenizer), teachers, options]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    key = digest(parts)
     target, report_file = folder / f"tokens-{key}.arrow", folder / f"tokens-{key}.json"
     if not (target.exists() and report_file.exists()):
         report = DataReport(teachers=teachers)

@@ -161,6 +161,19 @@ def test_a_study_that_was_moved_goes_on_where_it_is(finished, toy, tmp_path):
         assert str(folder) not in (cell_folder / "recipe.yaml").read_text()
 
 
+def test_a_cell_whose_report_was_lost_is_in_no_number_until_it_is_analysed(finished, tmp_path, monkeypatch):
+    path, folder, _ = finished
+    there = shutil.copytree(folder, tmp_path / "study")
+    _, cells, _ = load_grid([str(path)])
+    lost = there / "cells" / "few" / "uniform" / "seed-0"
+    (lost / "report.json").unlink()
+    methods = lambda: {entry["method"] for entry in summary._weights(there, cells)}  # noqa: E731
+    assert methods() == {"compact"}
+    monkeypatch.setattr(compact.analyze, "_draw", lambda run, content: {})
+    assert compact.analyze.main([str(lost), "--report_only"]) == 0
+    assert methods() == {"compact", "uniform"}
+
+
 def test_a_price_is_that_of_the_first_cell_times_what_is_missing(finished):
     path, folder, _ = finished
     failure = folder / "cells" / "few" / "single-nobody" / "seed-0" / "failed.txt"
