@@ -14,13 +14,14 @@ from compact.results import TaskResult, store_results
 from compact.skills import styles
 from compact.skills.__main__ import main
 from compact.skills.files import write_skills
-from compact.skills.questions import HELD_OUT_WORDING, PARTS, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, WEEK, draw_questions
+from compact.skills.questions import HELD_OUT_WORDING, PARTS, TAUGHT, UNTAUGHT, WEEK, draw_questions, trained_wordings
 from compact.skills.teachers import TEACHERS, rationale, team
 
 ALL = {**TAUGHT, **UNTAUGHT}
+TRAINED = trained_wordings()
 
 
-def drawn(count: int, part: str, skills=TAUGHT, wordings=TRAINED_WORDINGS, seed: int = 0):
+def drawn(count: int, part: str, skills=TAUGHT, wordings=TRAINED, seed: int = 0):
     return draw_questions(random.Random(seed), count, part=part, skills=skills, wordings=wordings)
 
 
@@ -65,7 +66,7 @@ def test_no_content_is_asked_in_two_parts_and_held_out_wordings_and_tasks_are_no
         for other in PARTS:
             assert one == other or not contents[one] & contents[other]
     trained = drawn(300, "train")
-    assert {q.wording for q in trained} == set(TRAINED_WORDINGS)
+    assert {q.wording for q in trained} == set(TRAINED)
     assert {q.wording for q in drawn(100, "test", wordings=(HELD_OUT_WORDING,))} == {HELD_OUT_WORDING}
     assert not TAUGHT.keys() & UNTAUGHT.keys()
 
@@ -111,6 +112,29 @@ def test_the_files_are_questions_whose_held_out_part_no_seed_changes(tmp_path, c
     assert main([str(tmp_path / "c"), "--questions", "16", "--held_out", "8", "--honest"]) == 0
     assert "train.jsonl" in capsys.readouterr().out
     assert load_questions(str(tmp_path / "c" / "train.jsonl"))[1].teachers == team(False)
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 3])
+def test_the_wording_that_is_asked_for_is_held_out_of_all_that_is_trained_on(held_out, tmp_path):
+    ask = {"questions": 240, "held_out": 160}
+    files = write_skills(tmp_path / "a", **ask, held_out_wording=held_out)
+
+    def prompts(name: str) -> set[str]:
+        return {json.loads(line)["prompt"] for line in files[name].read_text().splitlines()}
+
+    digits = ("What is the sum of the digits", "Add up the digits", "Take the number", "A lock shows")
+    weekday = ("Today is", "If today is", "It is", "A letter sent on")
+    for forms in (digits, weekday):
+        for form in forms:
+            unseen = form == forms[held_out]
+            assert any(prompt.startswith(form) for prompt in prompts("wordings")) == unseen
+            for name in ("train", "held_out"):
+                assert any(prompt.startswith(form) for prompt in prompts(name)) != unseen
+    usual = write_skills(tmp_path / "b", **ask)
+    assert files["tasks"].read_bytes() == usual["tasks"].read_bytes()
+    assert (files["train"].read_bytes() == usual["train"].read_bytes()) == (held_out == 3)
+    with pytest.raises(UserError, match="wordings 0 to 3"):
+        write_skills(tmp_path / "c", **ask, held_out_wording=4)
 
 
 def test_more_questions_than_there_are_and_a_missing_package_are_named(tmp_path, monkeypatch):

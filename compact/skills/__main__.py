@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--honest", action="store_true", help="no misleading teacher")
     parser.add_argument("--one_style", action="store_true", help="all teachers write in the same style")
+    parser.add_argument(
+        "--held_out_wording", type=int, default=3, help="of each skill's wordings, 0 to 3 (default: 3)"
+    )
     parser.add_argument("--gym", type=int, default=0, help="questions by reasoning-gym (default: none)")
     given = parser.parse_args(arguments)
     try:
@@ -37,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             part=given.part,
             misleading=not given.honest,
             one_style=given.one_style,
+            held_out_wording=given.held_out_wording,
             gym=given.gym,
         )
     except UserError as error:

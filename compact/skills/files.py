@@ -12,7 +12,15 @@ from typing import Any
 
 from compact.errors import UserError
 from compact.files import write_atomically
-from compact.skills.questions import HELD_OUT_WORDING, TAUGHT, TRAINED_WORDINGS, UNTAUGHT, Question, draw_questions
+from compact.skills.questions import (
+    HELD_OUT_WORDING,
+    TAUGHT,
+    UNTAUGHT,
+    WORDINGS,
+    Question,
+    draw_questions,
+    trained_wordings,
+)
 from compact.skills.teachers import rationale, team
 
 # reasoning-gym's generators whose answers are numbers, at a difficulty for small students.
@@ -35,6 +43,7 @@ def write_skills(
     part: str = "test",
     misleading: bool = True,
     one_style: bool = False,
+    held_out_wording: int = HELD_OUT_WORDING,
     gym: int = 0,
     train: str = "train",
 ) -> dict[str, Path]:
@@ -44,21 +53,26 @@ def write_skills(
         questions: to train on. held_out: in each of the three held-out files.
         part: "test", or "validation" for choices that the test must not see.
         misleading: whether one of the four teachers misleads. one_style: whether all write in the same.
+        held_out_wording: of each skill, 0 to 3: never trained on, and what wordings.jsonl asks in.
         gym: questions by reasoning-gym; 0: none.
         train: what the file of training questions is called, without .jsonl.
 
     Raises:
-        UserError: reasoning-gym is asked for and not installed.
+        UserError: there is no such part or wording; reasoning-gym is asked for and not installed.
     """
     if part not in ("test", "validation"):
         raise UserError(f"skills.part is {part!r}; it is test or validation")
-    names = team(misleading)
+    if held_out_wording not in WORDINGS:
+        raise UserError(
+            f"skills.held_out_wording is {held_out_wording!r}; a skill has the wordings 0 to {WORDINGS[-1]}"
+        )
+    names, trained = team(misleading), trained_wordings(held_out_wording)
     # Random state, how many, of which part, skills, wordings.
     kinds: dict[str, tuple[str, int, str, dict[str, Callable], tuple[int, ...]]] = {
-        "train": (f"train {seed}", questions, "train", TAUGHT, TRAINED_WORDINGS),
-        "held_out": (part, held_out, part, TAUGHT, TRAINED_WORDINGS),
-        "wordings": (f"{part} wordings", held_out, part, TAUGHT, (HELD_OUT_WORDING,)),
-        "tasks": (f"{part} tasks", held_out, part, UNTAUGHT, TRAINED_WORDINGS[:1]),
+        "train": (f"train {seed}", questions, "train", TAUGHT, trained),
+        "held_out": (part, held_out, part, TAUGHT, trained),
+        "wordings": (f"{part} wordings", held_out, part, TAUGHT, (held_out_wording,)),
+        "tasks": (f"{part} tasks", held_out, part, UNTAUGHT, (0,)),
     }
     files = {}
     for name, (state, count, of, skills, wordings) in kinds.items():

@@ -329,8 +329,9 @@ def _word_problem(family: str) -> Callable[[random.Random, int], Question]:
     return lambda rng, wording: _told(rng, wording, family)
 
 
-# Taught: the wordings 0 to 2 are trained on, wording 3 is held out. Untaught: never trained on at all, but of the same
-# calculations, two of them in an order that no taught skill has: what nobody can do tells no methods apart.
+# Taught: three of the four wordings are trained on, the last one is held out unless another is asked for. Untaught:
+# never trained on at all, in one wording, but of the same calculations, two of them in an order that no taught skill
+# has: what nobody can do tells no methods apart.
 TAUGHT: dict[str, Callable[[random.Random, int], Question]] = {
     "change": _word_problem("change"),
     "people": _word_problem("people"),
@@ -342,7 +343,13 @@ TAUGHT: dict[str, Callable[[random.Random, int], Question]] = {
     "order": _order,
 }
 UNTAUGHT = {"ages": _ages, "budget": _budget, "seats": _seats}
-TRAINED_WORDINGS, HELD_OUT_WORDING = (0, 1, 2), 3
+WORDINGS = range(4)
+HELD_OUT_WORDING = 3
+
+
+def trained_wordings(held_out: int = HELD_OUT_WORDING) -> tuple[int, ...]:
+    """All of a skill's wordings but the held-out one."""
+    return tuple(wording for wording in WORDINGS if wording != held_out)
 
 
 def draw_questions(

@@ -21,7 +21,7 @@ from compact.rows import prompt_problem
 from compact.skills.files import write_skills
 from compact.sources import JsonLines
 from compact.student import load_student, unwrap
-from compact.study.grid import Cell
+from compact.study.grid import Cell, SkillsConfig
 
 
 def recipe_of(cell: Cell, study: Path) -> Recipe:
@@ -45,7 +45,8 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
     wanted = cell.skills
     assert wanted is not None
     seed = cell.seed if wanted.fresh else 0
-    with _made_once(study / "data" / cell.setting, "skills", asdict(wanted)) as (folder, _):
+    facts, defaults = asdict(wanted), asdict(SkillsConfig())
+    with _made_once(study / "data" / cell.setting, "skills", facts, defaults) as (folder, _):
         files = write_skills(
             folder,
             questions=wanted.questions,
@@ -54,6 +55,7 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
             part=wanted.part,
             misleading=wanted.misleading,
             one_style=wanted.one_style,
+            held_out_wording=wanted.held_out_wording,
             gym=wanted.gym,
             train=f"train-{seed}",
         )
@@ -82,15 +84,20 @@ def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[st
 
 
 @contextmanager
-def _made_once(folder: Path, key: str, facts: dict[str, Any]) -> Iterator[tuple[Path, bool]]:
+def _made_once(
+    folder: Path, key: str, facts: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> Iterator[tuple[Path, bool]]:
     """A setting's folder of data, and whether it has been made; after the block it has.
+
+    Args:
+        facts: what it is made of. defaults: of those that an older version did not write.
 
     Raises:
         UserError: it has been made of something else: cells that were trained on that may be finished.
     """
     file, wanted = folder / "made.json", json.dumps(facts)
     made = file.exists()
-    if made and file.read_text() != wanted:
+    if made and {**(defaults or {}), **json.loads(file.read_text())} != facts:
         raise UserError(
             f"{key}: {folder} was made of {file.read_text()}, and this study is of {wanted}: choose another folder "
             "with --study"

@@ -50,6 +50,7 @@ class SkillsConfig:
     part: Literal["test", "validation"] = option("test", "validation: for choices that the test must not see")
     misleading: bool = option(True, "whether one of the four teachers misleads")
     one_style: bool = option(False, "whether all of them write in the same style")
+    held_out_wording: int = option(3, "of each skill's four wordings, 0 to 3", ge=0, le=3)
     gym: int = option(0, "questions by reasoning-gym; 0: none", ge=0)
     fresh: bool = option(True, "whether each seed has training questions of its own")
 

@@ -199,6 +199,24 @@ def test_a_study_does_not_go_on_with_other_questions(finished, capsys):
     assert "skills: " in said and '"questions": 16' in said and '"questions": 24' in said and "--study" in said
 
 
+def test_data_of_a_version_with_fewer_options_are_gone_on_with(finished):
+    path, folder, _ = finished
+    made = folder / "data" / "few" / "made.json"
+    facts = json.loads(made.read_text())
+    try:
+        made.write_text(json.dumps({key: value for key, value in facts.items() if key != "held_out_wording"}))
+        grid, cells, _ = load_grid([str(path), "--seeds", "[8]"])
+        assert len(runner._jobs(grid, cells, folder)) > 0
+        other = yaml.safe_load(path.read_text())
+        other["settings"]["few"]["skills"]["held_out_wording"] = 0
+        changed = path.with_name("wording.yaml")
+        changed.write_text(yaml.safe_dump(other))
+        grid, cells, _ = load_grid([str(changed), "--seeds", "[8]"])
+        assert runner._jobs(grid, cells, folder) == []
+    finally:
+        made.write_text(json.dumps(facts))
+
+
 def test_no_cell_is_started_that_would_not_be_finished_in_time(finished):
     path, folder, _ = finished
     assert study(path, "--seeds", "[0, 1]", "--minutes", "1e-4") == 1
