@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compact_kernels import Ragged, compatibility_loss, linear_logprob, native_cuda
+from compact_kernels import Ragged, compatibility_loss, dispatch, linear_logprob, native_cuda
 from compact_kernels.head.linear import LinearHead
-from compact_kernels.native import LIBRARY, cuda_trouble
+from compact_kernels.native import LIBRARY, Library, cuda_trouble
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -269,17 +269,19 @@ def choose_backend(request: pytest.FixtureRequest) -> str:
         if not CUDA:
             round_bfloat16(request.getfixturevalue("monkeypatch"))
         return "triton"
-    from compact_kernels import divergence
-    from compact_kernels.head import backend
-
-    for module in (backend, divergence):
-        request.getfixturevalue("monkeypatch").setattr(module, "triton_applies", lambda *_: False)
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setattr(dispatch, "TRITON_FOUND", False)
     if request.param == "native":
         if CUDA or not LIBRARY.loaded:
             pytest.skip("needs CPU tensors" if CUDA else f"needs the native library: {LIBRARY.reason}")
         return "native"
-    request.getfixturevalue("monkeypatch").setattr(backend, "native_applies", lambda *_: False)
+    without_library(monkeypatch)
     return "torch"
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the native library were not there."""
+    monkeypatch.setattr(dispatch, "LIBRARY", Library(False, "a test goes without it"))
 
 
 def use_native_cuda(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:

@@ -7,11 +7,11 @@ import tempfile
 import pytest
 import torch
 
-from compact_kernels import Ragged, answer_divergence, divergence_torch, linear_logprob, native, reference
+from compact_kernels import Ragged, answer_divergence, linear_logprob, native, reference
 from compact_kernels.dispatch import native_applies, native_cuda_applies
-from compact_kernels.head import exponentials, native_rows
+from compact_kernels.head import native_rows
 from compact_kernels.head.rows import product
-from tests.head_cases import poison_fresh_memory
+from tests.head_cases import poison_fresh_memory, without_library
 from tests.native_cases import NEEDS_LIBRARY, python
 
 OPS = torch.ops.compact_native
@@ -286,8 +286,7 @@ def test_the_cuda_ops_keep_what_torch_asks_of_ops_and_run_in_graphs():
 @pytest.mark.parametrize("kind", ["kl", "jsd"])
 def test_a_softcaps_slope_is_known_where_probabilities_are_0(library, kind, monkeypatch):
     if library == "plain torch":
-        for module in (exponentials, divergence_torch):
-            monkeypatch.setattr(module, "native_applies", lambda *_: False)
+        without_library(monkeypatch)
     ragged = Ragged.build(
         sequence_lengths=[5] * 3, prompt_lengths=[2] * 3, rationales_per_question=[3], answer_spans=[(1, 2)] * 3
     )

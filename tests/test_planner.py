@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from compact_kernels import Ragged, compatibility_loss
-from compact_kernels.head import backend, planner
+from compact_kernels.head import planner
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import row_buffer
+from tests.head_cases import without_library
 
 LAYOUTS = [(1,), (7,), (3, 3, 3, 3), (1, 9, 1, 1, 9, 2), (40, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 40), ()]
 
@@ -162,7 +163,7 @@ def test_no_more_logits_exist_than_the_workspace_holds(layout, wants, given, mon
         seen.append(x.shape[0] * vocabulary * x.element_size())
         plain(x, *arguments)
 
-    monkeypatch.setattr(backend, "native_applies", lambda *_: False)
+    without_library(monkeypatch)
     plain = torch_rows.statistics
     monkeypatch.setattr(torch_rows, "statistics", statistics)
     for module in (tokens, weighted):
