@@ -1,8 +1,9 @@
-"""Before anything imports torch: one thread a worker, no hub. Before anything imports Triton: its interpreter."""
+"""Before anything imports torch: one thread a worker, one GPU, no hub. Before anything imports Triton: its interpreter."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, one process would make DataParallel
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails
 os.environ["HF_DATASETS_OFFLINE"] = "1"

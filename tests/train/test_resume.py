@@ -245,6 +245,7 @@ def test_fsdp2_trains_as_one_process_does(tmp_path, options, resumes):
     save_student(tmp_path / "student", tie_word_embeddings=True)
     write_rows(tmp_path / "questions.jsonl", toy_rows(20))
     options = {**options, "training__max_steps": 4, "training__use_cpu": False, "evaluation__limit": 4}
+    options["student__dtype"] = "float32"  # in the processes that see no GPU and in this one
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     launch += ["--config_file", str(ROOT / "compact" / "recipes" / "accelerate" / "fsdp2.yaml")]
     words, runs = flags(tmp_path, tmp_path / "two", **options), 1 + resumes
