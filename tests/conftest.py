@@ -1,4 +1,4 @@
-"""Before anything imports torch: one thread a worker, one GPU, no hub. Before anything imports Triton: its interpreter."""
+"""Before anything imports torch: one thread a worker, one GPU, no hub. Before Triton is imported: its interpreter."""
 
 import os
 
