@@ -190,8 +190,11 @@ def _name(record: Record) -> str:
 
 
 def _remarks(records: Sequence[Record], where: str) -> list[str]:
-    """What contenders do not do, and those that could not run and on which `where`, each said once."""
-    notes = {f"`{record['contender']}`: {record['note']}": None for record in records if record.get("note")}
+    """What contenders do not do (on which `where`, if one has more than one note), and those that could not run."""
+    notes: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        if record.get("note"):
+            notes.setdefault(record["contender"], {}).setdefault(record["note"], []).append(record[where])
     failures: dict[tuple[str, str], list[str]] = {}
     for record in records:
         if "error" in record:
@@ -199,7 +202,11 @@ def _remarks(records: Sequence[Record], where: str) -> list[str]:
     together: dict[tuple[str, str], list[str]] = {}
     for (place, error), names in failures.items():
         together.setdefault((", ".join(names), error), []).append(place)
-    lines = [f"- {note}" for note in notes]
+    lines = []
+    for name, said in notes.items():
+        for note, places in said.items():
+            on = f" on {', '.join(dict.fromkeys(places))}" if len(said) > 1 else ""
+            lines.append(f"- `{name}`{on}: {note}")
     lines += [f"- {names} did not run on {', '.join(places)}: {error}" for (names, error), places in together.items()]
     return ["", *lines] if lines else []
 

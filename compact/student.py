@@ -187,7 +187,8 @@ def check(model: nn.Module) -> None:
     """Try on two short sequences what COMPACT relies on, for this very model (a few tokens; model on any one device).
 
     * The head on the hidden states gives the model's own logits: no scale or cap is overlooked.
-    * Packed sequences do not see each other.
+    * Packed sequences do not see each other: one's logits are those that it has alone, and do not move with its
+      neighbour's tokens, of which an untrained convolution lets too little through for the first to tell.
     * The projections of eq. 4 can be read (where :func:`prepare` was asked for them).
 
     Flash and flex attention, which cannot run everywhere, are stood in for by what runs on CPUs: flex, which is given
@@ -206,12 +207,15 @@ def check(model: nn.Module) -> None:
             inner.set_attn_implementation(attention_for(type(inner), inner.config, "cpu", weight.dtype))
         lengths = [7, 5]
         ids = (torch.arange(sum(lengths), device=weight.device) * 37 + 11) % weight.shape[0]
+        others = ids.clone()  # the second sequence's neighbour is another
+        others[: lengths[0]] = (ids[: lengths[0]] * 3 + 5) % weight.shape[0]
         ragged = Ragged.build(sequence_lengths=lengths, prompt_lengths=[1, 1], rationales_per_question=[2])
         with evaluation_mode(inner):
             try:
                 with windows_noted() as windows:
                     output = inner(input_ids=ids[None], compact=ragged)
                 logits = head(inner)(output.hidden).float().split(lengths)
+                again, beside = (inner(input_ids=tokens[None], compact=ragged).hidden for tokens in (ids, others))
                 alone = [inner(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(lengths)]
             except (UserError, torch.OutOfMemoryError):
                 raise
@@ -230,7 +234,14 @@ def check(model: nn.Module) -> None:
             f"{type(inner).__name__} does something between its hidden states and its logits that COMPACT does "
             "not know (it knows bias, logit scale and softcap), so its losses would be wrong; it is not supported"
         )
-    if _relative_error(logits[1], alone[1]) > tolerance:
+    # Rows that are computed apart come out the same to the bit; experts' batches and quantised products are rounded
+    # by what is in them.
+    shares_rounding = getattr(inner, "is_quantized", False) or any("experts" in n for n, _ in inner.named_parameters())
+    repeated, moved = (
+        _relative_error(states[lengths[0] :], output.hidden[lengths[0] :]) for states in (again, beside)
+    )
+    bound = tolerance if narrow and shares_rounding else max(10 * repeated, 1e-6)
+    if _relative_error(logits[1], alone[1]) > tolerance or moved > bound:
         raise UserError(
             f"{type(inner).__name__} lets packed sequences see each other under student.attention={implementation}, "
             "so its losses would be wrong; choose another student.attention, or another student"
@@ -253,6 +264,7 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 
 
 def _relative_error(value: Tensor, truth: Tensor) -> float:
+    value, truth = value.float(), truth.float()
     return ((value - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 

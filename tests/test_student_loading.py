@@ -206,6 +206,16 @@ def test_flex_attention_is_stood_in_for_by_what_has_its_masks():
         check(opt)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_untrained_convolution_lets_through_is_seen(dtype):
+    torch.manual_seed(0)
+    sizes = {**SMALL, "hidden_size": 64, "num_hidden_layers": 4}
+    config = transformers.Lfm2Config(**sizes, layer_types=["conv", "full_attention", "conv", "full_attention"])
+    model = transformers.Lfm2ForCausalLM(config)
+    with pytest.raises(UserError, match="Lfm2ForCausalLM lets packed sequences see each other"):
+        check(prepare(model.to(dtype), projections=False))
+
+
 def test_whatever_a_packed_batch_raises_is_said_of_the_model():
     sizes = {"vocab_size": 96, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 64}
     config = transformers.ElectraConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, is_decoder=True)

@@ -1,7 +1,6 @@
 """python gym.py STUDY/cells/misleading METHOD …: answers to reasoning-gym's questions, by what is asked and written.
 
-"one step": a question of two numbers and one sign; the taught skills have two steps or more. Differences are from the
-first method, with their 95% interval.
+Differences are from the first method and from the untrained student, with their 95% intervals.
 """
 
 from __future__ import annotations
@@ -16,55 +15,61 @@ import numpy as np
 
 from compact.statistics import crossed
 
-EQUATION = re.compile(r"[-+*/] ?\d+ = ")
-TERMS = re.compile(r"-?\d+")
+EQUATION = re.compile(r"[-+*/] ?-?\d+ = ")
+Rows = list[list[dict]]  # of each seed, in the order of the questions
 
 
-def asked(row: dict) -> str:
-    if row["id"].split("-")[1] in ("chain_sum", "basic_arithmetic"):
-        return "one step" if len(TERMS.findall(row["prompt"].replace(" - ", " "))) == 2 else "two steps"
-    return row["id"].split("-")[1]
+def kind(row: dict) -> str:
+    """one step: a sum, product or quotient of two numbers; two steps: a sum of three; else the generator's name."""
+    name = row["id"].split("-")[1]
+    if name not in ("chain_sum", "basic_arithmetic"):
+        return name
+    return "one step" if len(re.findall(r"\d+", row["prompt"])) == 2 else "two steps"
 
 
-def rows(folder: Path) -> list[list[dict]]:
-    """Of each seed, in the order of the questions."""
+def read(folder: Path) -> Rows:
     files = sorted(folder.glob("seed-*/evaluation/after/gym.jsonl"))
     return [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
 
 
-def tell(title: str, found: dict[str, list[list[dict]]], value: Callable[[dict], float], kept: Callable) -> None:
-    tables = {
-        method: np.array([[100.0 * value(row) for row in run if kept(row)] for run in runs])
+def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    estimate = crossed(ours - theirs)
+    low, high = estimate.interval() or (float("nan"), float("nan"))
+    return f"{estimate.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def tell(title: str, found: dict[str, Rows], untrained: list[dict], kept: Callable[[dict], bool]) -> None:
+    before = np.array([100.0 * row["correct"] for row in untrained if kept(row)])
+    print(f"\n{title}, {len(before)} questions; before training {before.mean():.1f}")
+    right = {
+        method: np.array([[100.0 * row["correct"] for row in run if kept(row)] for run in runs])
         for method, runs in found.items()
     }
-    print(f"\n{title}, {next(iter(tables.values())).shape[1]} questions")
-    first = next(iter(tables.values()))
-    for method, table in tables.items():
-        line = f"  {method:16} {table.mean():5.1f}"
-        if table is not first:
-            estimate = crossed(table - first)
-            low, high = estimate.interval() or (float("nan"), float("nan"))
-            line += f"  {estimate.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-        print(line)
+    first = next(iter(right.values()))
+    for method, table in right.items():
+        less = f", less the first {difference(table, first)}" if table is not first else ""
+        print(f"  {method:14} {table.mean():5.1f}{less}, less the untrained {difference(table, before)}")
+        rows = [row for run in found[method] for row in run if kept(row)]
+        for what, holds in KINDS_OF_ANSWERS.items():
+            some = [row["correct"] for row in rows if holds(row)]
+            shown = (
+                f" ({100 * np.mean(some):.1f}% right, {sum(some)} of {sum(r['correct'] for r in rows)})"
+                if some
+                else ""
+            )
+            print(f"      {what} {100 * len(some) / len(rows):.1f}%{shown}")
 
+
+KINDS_OF_ANSWERS: dict[str, Callable[[dict], bool]] = {
+    "no derivation": lambda row: row["text"].startswith("The answer is"),
+    "one equation": lambda row: len(EQUATION.findall(row["text"])) == 1,
+    "more equations": lambda row: len(EQUATION.findall(row["text"])) > 1,
+}
 
 cells = Path(sys.argv[1])
-found = {method: rows(cells / method) for method in sys.argv[2:]}
-before = cells.parent.parent / "base" / cells.name / "evaluation" / "before" / "gym.jsonl"
-untrained = [json.loads(line) for line in before.read_text(encoding="utf-8").splitlines()]
-tell("right, all", found, lambda row: row["correct"], lambda row: True)
-for kind in dict.fromkeys(map(asked, untrained)):
-    tell(f"right, {kind}", found, lambda row: row["correct"], lambda row, kind=kind: asked(row) == kind)
-    right = [row["correct"] for row in untrained if asked(row) == kind]
-    print(f"  before training  {100 * sum(right) / len(right):5.1f}")
-tell("one equation written", found, lambda row: len(EQUATION.findall(row["text"])) == 1, lambda row: True)
-for method, runs in found.items():
-    every = [row for run in runs for row in run]
-    some = {
-        count: [row["correct"] for row in every if min(len(EQUATION.findall(row["text"])), 2) == count]
-        for count in range(3)
-    }
-    said = ", ".join(
-        f"{('none', 'one', 'more')[n]} {len(x) / len(every):.1%} ({np.mean(x):.1%} right)" for n, x in some.items()
-    )
-    print(f"{method}: equations written: {said}")
+found = {method: read(cells / method) for method in sys.argv[2:]}
+file = cells.parent.parent / "base" / cells.name / "evaluation" / "before" / "gym.jsonl"
+untrained = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+tell("all", found, untrained, lambda row: True)
+for name in dict.fromkeys(map(kind, untrained)):
+    tell(name, found, untrained, lambda row, name=name: kind(row) == name)
