@@ -363,6 +363,8 @@ class Recipe(CompactConfig):
         for name in sorted(tasks.keys() & forgetting.keys()):
             raise UserError(f"evaluation: {name} is both in tasks and in forgetting")
         for name in (*tasks, *forgetting):
+            if name == "all":
+                raise UserError("evaluation: no task can be named all, as a study names its tasks together; rename it")
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise UserError(
                     f"evaluation: the task {name!r} must be named as a file can be: letters, digits, . _ -"

@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compact.answers import extract, same_answer
 from compact.commandline import positive
-from compact.config import DataConfig, EvaluationConfig
+from compact.config import DataConfig, EvaluationConfig, read_recipe
 from compact.errors import UserError
 from compact.generation import evaluating, generate_answers, score_answers
 from compact.models import context_length
+from compact.options import plain
 from compact.results import TaskResult, check_run, finished, load_results, store_results
 from compact.student import unwrap
 from compact.tasks import Task, TaskRow, load_task, task_from_questions
@@ -203,9 +205,17 @@ def load_run(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"{run}: {state}; run the training's command again, it goes on where it stopped")
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
+    student = plain(read_recipe(str(run / "recipe.yaml"))).get("student") or {}
+    trusted = bool(student.get("trust_remote_code"))
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            run / "student", dtype="auto", trust_remote_code=trusted
+        )
+        tokenizer = AutoTokenizer.from_pretrained(run / "student", trust_remote_code=trusted)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{run / 'student'} cannot be loaded: {error}") from error
     model.to(device)  # type: ignore[arg-type]
-    return model, AutoTokenizer.from_pretrained(run / "student")
+    return model, tokenizer
 
 
 def agreement(stored: TaskResult, again: TaskResult) -> str:
@@ -253,8 +263,10 @@ def _repeat(options: argparse.Namespace) -> None:
     if not tasks:
         raise UserError(f"{options.run}: no task of split {options.split} was evaluated")
     data = DataConfig(prompt_template=settings["prompt_template"], suffix=settings["suffix"])
-    # A first result goes where training would have put it; a repeated one beside the stored one, which stays.
-    to = "repeated" if when == "after" else "after"
+    # A first result goes where training would have put it; one of a part, or in other words than stored, and a
+    # repeated one go beside it, which stays.
+    whole = options.split is None and options.max_new_tokens in (None, settings["max_new_tokens"])
+    to = "after" if when == "before" and whole else "repeated"
     results = evaluate_tasks(
         model,
         tokenizer,
@@ -273,7 +285,7 @@ def _repeat(options: argparse.Namespace) -> None:
         print(
             f"  {agreement(stored[name], result)}"
             if name in stored
-            else "  stored; there was no result to compare with"
+            else f"  stored in evaluation/{to}; there was no result to compare with"
         )
 
 

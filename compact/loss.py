@@ -76,6 +76,8 @@ def distillation_loss(
     config = CompactConfig() if config is None else config
     ragged: Ragged = batch["ragged"]
     denominators = batch.get("denominators") if denominators is None else denominators
+    if strategy is not None:
+        _check_parts(batch, config)
     output = forward(model, batch)
     lm_head = output.head
     with torch.no_grad():
@@ -165,6 +167,20 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> StudentOutput:
     if not isinstance(output, StudentOutput):
         raise UserError(f"{type(model).__name__} was not prepared: call compact.student.prepare(model) first")
     return output
+
+
+def _check_parts(batch: Mapping[str, Any], config: CompactConfig) -> None:
+    """What a configuration asks of a batch beyond what every batch has."""
+    if config.difficulty.kind == "ifd" and "unconditional" not in batch:
+        raise UserError(
+            "difficulty.kind is ifd, and the batch has no unconditional completions: make it by Collator(tokenizer, "
+            "ifd=True)"
+        )
+    if config.consensus.affinity == "sentence" and "embeddings" not in batch:
+        raise UserError(
+            "consensus.affinity is sentence, and the batch has no embeddings: compact.embed.with_embeddings adds them "
+            "to the tokenized questions"
+        )
 
 
 def _consensus(output: StudentOutput, batch: Mapping[str, Any], config: CompactConfig) -> Tensor:

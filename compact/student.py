@@ -56,10 +56,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def compute_dtype(config: StudentConfig) -> torch.dtype:
     """What the student computes in, and is saved in."""
     if config.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_available() and _has_bfloat16() else torch.float32
     if config.dtype not in _DTYPES:
         raise UserError(f"student.dtype={config.dtype}: choose auto, {', '.join(_DTYPES)}")
     return _DTYPES[config.dtype]
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_student(
@@ -84,7 +88,7 @@ def load_student(
     # AdamW's small steps would be lost in bfloat16 weights: those that train stay float32, and autocast computes.
     kept = torch.float32 if config.lora is None else dtype
     if config.model.endswith(".gguf"):
-        model, tokenizer = load_gguf(Path(config.model), kept)
+        model, tokenizer = load_gguf(Path(config.model).expanduser(), kept)
     else:
         model, tokenizer = _load_folder(config, kept)
     _settle_tokens(model, tokenizer, config.model)
@@ -119,14 +123,15 @@ def load_student(
 
 def _load_folder(config: StudentConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"trust_remote_code": config.trust_remote_code}
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise UserError(f"student.model={config.model}: no such folder")
+    source = config.model
+    if source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise UserError(f"student.model={config.model}: no such folder")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"student.model={config.model}: not a causal LM that transformers can load. {error}\n"

@@ -55,8 +55,12 @@ NOT_IN_TRAINING: dict[str, tuple[object, str]] = {
     "parallelism_config": (ANY, "context and sequence parallelism would split a question"),
     "train_sampling_strategy": ("group_by_length", "an item is a question, which has several lengths"),
     "resume_from_checkpoint": (ANY, "Trainer does not read it; a run goes on from its own last checkpoint"),
-    "eval_strategy": (ANY, "the run evaluates before and after training, by generation"),
-    "eval_on_start": (ANY, "the run evaluates before and after training, by generation"),
+    "gradient_checkpointing_kwargs": (ANY, "student.gradient_checkpointing has none"),
+    **dict.fromkeys(
+        ("eval_strategy", "eval_on_start", "eval_steps", "eval_delay", "per_device_eval_batch_size", "bf16_full_eval"),
+        (ANY, "the run evaluates before and after training, by generation: see evaluation"),
+    ),
+    "metric_for_best_model": (ANY, "nothing is evaluated in between"),
     "load_best_model_at_end": (ANY, "nothing is evaluated in between"),
     "save_strategy": ("best", "nothing is evaluated in between; epoch, steps or no"),
     "torch_compile": (True, "set student.compile, which compiles the layers and not what reads their states"),
@@ -117,9 +121,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     epochs, steps = recipe.training.get("num_train_epochs", 1), recipe.training.get("max_steps", -1)
     if epochs <= 0 and steps <= 0:  # type: ignore[operator]
         raise UserError(f"training.num_train_epochs: {epochs} trains nothing: above 0 is needed, or max_steps")
+    half = compute_dtype(recipe.student) is torch.bfloat16
+    if recipe.training.get("bf16", half) != half:
+        kind, other = ("bfloat16", "float32") if half else ("float32", "bfloat16")
+        raise UserError(
+            f"training.bf16: {str(not half).lower()}, and the student computes in {kind} (student.dtype "
+            f"{recipe.student.dtype}); leave it out, or set student.dtype to {other}"
+        )
     given: dict[str, Any] = {
         **TRAINING_DEFAULTS,
-        "bf16": compute_dtype(recipe.student) is torch.bfloat16,
+        "bf16": half,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
     }

@@ -231,6 +231,11 @@ def test_either_a_strategy_or_weights_decide(setup):
     batch = Collator()([setup["tokens"][0]])
     with pytest.raises(UserError, match="either a strategy or weights"):
         distillation_loss(prepare(toy_model()), batch, None)
+    sentence = {"consensus": {"affinity": "sentence", "encoder": "e"}}
+    for part, given in (("unconditional", {"difficulty": {"kind": "ifd"}}), ("embeddings", sentence)):
+        config = CompactConfig(**given)
+        with pytest.raises(UserError, match=f"the batch has no {part}"):
+            distillation_loss(None, batch, build_strategy(config, setup["report"].teachers), config)
 
 
 def test_what_a_host_trainer_would_get_wrong_is_refused(tmp_path, setup):

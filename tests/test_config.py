@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+import torch
 
 from compact import options
 from compact.config import (
@@ -25,7 +26,8 @@ from compact.config import (
     to_dict,
 )
 from compact.errors import UserError
-from compact.training_arguments import NOT_IN_TRAINING
+from compact.student import compute_dtype
+from compact.training_arguments import NOT_IN_TRAINING, training_arguments
 from compact.yamlfile import read_text
 
 
@@ -260,6 +262,24 @@ def test_a_suffix_or_template_without_its_slot_is_refused():
 def test_a_task_is_either_out_of_distribution_or_forgetting():
     with pytest.raises(UserError, match="csqa is both in tasks and in forgetting"):
         from_dict({"evaluation": {"tasks": {"csqa": "a"}, "forgetting": {"csqa": "b"}}})
+
+
+def test_no_task_takes_the_name_of_all_of_them():
+    with pytest.raises(UserError, match="no task can be named all"):
+        from_dict({"evaluation": {"tasks": {"all": "a.jsonl"}}})
+
+
+@pytest.mark.parametrize("dtype, bf16", [("float32", True), ("bfloat16", False)])
+def test_bf16_and_the_student_s_dtype_say_the_same(dtype, bf16):
+    given = {"student": {"dtype": dtype}, "training": {"bf16": bf16, "use_cpu": True}}
+    with pytest.raises(UserError, match=f"training.bf16: {str(bf16).lower()}, and the student computes in {dtype}"):
+        training_arguments(from_dict(given))
+
+
+def test_a_gpu_that_only_emulates_bfloat16_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert compute_dtype(StudentConfig()) == torch.float32
 
 
 def test_every_key_has_a_meaning_and_a_default_that_passes():

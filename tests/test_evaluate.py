@@ -427,6 +427,24 @@ def test_the_command_repeats_an_evaluation_and_says_whether_it_agrees(finished, 
     assert [json.loads(line)["text"] for line in path.open()] == ["another"] * 3  # the stored result stays
 
 
+def test_a_part_of_a_first_evaluation_is_no_run_s_result(finished, capsys):
+    evaluation = finished / "evaluation"
+    (evaluation / "after").rename(evaluation / "before")
+    for part in (["--split", "id"], ["--max_new_tokens", "3"]):
+        assert main([str(finished), *part]) == 0
+        assert "stored in evaluation/repeated" in capsys.readouterr().out and not (evaluation / "after").exists()
+    assert main([str(finished)]) == 0
+    assert load_results(finished, "after")[0].keys() == {"toy", "eggs"}
+
+
+def test_a_student_that_cannot_be_loaded_is_named(finished, capsys):
+    config = json.loads((finished / "student" / "config.json").read_text())
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    (finished / "student" / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    assert main([str(finished)]) == 2
+    assert "student cannot be loaded" in capsys.readouterr().err
+
+
 def test_two_processes_give_the_result_of_one(finished):
     done = two_ranks("compact.evaluate", str(finished))
     assert done.returncode == 0, done.stderr

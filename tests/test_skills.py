@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,7 @@ from compact.errors import UserError
 from compact.results import TaskResult, store_results
 from compact.skills import styles
 from compact.skills.__main__ import main
-from compact.skills.files import write_skills
+from compact.skills.files import gym_rows, write_skills
 from compact.skills.questions import HELD_OUT_WORDING, PARTS, TAUGHT, UNTAUGHT, WEEK, draw_questions, trained_wordings
 from compact.skills.teachers import TEACHERS, rationale, team
 
@@ -145,6 +147,32 @@ def test_more_questions_than_there_are_and_a_missing_package_are_named(tmp_path,
         write_skills(tmp_path, questions=8, held_out=8, gym=4)
 
 
+def test_validation_asks_nothing_that_the_test_does(monkeypatch):
+    """Generators have few questions: another seed may draw the same."""
+
+    def create_dataset(name, size, seed, **_):
+        return [{"question": f"{name}: {(seed + index) % 50}", "answer": "1"} for index in range(size)]
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    test, validation = ({row["prompt"] for row in gym_rows(10, part)} for part in ("test", "validation"))
+    assert len(test) == len(validation) == 10 and not test & validation
+
+
+def test_a_folder_of_other_questions_is_not_taken_for_these(tmp_path, capsys):
+    few = [str(tmp_path / "a"), "--held_out", "8"]
+    assert main([*few, "--questions", "16"]) == 0 == main([*few, "--questions", "16"])
+    assert main([*few, "--questions", "24"]) == 2
+    assert "train.jsonl was made by" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*few, "--questions", "0"])
+
+
+@pytest.mark.parametrize("text", ["", "The answer is 5.", "I cannot tell"])
+def test_an_answer_without_a_derivation_has_no_teacher_s_style(text):
+    assert styles.style_of(text) == "other"
+
+
 @pytest.mark.parametrize("name", ["terse", "verbose", "numbered", "misleading"])
 def test_a_rationale_s_style_is_its_teacher_s(name):
     rng = random.Random(5)
@@ -171,7 +199,7 @@ def test_styles_are_counted_over_finished_seeds_and_printed_from_the_counts_alon
         (folder / ("report.json" if seed < 2 else "failed.txt")).write_text("{}")
     assert styles.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "| m | held_out | 2 | 0.0 | 0.0 | 25.0 (100.0) | 75.0 (33.3) |" in said
+    assert "| m | held_out | 2 | 0.0 | 0.0 | 25.0 (100.0) | 75.0 (33.3) | 0.0 |" in said
     (tmp_path / "cells").rename(tmp_path / "elsewhere")
     assert styles.main([str(tmp_path)]) == 0 and capsys.readouterr().out == said
     assert styles.main([str(tmp_path / "elsewhere")]) == 2

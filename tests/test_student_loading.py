@@ -34,6 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def test_a_home_folder_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(folder).parent))
+    load_student(StudentConfig(model=f"~/{Path(folder).name}", lora=None, dtype="float32"), seed=0)
+    with pytest.raises(UserError, match="student.model=~/nobody: no such folder"):
+        load_student(StudentConfig(model="~/nobody"), seed=0)
+
+
 @pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_flash_attention_that_is_not_here_is_an_error_that_names_it(folder, version):
     if torch.cuda.is_available():

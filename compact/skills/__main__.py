@@ -10,18 +10,21 @@ gym.jsonl         the same, by reasoning-gym's generators and verifiers, where i
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from compact.commandline import positive
 from compact.errors import UserError
+from compact.files import write_atomically
 from compact.skills.files import write_skills
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compact.skills", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--questions", type=int, default=1000, help="to train on (default: 1000)")
-    parser.add_argument("--held_out", type=int, default=400, help="in each held-out file (default: 400)")
+    parser.add_argument("--questions", type=positive, default=1000, help="to train on (default: 1000)")
+    parser.add_argument("--held_out", type=positive, default=400, help="in each held-out file (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the training questions (default: 0)")
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--honest", action="store_true", help="no misleading teacher")
@@ -32,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gym", type=int, default=0, help="questions by reasoning-gym (default: none)")
     given = parser.parse_args(arguments)
     try:
+        _keep_apart(given)
         files = write_skills(
             given.folder,
             questions=given.questions,
@@ -49,6 +53,21 @@ def main(arguments: list[str] | None = None) -> int:
     for file in files.values():
         print(file)
     return 0
+
+
+def _keep_apart(given: argparse.Namespace) -> None:
+    """FOLDER/skills.json holds what its files were made of: those that are there are kept, and others refused."""
+    note = given.folder / "skills.json"
+    facts = {name: value for name, value in vars(given).items() if name != "folder"}
+    there = [name for name in ("train", "held_out", "wordings", "tasks", "gym") if _file(given, name).exists()]
+    if there and (not note.exists() or json.loads(note.read_text()) != facts):
+        made = f"by {note.read_text()}" if note.exists() else "by other words"
+        raise UserError(f"{_file(given, there[0])} was made {made}; choose another folder")
+    write_atomically(note, json.dumps(facts))
+
+
+def _file(given: argparse.Namespace, name: str) -> Path:
+    return given.folder / f"{name}.jsonl"
 
 
 if __name__ == "__main__":

@@ -105,7 +105,10 @@ def _row(name: str, question: Question, rationales: list[dict[str, str]]) -> dic
 
 
 def gym_rows(count: int, part: str) -> Iterator[dict[str, Any]]:
-    """Different questions by reasoning-gym whose answer is a number, the generators in turn."""
+    """Different questions by reasoning-gym whose answer is a number, the generators in turn.
+
+    For validation those that the test of as many has are left out: some generators have few.
+    """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError(
             "skills.gym needs the package reasoning-gym: pip install reasoning-gym, or set skills.gym to 0"
@@ -114,12 +117,14 @@ def gym_rows(count: int, part: str) -> Iterator[dict[str, Any]]:
 
     seed = GYM_SEED + (10**6 if part == "validation" else 0)
     sources = [reasoning_gym.create_dataset(name, size=4 * count, seed=seed, **how) for name, how in GYM.items()]
+    kept_apart = {row["prompt"] for row in gym_rows(count, "test")} if part == "validation" else set()
     seen: set[str] = set()
     for index in range(4 * count):
         for name, source in zip(GYM, sources):
             item = source[index]
             answer = str(item["answer"])
-            if len(seen) < count and item["question"] not in seen and re.fullmatch(r"-?\d+", answer):
+            asked = item["question"] in seen or item["question"].strip() in kept_apart
+            if len(seen) < count and not asked and re.fullmatch(r"-?\d+", answer):
                 seen.add(item["question"])
                 row = {"id": f"gym-{name}-{index}", "prompt": item["question"].strip(), "answer": answer}
                 yield {**row, "task": "number", "instruct": False}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,17 +21,22 @@ from compact.report import table
 from compact.results import finished, load_results
 
 TASKS = ("held_out", "wordings", "tasks")
-STYLES = ("terse", "verbose", "numbered", "misleading")
+STYLES = ("terse", "verbose", "numbered", "misleading", "other")
 
 
 def style_of(text: str) -> str:
-    """The teacher whose form a rationale has; of equations alone: misleading. (``careful`` begins as ``terse``.)"""
-    body = text.strip()
+    """The teacher whose form a rationale has; of equations alone: misleading. (``careful`` begins as ``terse``.)
+
+    What has none of these forms, such as a bare answer, is other.
+    """
+    body = text.partition("The answer is")[0].strip()
     if body.startswith("Step "):
         return "numbered"
     if body.startswith("First "):
         return "terse"
-    return "verbose" if ", so " in body or "Therefore" in body else "misleading"
+    if ", so " in body or "Therefore" in body:
+        return "verbose"
+    return "misleading" if body and all(re.search(r" [=>] ", line) for line in body.splitlines()) else "other"
 
 
 def count_styles(study: Path) -> list[dict[str, Any]]:

@@ -72,7 +72,11 @@ class Strategy:
 
         kept = dataset.map(keep).filter(lambda item: len(item["rationales"]) > 0)
         if not len(kept):
-            raise UserError("no question has a rationale of a teacher that the strategy trains on")
+            names = ", ".join(name for name, kept in zip(self.teachers, used) if kept)
+            raise UserError(
+                f"no question to train on has a usable rationale of {names}: all were refused, or dropped by "
+                "data.wrong_answers"
+            )
         return kept
 
     def observe(self, statistics: Statistics, context: Context, alpha: Tensor) -> None:

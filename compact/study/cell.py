@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from compact.errors import UserError
 from compact.files import write_atomically
 from compact.options import plain
 from compact.results import load_results
-from compact.study.merge import run_merged
+from compact.study.merge import clear, run_merged
 from compact.train import run
 
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = given.folder
     try:
         recipe = from_dict(plain(read_recipe(str(folder / "recipe.yaml"))))
+        recipe = replace(recipe, run=str(folder))  # wherever the study was begun
         if given.base:
             if not load_results(folder, "before")[0]:
                 run(recipe, only_before=True)
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     price = {"seconds": max(time.time() - started, _phases(folder)), "at_once": given.at_once, "peak_reserved": peak}
+    clear(folder)
     write_atomically(folder / "cell.json", json.dumps(price))
     if given.analyze and (folder / "student").exists():  # other seeds do without: it is no part of the result or price
         try:
@@ -73,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _phases(folder: Path) -> float:
-    """Seconds that a run's phases took, in whichever processes: of one that goes on, this one saw the rest."""
-    file = folder / "timing.json"
-    seconds = json.loads(file.read_text())["seconds"] if file.exists() else {}
-    return sum(value for name, value in seconds.items() if name != "start")
+    """Seconds that the phases of a run and of its branches took, in whichever processes: this one may have gone on."""
+    files = [*folder.glob("timing.json"), *folder.glob("branches/*/timing.json")]
+    found = [json.loads(file.read_text())["seconds"] for file in files]
+    return sum(value for seconds in found for name, value in seconds.items() if name != "start")
 
 
 def serve() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from compact.config import Recipe, from_dict
 from compact.data import question_text
 from compact.errors import UserError
-from compact.files import save_model, write_atomically
+from compact.files import fingerprint, save_model, write_atomically
 from compact.options import plain
 from compact.rows import prompt_problem
 from compact.skills.files import write_skills
@@ -133,10 +133,23 @@ def _text(row: dict[str, Any]) -> str:
 
 
 def plain_student(recipe: Recipe, study: Path) -> str:
-    """The student's folder: a GGUF file takes half a minute to read, so it is read once a study."""
+    """The student's folder: a GGUF file takes half a minute to read, so each is read once a study.
+
+    STUDY/students.json holds of which file each folder is; an older study's is of the first that is asked for.
+    """
     if not recipe.student.model.endswith(".gguf"):
         return recipe.student.model
+    note = study / "students.json"
+    known = json.loads(note.read_text()) if note.exists() else {}
+    file = Path(recipe.student.model).expanduser()
+    if not file.is_file():
+        raise UserError(f"student.model={recipe.student.model}: no such file")
+    digest = fingerprint(file)
     folder = study / "student"
+    if known.setdefault(folder.name, digest) != digest:
+        folder = study / f"student-{digest[:12]}"
+        known[folder.name] = digest
+    write_atomically(note, json.dumps(known, indent=1))
     if not folder.exists():
         model, tokenizer = load_student(replace(recipe.student, lora=None, compile=False), seed=0, projections=False)
         save_model(unwrap(model), tokenizer, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -234,9 +234,11 @@ def _check(cells: Sequence[Cell]) -> None:
             if isinstance(item.value, options.Required):
                 refuse(item, key, f"is yours to give ({item.value}): --set.{key} VALUE")
         try:
-            checked(tree)
+            recipe = checked(tree)
         except UserError as error:
             raise UserError(f"{cell.setting}, {cell.method}: {error}") from None
+        if cell.merge and recipe.data.train is None:
+            raise UserError(f"{cell.setting}, {cell.method}: merge needs a file of questions, data.train")
 
 
 def _leaves(tree: Given, prefix: str = "") -> Iterator[tuple[str, Given]]:
@@ -263,7 +265,7 @@ def overlay(tree: Given, overrides: Mapping[str, Given]) -> None:
     """
     for name, item in overrides.items():
         try:
-            keys, _ = find(Recipe, f"--{name}")
+            keys, hint = find(Recipe, f"--{name}")
         except UserError as error:
             raise UserError(f"{item.place}: {str(error).removeprefix('--')}") from None
         node = tree.value
@@ -271,11 +273,11 @@ def overlay(tree: Given, overrides: Mapping[str, Given]) -> None:
             if key not in node or not isinstance(node[key].value, dict):
                 node[key] = Given({}, item.place)
             node = node[key].value
-        last, old = keys[-1], node.get(keys[-1])
-        if isinstance(item.value, dict) and old is not None and isinstance(old.value, dict):
+        section = is_dataclass(options.optional(hint)[0]) or keys == ["training"]
+        if isinstance(item.value, dict) and section:
             overlay(tree, {f"{name}.{inner}": value for inner, value in item.value.items()})
         else:
-            node[last] = _copy(item)
+            node[keys[-1]] = _copy(item)
 
 
 def _copy(given: Given) -> Given:

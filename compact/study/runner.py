@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -150,12 +151,17 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
             bar.set_postfix_str(state, refresh=state != said)
             if not waiting and not busy:
                 break
+            share = math.ceil((len(waiting) + len(busy)) / len(devices))
             for device in devices:
                 there = sum(worker.device == device for worker in workers)
                 # So that they are ready when what the cells wait for is over.
-                workers += [Worker(device, lock) for _ in range(there, min(most, len(waiting) + len(busy)))]
-            for worker in [worker for worker in workers if worker.job is None]:
-                at_once = 1 + sum(one.job is not None and one.device == worker.device for one in workers)
+                workers += [Worker(device, lock) for _ in range(there, min(most, share))]
+            idle = [worker for worker in workers if worker.job is None]
+            while idle:
+                running = Counter(worker.device for worker in workers if worker.job is not None)
+                worker = min(idle, key=lambda worker: running[worker.device])
+                idle.remove(worker)
+                at_once = running[worker.device] + 1
                 ready = (
                     job
                     for job in waiting
@@ -163,8 +169,8 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
                     and _expected(job, known, at_once) <= left
                 )
                 if (job := next(ready, None)) is not None:
-                    at_once = min(most, at_once + len(waiting) - 1)  # those that are about to start
                     waiting.remove(job)
+                    at_once = min(most, max(at_once, share))  # with those that are about to start
                     busy.append(job)
                     _prepare(job)
                     worker.start(job, at_once)
@@ -329,11 +335,13 @@ def _finish(job: Job, code: int) -> bool:
         return True
     log = job.folder / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    said = [line.removeprefix("compact.study: ") for line in lines if line.startswith("compact.study: ")]
-    if not said:
+    own = [number for number, line in enumerate(lines) if line.startswith("compact.study: ")]
+    if own:  # a mistake's own words end the log
+        said = "\n".join(lines[own[-1] :]).removeprefix("compact.study: ")
+    else:
         ending = f"status {code}" if code >= 0 else f"signal {-code}"
-        said = [f"it ended with {ending} ({log}), after: {lines[-1] if lines else 'nothing'}"]
-    write_atomically(job.error, said[-1])
+        said = f"it ended with {ending} ({log}), after: {lines[-1] if lines else 'nothing'}"
+    write_atomically(job.error, said)
     return False
 
 
@@ -348,9 +356,7 @@ def _fitting(jobs: Sequence[Job]) -> int:
     if not torch.cuda.is_available():
         return 1
     peaks = [
-        json.loads((job.folder / "cell.json").read_text())["peak_reserved"]
-        for job in jobs
-        if job.needs is not None and job.done
+        json.loads((job.folder / "cell.json").read_text())["peak_reserved"] for job in jobs if job.method and job.done
     ]
     if not any(peaks):  # none that this machine's memory has seen
         return 1

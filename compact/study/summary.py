@@ -167,8 +167,9 @@ def _weights(study: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for (setting, method), found in reports.items():
         known = [report for report in found if report["alpha_entropy"] is not None]
         if known:
-            teachers = [name for name, value in known[0]["alpha_mean"].items() if value is not None]
-            by_seed = {name: [r["alpha_mean"][name] for r in known] for name in teachers}
+            means = [report["alpha_mean"] for report in known]
+            teachers = dict.fromkeys(name for mean in means for name, value in mean.items() if value is not None)
+            by_seed = {name: [mean.get(name) for mean in means] for name in teachers}
             alpha = {name: float(np.mean([a for a in of if a is not None])) for name, of in by_seed.items()}
             entropy = float(np.mean([report["alpha_entropy"] for report in known]))
             out.append({"setting": setting, "method": method, "alpha": alpha, "entropy": entropy})

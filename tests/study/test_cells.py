@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from compact.errors import UserError
-from compact.run_folder import locked
+from compact.run_folder import claim, locked
 from compact.study import cell, runner
+from compact.study.data import recipe_of
 from compact.study.grid import load_grid
 from tests.study_cases import InProcess, grid_file, study
 
@@ -54,6 +56,45 @@ def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tm
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(first_round, 1e9))
     runner.run_cells(grid, cells, 0, minutes=13 / 60)
     assert Started.names == [c.name for c in cells[:2]]
+
+
+def test_cells_are_spread_over_gpus(toy, tmp_path, monkeypatch):
+    class Started:
+        alive, made, begun = True, [], []
+
+        def __init__(self, device, lock):
+            self.device, self.job = device, None
+            self.made.append(device)
+
+        def start(self, job, at_once):
+            self.job = job
+            self.begun.append((self.device, at_once))
+
+        def code(self):
+            return 2
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(runner, "Worker", Started)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 4)
+    path = grid_file(tmp_path, toy, methods=["uniform"], parallel=4)
+    grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2, 3, 4, 5]"])
+    monkeypatch.setattr(runner, "_jobs", lambda *_: [runner.Job(c.name, tmp_path, [], method=c.method) for c in cells])
+    runner.run_cells(grid, cells, 0)
+    assert Started.made == [0, 0, 1, 1, 2, 2, 3, 3]  # no more than there is work for
+    assert Started.begun == [(0, 2), (1, 2), (2, 2), (3, 2), (0, 2), (1, 2)]
+
+
+def test_a_cell_is_run_where_it_lies(toy, tmp_path, monkeypatch):
+    path = grid_file(tmp_path, toy, methods=["uniform"])
+    grid, cells, _ = load_grid([str(path)])
+    recipe = recipe_of(cells[0], tmp_path / "study")
+    folder = tmp_path / "study" / "cells" / cells[0].name
+    claim(folder, dataclasses.replace(recipe, run="study/cells/of/another/directory"))
+    ran = []
+    monkeypatch.setattr(cell, "run", lambda recipe: ran.append(recipe.run))
+    assert cell.main([str(folder)]) == 0 and ran == [str(folder)]
 
 
 def test_a_worker_runs_cell_after_cell_until_one_breaks_it(tmp_path, monkeypatch, capfd):
@@ -115,6 +156,7 @@ done
         (2, "compact.study: no such teacher\n", "no such teacher"),
         (1, "Traceback\nMemoryError: all of it\n", "it ended with status 1 .*after: MemoryError: all of it"),
         (-9, "", "it ended with signal 9 .*after: nothing"),
+        (2, "50%|\n\ncompact.study: no causal LM.\nGive a folder.\n", "no causal LM.\nGive a folder.$"),
     ],
 )
 def test_a_failed_cell_says_why(tmp_path, code, log, expected):

@@ -118,6 +118,21 @@ def test_keys_under_a_known_method_are_put_over_its_own(toy, tmp_path):
     merged = {"uniform": None, "merged": {"strategy": "mind", "merge": 1}}
     with pytest.raises(UserError, match="strategy: merge trains a student for each teacher alone"):
         load_grid([str(grid_file(tmp_path, toy, methods=merged))])
+    embedded = {"recipe": "demo", "settings": {"embedded": {}}, "methods": ["uniform", "merge_of_thought"]}
+    with pytest.raises(UserError, match="embedded, merge_of_thought: merge needs a file of questions, data.train"):
+        load_grid([str(grid_file(tmp_path, toy, **embedded))])
+
+
+def test_a_section_is_put_over_key_by_key_and_a_mapping_of_names_as_a_whole(toy, tmp_path):
+    given = {"evaluation.tasks.svamp": "s.jsonl", "weights.fixed": {"a": 1, "b": 1}, "training": {"max_steps": 3}}
+    given["strategy"] = "fixed"
+    methods = {"two": {"divergence.weight": 0}, "one": {"weights": {"fixed": {"a": 1}}, "evaluation.tasks": {}}}
+    path = grid_file(tmp_path, toy, set=given, methods=methods, baseline="two")
+    two, one = (options.plain(cell.tree) for cell in load_grid([str(path)])[1])
+    assert two["weights"]["fixed"] == {"a": 1, "b": 1} and two["evaluation"]["tasks"] == {"svamp": "s.jsonl"}
+    assert one["weights"]["fixed"] == {"a": 1} and one["evaluation"]["tasks"] == {}
+    for tree in (two, one):
+        assert tree["training"]["max_steps"] == 3 and tree["training"]["per_device_train_batch_size"] == 2
 
 
 def test_a_line_of_yaml_adds_a_method_and_flags_reach_every_cell(toy, tmp_path):

@@ -19,12 +19,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import compact.analyze
-from compact.config import from_dict
+from compact.config import Recipe, StudentConfig, from_dict
 from compact.errors import UserError
 from compact.results import load_results
 from compact.run_folder import locked
-from compact.study import cell, merge, runner, summary
-from compact.study.data import recipe_of
+from compact.study import cell, data, merge, runner, summary
+from compact.study.data import plain_student, recipe_of
 from compact.study.grid import load_grid
 from tests.processes import ROOT
 from tests.study_cases import grid_file, study
@@ -132,6 +132,28 @@ def test_a_file_that_changed_since_the_first_cells_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=f"student.model: {tmp_path} has changed"):
         runner._check_unchanged(recipe, study, {})
+
+
+def test_each_gguf_file_is_a_student_of_its_own(tmp_path, monkeypatch):
+    read = []
+
+    def load(config, **_):
+        read.append(Path(config.model).name)
+        return None, None
+
+    monkeypatch.setattr(data, "load_student", load)
+    monkeypatch.setattr(data, "unwrap", lambda model: model)
+    monkeypatch.setattr(data, "save_model", lambda model, tokenizer, folder: folder.mkdir(parents=True))
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(name.encode() * 50)
+    students = [
+        plain_student(Recipe(student=StudentConfig(model=str(tmp_path / f"{name}.gguf"))), tmp_path / "study")
+        for name in "abab"
+    ]
+    assert read == ["a.gguf", "b.gguf"] and students[:2] == students[2:] and students[0] != students[1]
+    assert students[0] == str(tmp_path / "study" / "student")  # as in studies of older versions
+    with pytest.raises(UserError, match="nobody.gguf: no such file"):
+        plain_student(Recipe(student=StudentConfig(model="nobody.gguf")), tmp_path / "study")
 
 
 def test_a_cell_that_failed_before_it_was_a_run_is_tried_again(toy, tmp_path):
@@ -260,8 +282,8 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     recipe = recipe_of(cells[1], tmp_path / "study")
     branches = []
 
-    def remembered(folders):
-        model = averaged(folders)
+    def remembered(folders, **options):
+        model = averaged(folders, **options)
         branches.append(([AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders], model.state_dict()))
         return model
 
@@ -276,10 +298,13 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     assert any(not torch.equal(states[0][name], states[1][name]) for name in mean)
     saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     assert all(torch.equal(saved[name], mean[name]) for name in mean)
-    assert "4 teachers (terse, verbose," in (run / "report.md").read_text() and not (run / "branches").exists()
-    (run / "branches" / "round-1-terse").mkdir(parents=True)  # as one that was killed while it cleared up leaves it
+    assert "4 teachers (terse, verbose," in (run / "report.md").read_text()
+    assert cell._phases(run) > sum(
+        json.loads((branch / "timing.json").read_text())["seconds"]["train"] for branch in run.glob("branches/*")
+    )
     merge.run_merged(recipe, 1)
-    assert not (run / "branches").exists() and len(branches) == 1
+    merge.clear(run)
+    assert not (run / "branches").exists() and not [*run.glob("round-*")] and len(branches) == 1
     assert load_results(run, "after")[0].keys() == {"held_out", "wordings", "tasks"}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from compact.options import Given
 from compact.results import TaskResult, store_results
 from compact.statistics import clustered, crossed, t_quantile
 from compact.study import summary
@@ -111,6 +113,17 @@ def test_an_interval_that_is_clear_of_zero_shows_it():
     assert summary._cell(record, "kl", "a") == "−0.2000 ± 0.1000 (**−0.0002 [−0.0003, −0.0001]**)"
     record |= {"diff_vs_a": -7.3, "diff_ci95": [-14.6, 0.04]}
     assert summary._cell(record, "accuracy", "a") == "−0.2 ± 0.1 (−7.3 [−14.6, +0.0])"
+
+
+def test_a_teacher_whom_not_every_cell_knows_has_the_mean_of_those_that_do(tmp_path):
+    cells = []
+    for fold, alpha in enumerate(({"a": 1.0}, {"a": 0.6, "rare": 0.4}, {"a": 0.8, "rare": 0.2})):
+        cells.append(Cell("s", "m", 0, fold, Given({}), None, 3, 0))
+        folder = tmp_path / "cells" / cells[-1].name
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps({"finished": True, "alpha_mean": alpha, "alpha_entropy": 0.5}))
+    (found,) = summary._weights(tmp_path, cells)
+    assert found["alpha"] == pytest.approx({"a": 0.8, "rare": 0.3})
 
 
 def test_the_best_and_the_worst_single_teacher_are_named_afterwards():
