@@ -20,7 +20,11 @@ KINDS = ("number", "choice", "yesno", "math", "text")
 _NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 _VALUE = rf"{_NUMBER}(?:(?:[ ]\d+)?/\d+)?"  # 1/2 and 2 1/2 too
 _LETTER = "[A-J]"
-_WORD = r"(?:and|so|thus|therefore|hence|then|finally|consequently|in conclusion|to conclude|in summary)\b[,:]?"
+_WORD = (
+    r"(?:(?:and|so|thus|therefore|hence|then|finally|consequently|in conclusion|to conclude|in summary)\b[,:]?"
+    r"|(?:(?:this|that|it|which)\s+(?:means|implies|shows|gives(?:\s+us)?)|(?:we|i|one)(?:\s+can)?\s+"
+    r"(?:conclude|see|find|say)|i\s*(?:[’']|\sa)m\s+(?:confident|sure))(?:\s+that)?[,:]?)"
+)
 _CONNECTIVE = rf"(?:{_WORD}\s+)"
 _NAMED = (
     r"(?:(?:the|our|my)\s+)?(?:(?:final|correct|right|best)\s+)*"
@@ -204,10 +208,10 @@ def _joined(digits: re.Match[str]) -> str:
 
 
 def is_answer(text: str, kind: str) -> bool:
-    """Whether a gold answer is of its kind: holds a number, a letter, yes or no."""
+    """Whether a gold answer is of its kind: holds a number that is no ratio or time, a letter, yes or no."""
     said = canonical(text, kind)
     if kind == "number":
-        return _value(said) is not None
+        return _value(said) is not None and not re.search(r"\d\s*:\s*\d", text)  # of 3:2 a part would be read
     if kind == "choice":
         return len(said) == 1 and said.isalpha()
     return said in ("yes", "no") if kind == "yesno" else bool(said)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
+from compact.errors import UserError
 from compact_kernels.ragged import Ragged
 
 
@@ -34,6 +35,11 @@ class Collator:
     def __init__(self, tokenizer: Any = None, *, ifd: bool = False):
         self.start_id: int | None = None
         if ifd:
+            if tokenizer is None:
+                raise UserError(
+                    "difficulty.kind ifd needs a tokenizer: Collator(tokenizer, ifd=True), or the trainer's "
+                    "processing_class"
+                )
             self.start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def set_flags(cls: type, tree: Given, argv: Sequence[str]) -> None:
         if not flag.startswith("--"):
             raise UserError(f"{flag}: expected a flag such as --seed 1; one recipe at most, and it comes first")
         keys, hint = find(cls, flag)
+        if equals and not rest:
+            raise UserError(f"{flag}: needs a value: {describe(hint)}")
         if equals:
             value = parse(hint, rest, flag)
         elif words and not words[0].startswith("--"):

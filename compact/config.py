@@ -12,7 +12,7 @@ from typing import Any, Literal
 from compact import options
 from compact.commandline import help_lines, set_flags
 from compact.errors import UserError
-from compact.options import Given, as_given, option
+from compact.options import Given, as_given, option, refuse
 from compact.training_arguments import check_training
 from compact.yamlfile import read_file, write_file
 
@@ -363,8 +363,9 @@ class Recipe(CompactConfig):
         for name in sorted(tasks.keys() & forgetting.keys()):
             raise UserError(f"evaluation: {name} is both in tasks and in forgetting")
         for name in (*tasks, *forgetting):
-            if name == "all":
-                raise UserError("evaluation: no task can be named all, as a study names its tasks together; rename it")
+            if name in ("all", "held_out"):
+                taken = "a study's tasks together" if name == "all" else "the run's own held-out questions"
+                raise UserError(f"evaluation: no task can be named {name}, which are {taken}; rename it")
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise UserError(
                     f"evaluation: the task {name!r} must be named as a file can be: letters, digits, . _ -"
@@ -390,6 +391,8 @@ def load_recipe(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     named = bool(argv) and not argv[0].startswith("-")
     tree = read_recipe(argv[0] if named else None)
+    if not isinstance(tree.value, dict):
+        refuse(tree, "", f"expected keys and values, got {tree.value!r}")
     set_flags(Recipe, tree, argv[1:] if named else argv)
     if "training" in tree.value and isinstance(tree.value["training"].value, dict):
         check_training(tree.value["training"])  # here too: places are known here

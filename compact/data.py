@@ -177,6 +177,7 @@ class _Reader:
             return None
         prompt = next(row["prompt"] for row in rows if prompt_problem(row.get("prompt")) is None)
         answer = next(answer for row in rows if (answer := answer_text(row.get("answer"))) is not None)
+        answer = answer.rpartition("####")[2].strip() or answer  # GSM8K's own form: a solution, then its answer
         self._check_agreement(members, prompt, answer, kind)
         if unseen := unseen_options(rows, prompt):
             report.because(place, "field 'options' is not read in training: write the choices into 'prompt'", unseen)
@@ -277,8 +278,13 @@ def prompt_of(row: dict[str, Any]) -> str | list[dict[str, str]]:
 
 
 def question_text(row: dict[str, Any]) -> str:
-    """What makes two questions the same question: the text up to case, spacing and Unicode form."""
-    return prompt_text(prompt_of(row))
+    """What makes two questions the same question: the text up to case, spacing and Unicode form.
+
+    What a system's message says to all questions is no part of it: one file has that, another has not.
+    """
+    prompt = prompt_of(row)
+    asked = prompt if isinstance(prompt, str) else [message for message in prompt if message["role"] != "system"]
+    return prompt_text(asked or prompt)
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ FIELDS = ("text", "prompt", "question", "solution", "explanation", "answer")
 
 
 def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
-    """Up to `limit` texts: of JSON Lines whatever of :data:`FIELDS` a row has, else every line that is not empty.
+    """Up to `limit` texts that are not empty: of JSON Lines whatever of :data:`FIELDS` a row has, else every line.
 
     Raises:
         UserError: no such file, or nothing in it.
@@ -35,12 +36,9 @@ def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
         raise UserError(f"evaluation.held_text: there is no file {path}")
     texts: list[str] = []
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix in (".jsonl", ".ndjson", ".json"):
             source = JsonLines(path)
-            for index, row in enumerate(islice(source.rows(), limit)):
-                if not isinstance(row, dict):
-                    raise UserError(f"{source.place(index)}: one JSON object a line is needed")
-                texts.append("\n".join(str(row[name]) for name in FIELDS if isinstance(row.get(name), str)))
+            texts = [*islice(filter(str.strip, _row_texts(source)), limit)]
         else:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             texts = [line for line in lines if line.strip()][:limit]
@@ -48,9 +46,21 @@ def read_texts(path: str | Path, limit: int = TEXTS) -> list[str]:
         raise UserError(f"evaluation.held_text: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"evaluation.held_text: {path}: not UTF-8 text ({error.reason}); convert it") from None
-    if not any(texts):
+    if not texts:
         raise UserError(f"evaluation.held_text: {path} holds no text; rows need one of {', '.join(FIELDS)}")
     return texts
+
+
+def _row_texts(source: JsonLines) -> Iterator[str]:
+    for index, row in enumerate(source.rows()):
+        if not isinstance(row, dict):
+            raise UserError(f"{source.place(index)}: one JSON object a line is needed")
+        parts: list[str] = []
+        for value in map(row.get, FIELDS):
+            messages = value if isinstance(value, list) else []
+            contents = [message.get("content") for message in messages if isinstance(message, dict)]
+            parts += [part for part in (value, *contents) if isinstance(part, str)]
+        yield "\n".join(parts)
 
 
 @torch.no_grad()

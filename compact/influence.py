@@ -139,14 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--questions", type=positive, default=QUESTIONS, help="how many to read; default: %(default)s")
     options = parser.parse_args(arguments)
+    from compact.analyze import write_report
+
     try:
         read_influence(options.run, options.questions)
+        write_report(options.run)
     except UserError as error:
         print(f"compact.influence: {error}", file=sys.stderr)
         return 2
-    from compact.analyze import write_report
-
-    write_report(options.run)
     print(options.run / "report.md")
     return 0
 

@@ -301,7 +301,8 @@ def _data(content: Mapping[str, Any]) -> list[str]:
     if unknown:
         parts.append(f"{unknown:,} rationales had no closing statement that was recognised and taken off.")
     if content["refusals"]:
-        parts.append(table(["refused because", "times"], [[why, f"{n:,}"] for why, n in content["refusals"].items()]))
+        reasons = [[why, f"{n:,}"] for why, n in content["refusals"].items()]
+        parts.append(table(["refused or noted because", "times"], reasons))
         examples = content["refusal_examples"][:5]
         parts.append("For example:\n\n" + "\n".join(f"- {example}" for example in examples))
     elif content["refusals"] is not None:

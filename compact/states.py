@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from compact.collate import Collator, to_device
 from compact.config import Recipe
-from compact.data import load_questions, tokenize_questions
+from compact.data import load_questions, split, tokenize_questions
 from compact.drift import base_student
 from compact.errors import UserError
 from compact.evaluate import load_run
@@ -67,16 +67,28 @@ def read_states(run: Path, questions: int = QUESTIONS) -> dict[str, Any]:
 
 
 def run_items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The first questions of a run with several rationales, in tokens, and the teachers' names."""
-    cache = run / "cache"
-    assert recipe.data.train is not None
-    for source in filter(None, (recipe.data.held_out, recipe.data.train)):
-        rows, _ = load_questions(source, answer_kind=recipe.data.answer_kind, cache_dir=cache)
-        rows = rows.filter(lambda row: len(row["rationales"]) > 1)
+    """The first questions of a run with several rationales, in tokens, and the teachers' names in the run's order.
+
+    Held-out ones, if any of those has several rationales of teachers that the run knows.
+    """
+    cache, data = run / "cache", recipe.data
+    teachers = json.loads((run / "data_report.json").read_text())["teachers"]
+    assert data.train is not None
+    train, _ = load_questions(data.train, answer_kind=data.answer_kind, cache_dir=cache)
+    if data.held_out is None:
+        held_out = split(train, data.holdout, recipe.seed)[1]
+    else:
+        held_out, _ = load_questions(data.held_out, answer_kind=data.answer_kind, cache_dir=cache)
+
+    def known(row: dict[str, Any]) -> dict[str, Any]:
+        return {"rationales": [rationale for rationale in row["rationales"] if rationale["teacher"] in teachers]}
+
+    for rows in (held_out, train):
+        rows = rows.map(known).filter(lambda row: len(row["rationales"]) > 1)
         if len(rows):
             few = rows.select(range(min(count, len(rows))))
-            tokens, report = tokenize_questions(few, tokenizer, recipe.data, cache_dir=cache)
-            return list(tokens), report.teachers
+            tokens, _ = tokenize_questions(few, tokenizer, data, teachers=teachers, cache_dir=cache)
+            return list(tokens), teachers
     raise UserError(f"{run}: no question has several rationales, so there is nothing to compare")
 
 

@@ -110,6 +110,8 @@ def clustered(values: np.ndarray, seeds: np.ndarray, items: np.ndarray) -> Estim
         parts.append((total * count / (count - 1), count - 1) if count > 1 else (0.0, 1))
     (by_seed, _), (by_item, _), (alone, _) = parts
     variance = max(by_seed + by_item - alone, by_seed, by_item)
+    if variance == 0:  # what varies cancels in every seed and question: nothing tells how far
+        return Estimate(grand, None, 0.0)
     dof = variance**2 / sum(part**2 / dof for part, dof in parts)
     return Estimate(grand, math.sqrt(variance) / len(values), max(dof, float(parts[0][1])))
 

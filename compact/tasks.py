@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compact.answers import KINDS, strip_closing
+from compact.answers import KINDS, is_answer, strip_closing
 from compact.data import prompt_of
 from compact.errors import UserError
 from compact.results import SPLITS
@@ -25,7 +25,7 @@ INSTRUCTIONS = {
     "text": 'Think step by step, then end with "The answer is X."',
 }
 
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?%?")
+_NUMBER = re.compile(r"[-+]?\$?(\d[\d,]*(\.\d+)?|\.\d+)([eE][-+]?\d+)?(( \d+)?/\d+)?%?")
 _LETTER = re.compile(r"\(?[A-J]\)?")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes, which nobody reads aloud
 _YES_NO = {"yes", "no", "true", "false"}
@@ -97,7 +97,7 @@ def load_task(
             raise UserError(f"{path}:{line}: id {row.id!r} is also on line {seen[row.id]}; ids must differ")
         seen[row.id] = line
         rows.append(row)
-    every_row_says = all("task" in record for _, record in records)
+    every_row_says = all(record.get("task") for _, record in records)
     source = "told" if every_row_says else "guessed from the answers"
     bare = {row.id for row, (_, record) in zip(rows, records) if record.get("instruct") is False}
     return _task(name, rows, split, source, limit, seed, instruct, bare)
@@ -152,7 +152,7 @@ def _read(name: str, path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line number, record) of every row of a file."""
     if not path.is_file():
         raise UserError(f"task {name}: there is no file {path}; mend its path under evaluation in the recipe")
-    if path.suffix == ".parquet":
+    if path.suffix in (".parquet", ".pq"):
         from pyarrow import parquet
 
         yield from enumerate(parquet.read_table(path).to_pylist(), 1)
@@ -173,7 +173,12 @@ def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
         if (text := answer_text(answer)) is None:
             raise UserError(f"{where}: field 'answer' is {answer}; every question needs its gold answer")
         return text, None
-    solution, mark, short = str(answer).rpartition("####")
+    if not isinstance(answer, str):
+        kind = type(answer).__name__
+        raise UserError(f"{where}: field 'answer' is a {kind}; every question needs one gold answer, text or a number")
+    solution, mark, short = answer.rpartition("####")
+    if not short.strip():
+        raise UserError(f"{where}: field 'answer' has nothing after ####; every question needs its gold answer")
     return short.strip(), (solution.strip() if mark else None)
 
 
@@ -198,6 +203,8 @@ def _row(
     if kind not in KINDS:
         raise UserError(f"{where}: field 'task' is {kind!r}, none of {', '.join(KINDS)}")
     options = _options(record, where)
+    if not (options and kind == "choice") and not is_answer(answer, kind):
+        raise UserError(f"{where}: the answer {answer!r} is none of kind {kind}; field 'task' says which kind it is")
     if options:
         if answer not in options and kind == "choice":
             raise UserError(f"{where}: the answer {answer!r} is none of the options {', '.join(options)}")

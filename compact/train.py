@@ -114,8 +114,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         facts = {f"questions of {task.name}": digest([astuple(row) for row in task.rows]) for task in tasks}
         if recipe.evaluation.held_text is not None:  # what is wrong with it is said before training, not after
             facts["texts of evaluation.held_text"] = digest(read_texts(recipe.evaluation.held_text))
-        if Path(recipe.student.model).exists():
-            facts["files of the student"] = fingerprint(Path(recipe.student.model))
+        if (files := Path(recipe.student.model).expanduser()).exists():
+            facts["files of the student"] = fingerprint(files)
         check_unchanged(folder, **facts)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))

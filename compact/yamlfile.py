@@ -12,8 +12,10 @@ import yaml
 from compact.errors import UserError
 from compact.options import Given, Required
 
-# PyYAML follows YAML 1.1: 5e-5 would be text, and `save_strategy: no` a boolean. YAML 1.2 reads both as people do.
+# PyYAML follows YAML 1.1: 5e-5 would be text, `save_strategy: no` a boolean, 010 eight and 1:00 sixty. YAML 1.2 reads
+# them as people do.
 BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+INT = re.compile(r"[-+]?\d+(_\d+)*$")
 FLOAT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
 
 
@@ -26,12 +28,14 @@ class Dumper(yaml.SafeDumper):
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOL, list("tTfF"))
 for _side in (Loader, Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+    _side.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789"))
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _required(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Required:
@@ -67,12 +71,17 @@ def _place(source: str, mark: yaml.Mark) -> str:
 def _given(loader: Loader, node: yaml.Node, source: str) -> Given:
     place = _place(source, node.start_mark)
     if not isinstance(node, yaml.MappingNode):
-        return Given(loader.construct_object(node, deep=True), place)
+        try:
+            return Given(loader.construct_object(node, deep=True), place)
+        except ValueError as error:  # a date that does not exist
+            raise UserError(f"{place}: {node.value!r} is no value: {error}; put quotes around it") from None
     loader.flatten_mapping(node)
     values: dict[Any, Given] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node)
         here = _place(source, key_node.start_mark)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{here}: a key is expected, and there are brackets; was a template left unfilled?")
+        key = loader.construct_object(key_node)
         if key in values:
             raise UserError(f"{here}: {key}: given twice, first at {values[key].place}")
         values[key] = Given(_given(loader, value_node, source).value, here)

@@ -16,7 +16,7 @@ from torch import Tensor
 from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, Implementation, linear_token_stats
-from compact_kernels.ragged import Ragged, segment_of
+from compact_kernels.ragged import Ragged, on_device, segment_of
 from compact_kernels.rule import AdaptabilityOptions, segment_sum, sequence_adaptability
 
 BLOCK = 512  # rows of the kernels' matrices that exist at once: a batch and its queue, as a rule
@@ -31,7 +31,7 @@ class ProxyControls(NamedTuple):
 
     adaptability: Tensor
     shuffled_mask: Tensor  # the same jumps, thinking tokens put elsewhere in the body
-    wrong_answer: Tensor  # jumps towards another question's answer; NaN where there is none
+    wrong_answer: Tensor  # jumps towards the answer of the next question that has another; NaN where there is none
 
 
 @torch.no_grad()
@@ -80,15 +80,16 @@ def proxy_controls(
 
 
 def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evidence: Tensor) -> Tensor:
-    """Evidence (N,) for the answer of the question after the own one; NaN where either has no answer ids.
+    """Evidence (N,) for the answer of the next question that has another one; NaN where there is none, or no own one.
 
     The log-sum-exp is that of the own evidence: what differs are the few logits asked for.
     """
     of_id = segment_of(ragged.cu_evidence, ragged.evidence_ids.numel())
     shares = of_id == torch.arange(ragged.num_sequences, device=of_id.device)[:, None]
     shares = shares / ragged.cu_evidence.diff()[:, None]  # (S, E), NaN without ids
-    following = ragged.cu_questions[:-1].roll(-1)[ragged.question_of_sequence]  # a rationale of the next one
-    change = (shares.index_select(0, following) - shares).to(evidence.dtype)
+    following = on_device(_others(ragged), torch.int64, of_id.device)[ragged.question_of_sequence]
+    change = (shares.index_select(0, following.clamp_min(0)) - shares).to(evidence.dtype)
+    change = change.masked_fill((following < 0)[:, None], torch.nan)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     asked = replace(
         head,
@@ -100,6 +101,19 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
         logits = asked(hidden[rows].to(dtype)).where(change[owner] != 0, 0.0)  # −∞·0, a forbidden id that is not asked
         parts.append((logits * change[owner]).sum(1))
     return evidence + torch.cat(parts)
+
+
+def _others(ragged: Ragged) -> list[int]:
+    """Of each question the first rationale of the next one with another answer; −1 where there is none."""
+    offsets, ids = ragged.host.cu_evidence.tolist(), ragged.host.evidence_ids.tolist()
+    starts = ragged.sizes.cu_questions[:-1]
+    answers = [ids[offsets[start] : offsets[start + 1]] for start in starts]
+    count = len(starts)
+    following = ([(own + ahead) % count for ahead in range(1, count)] for own in range(count))
+    return [
+        next((starts[other] for other in later if answers[other] not in (answers[own], [])), -1)
+        for own, later in enumerate(following)
+    ]
 
 
 def _shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Tensor:

@@ -67,6 +67,8 @@ def weighted_loss(
         divergence_normalizer=divergence_normalizer,
         ignore_index=ignore_index,
     )
+    if weights is None:
+        arguments.check_scored(ragged, targets, ignore_index)
     call = WeightedPass(_head(weight, bias, head), targets, ragged, weighting, workspace_mib, dtype, any(wanted))
     with torch.autocast(hidden.device.type, enabled=False):
         result = call.run(hidden, weight, bias, (wanted[0], wanted[1], wanted[2]))
@@ -184,7 +186,8 @@ def _(x, weight, bias, targets, shape, host, head, ignore_index, workspace_mib, 
     statistics, n = torch.promote_types(dtype, torch.float32), x.shape[0]
     table = x.new_empty((len(RowStatistics._fields) - 2, n), dtype=statistics)
     single = x.new_empty(n, dtype=statistics)
-    return single, torch.empty_like(single), table, torch.empty_like(x) if keep else x.new_empty(0, dtype=statistics)
+    kept = x.new_empty(x.shape) if keep else x.new_empty(0, dtype=statistics)
+    return single, torch.empty_like(single), table, kept
 
 
 @_op("compact_kernels::token_logprobs_backward", mutates_args=())
@@ -220,7 +223,7 @@ def _(
 ):  # fmt: skip
     owners = (x, weight, bias)
     return tuple(
-        torch.empty_like(owner) if want else rest.new_empty(0) for owner, want in zip(owners, wanted, strict=True)
+        owner.new_empty(owner.shape) if want else rest.new_empty(0) for owner, want in zip(owners, wanted, strict=True)
     )
 
 

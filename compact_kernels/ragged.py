@@ -291,7 +291,9 @@ class Ragged:
         return self.rows.numel()
 
     def questions(self, first: int, last: int) -> Ragged:
-        """The questions `first` … `last − 1` as a batch of their own, over the same packed tokens."""
+        """The questions `first` … `last − 1` over the same packed tokens: rows and ids count from the first of theirs,
+        tokens from the first of all, so that no op takes it for a whole batch.
+        """
         sequences = slice(self.sizes.cu_questions[first], self.sizes.cu_questions[last])
 
         def part(offsets: str) -> tuple[Tensor, slice]:

@@ -123,7 +123,7 @@ def decide(
     with torch.autocast(difficulty.device.type, enabled=False):  # α is compared, and costs nothing
         alpha = weighting.rule(statistics) if weighting.weights is None else weighting.weights
     check_alpha(alpha, ragged)
-    alpha = alpha.detach().to(difficulty.dtype)
+    alpha = alpha.detach().to(difficulty.dtype, copy=True)  # the caller's own stay the caller's
     row_weight = given_row_weight(alpha, counted, ragged, weighting)
     return Decision(alpha, adaptability, difficulty, counted, row_weight), statistics
 

@@ -7,7 +7,7 @@ import pytest
 from compact.analyze import main
 from compact.comparison import comparison
 from compact.errors import UserError
-from compact.results import TaskResult, store_results
+from compact.results import TaskResult, load_results, store_results
 
 
 def finished(folder, right: str, logprob: float, when: str = "after", offset: int = 0, asked: int = 0):
@@ -41,6 +41,16 @@ def test_differences_are_paired_question_by_question(tmp_path, capsys):
     # differences 0, −1, +1, +1: mean 25, standard error √(275/4)/… of the four
     assert "| 75.000 ± 25.000 | +25.000 ± 47.871 | -1.350 ± 0.065 | +0.500 ± 0.000 | – | – |" in lines["| two"]
     assert "| 0.000 ± 0.000 | -50.000 ± 28.868 |" in lines["| before training"]
+
+
+def test_tasks_that_not_all_runs_were_asked_are_named(tmp_path):
+    one, two = (finished(tmp_path / name, "10", -2.0) for name in ("one", "two"))
+    results, _ = load_results(two, "after")
+    store_results(
+        {**results, "more": TaskResult("more", "ood", "number", results["sums"].predictions)}, {}, two, "after"
+    )
+    assert comparison([one, two]).endswith("two was asked more, and one was not.")
+    assert comparison([two, one]).endswith("two was asked more, and one was not.")
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):

@@ -191,6 +191,19 @@ def test_the_proxys_controls_change_what_they_say_and_nothing_else(head, monkeyp
     torch.testing.assert_close(same.shuffled_mask, same.adaptability)
 
 
+def test_a_wrong_answer_is_one_that_differs():
+    """Of four questions the first two ask for one answer, and the last has none."""
+    answers = [[3, 4], [3, 4], [7], []]
+    shape = {"sequence_lengths": [9] * 4, "prompt_lengths": [2] * 4, "rationales_per_question": [1] * 4}
+    ragged = Ragged.build(**shape, body_lengths=[5] * 4, evidence_ids=answers)
+    swapped = Ragged.build(**shape, body_lengths=[5] * 4, evidence_ids=[[7], [7], [3, 4], []])
+    hidden, weight, targets = normal(36, 6), normal(17, 6, seed=1), torch.zeros(36, dtype=torch.int64)
+    found, other = (proxy_controls(hidden, weight, targets, batch) for batch in (ragged, swapped))
+    torch.testing.assert_close(found.wrong_answer[:3], other.adaptability[:3])
+    alike = Ragged.build(**shape, body_lengths=[5] * 4, evidence_ids=[[3]] * 4)
+    assert proxy_controls(hidden, weight, targets, alike).wrong_answer.isnan().all()
+
+
 def test_a_question_alone_has_no_wrong_answer():
     ragged = Ragged.build(
         sequence_lengths=[12, 9], prompt_lengths=[2, 2], rationales_per_question=[2], body_lengths=[8, 0],

@@ -64,11 +64,15 @@ def test_the_weighted_loss_passes_opcheck_with_a_frozen_head_and_given_weights()
     torch.library.opcheck(torch.ops.compact_kernels.weighted_loss.default, tuple(arguments))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("evidence", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_token_logprobs_pass_opcheck(keep, evidence):
+def test_the_token_logprobs_pass_opcheck(keep, evidence, transposed):
     batch, hidden, weight, bias, _ = tensors()
-    rows = hidden[batch.ragged.rows].detach().requires_grad_()
+    rows = hidden[batch.ragged.rows].detach()
+    if transposed:
+        rows, weight = (leaf.detach().t().contiguous().t() for leaf in (rows, weight))
+    rows, weight = rows.requires_grad_(), weight.requires_grad_()
     if keep:
         weight, bias = weight.detach(), bias.detach()
     shape, host = (batch.ragged.tensors(), batch.ragged.host.tensors()) if evidence else ([], [])
@@ -122,6 +126,22 @@ def test_a_compiled_loss_is_the_eager_one(options, kind):
     wanted = torch.autograd.grad(1.7 * eager[0], leaves)
     for actual, expected in zip(torch.autograd.grad(1.7 * compiled[0], leaves), wanted):
         torch.testing.assert_close(actual, expected)
+
+
+def test_a_compiled_loss_refuses_a_rationale_without_a_scored_row():
+    labels, offsets = torch.tensor([-100, 1, 2, -100, -100, -100]), torch.tensor([0, 3, 6])
+    ragged = Ragged.from_labels(labels, offsets, torch.tensor([0, 2]))
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+
+    def loss(hidden):
+        return compatibility_loss(
+            hidden, weight, torch.ones(6, dtype=torch.int64), ragged, rule=CompatibilityRule(consensus=0)
+        ).loss
+
+    torch._dynamo.reset()
+    for op in (loss, torch.compile(loss, backend="aot_eager")):
+        with pytest.raises(Exception, match="no scored row|without a scored row"):
+            op(hidden)
 
 
 def test_one_graph_serves_batches_of_other_shapes():

@@ -105,6 +105,19 @@ def test_unweighted_norms_refuse_a_loss_beside_the_first_which_its_weights_would
             linear_logprob(output.hidden.detach(), output.head.weight, targets)  # of which nothing flows back
 
 
+@pytest.mark.parametrize("lengths", [((9, 5, 7, 8), (3, 2, 2, 3)), ((29,), (20,))])
+def test_unweighted_norms_refuse_a_loss_of_another_batch(lengths):
+    model = student("llama", lora=True)
+    ids, targets, ragged = batch()
+    _, _, other = batch(*lengths)
+    output = model(input_ids=ids, compact=ragged)
+    with sample_grad_norms(model, ragged, norms="unweighted"), pytest.raises(ValueError, match="of another batch"):
+        weights = torch.ones(other.num_sequences).double()
+        total = int(other.cu_seqlens[-1])
+        hidden = output.hidden[:1].expand(total, -1)
+        compatibility_loss(hidden, output.head.weight, targets[:1].expand(total), other, weights=weights)
+
+
 def test_unweighted_norms_refuse_what_they_cannot_weigh_by_name():
     _, _, ragged = batch()
     with pytest.raises(ValueError, match=r"unweighted norms: lm_head\.weight trains"):

@@ -132,6 +132,32 @@ def test_hutchinson_is_unbiased_and_knows_its_error():
     torch.testing.assert_close(torch.stack(errors).square().mean(0).sqrt(), spread, rtol=0.5, atol=0)
 
 
+def test_an_error_of_a_batch_that_is_past_is_no_other_batch_s():
+    model = student("llama", lora=False)
+    ids, targets, ragged = batch()
+    recorder = SampleGradNorms(model, method="hutchinson", probes=4)
+    found = []
+    for _ in range(2):
+        with recorder.record(ragged) as norms:
+            fused(model, ids, targets, ragged).backward()
+        found.append(norms)
+    with pytest.raises(RuntimeError, match="norms of an earlier batch"):
+        found[0].standard_error  # noqa: B018
+    assert (found[1].standard_error > 0).all()
+
+
+def test_a_layer_that_is_the_model_is_recorded():
+    layer, x = nn.Linear(4, 3).double(), torch.randn(1, 5, 4).double()
+    ragged = Ragged.build(sequence_lengths=[2, 3], prompt_lengths=[1, 1], rationales_per_question=[2])
+    with SampleGradNorms(layer).record(ragged) as norms:
+        layer(x).square().sum().backward()
+    expected = []
+    for part in x.split([2, 3], dim=1):
+        gradients = torch.autograd.grad(layer(part).square().sum(), layer.parameters())
+        expected.append(sum(gradient.square().sum() for gradient in gradients))
+    torch.testing.assert_close(norms.by_group["model"], torch.stack(expected))
+
+
 @pytest.mark.parametrize("probes", [2, 33, 64])
 def test_as_many_probes_as_there_may_be(probes):
     model = student("llama", lora=False)

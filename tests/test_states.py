@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,11 @@ import torch
 import compact.analyze
 from compact import influence
 from compact.controls import controlled
-from compact.drift import token_divergences
+from compact.data import load_questions, split
+from compact.drift import read_texts, token_divergences
+from compact.evaluate import load_run
+from compact.run_folder import finished_recipe
+from compact.states import run_items
 from compact.statistics import auc, chance_of_cka, linear_cka, pca_shift
 from compact.train import main
 from tests.toy_run import save_student, toy_model, toy_rows, toy_trainer, write_rows
@@ -56,6 +61,14 @@ def test_the_distance_from_the_base_is_the_divergence_of_the_distributions():
     assert token_divergences(base, base, ids) == [0, 0]
 
 
+def test_held_text_is_of_every_kind_of_row_and_counts_only_what_says_something(tmp_path):
+    rows = [{"text": ""}, {"prompt": [{"role": "user", "content": "hi"}], "answer": 3}, {"text": "a", "answer": "b"}]
+    for suffix in ("jsonl", "ndjson", "json"):
+        path = tmp_path / f"held.{suffix}"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_texts(path) == ["hi", "a\nb"] and read_texts(path, limit=1) == ["hi"]
+
+
 def test_controls_spoil_what_they_name_and_nothing_else(tmp_path):
     dataset = toy_trainer(tmp_path).train_dataset
     shuffled, wrong = controlled(dataset, "shuffled_mask"), controlled(dataset, "wrong_answer")
@@ -75,7 +88,7 @@ def test_controls_spoil_what_they_name_and_nothing_else(tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     save_student(folder / "student")
-    write_rows(folder / "questions.jsonl", toy_rows(11))
+    write_rows(folder / "questions.jsonl", toy_rows(31))  # of which 6 are held out
     (folder / "recipe.yaml").write_text("strategy: compact\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compact.analyze, "_draw", lambda run, content: {})
@@ -105,6 +118,24 @@ def test_analyze_looks_into_the_student_and_the_report_tells(run):
     pictures = {path.stem for path in (run / "pictures").iterdir()}
     assert {"latent", "metrics", "evidence", "weights"} <= pictures
     assert ("tsne" in pictures) == _has_sklearn() != ("scikit-learn is not installed" in text)
+
+
+def test_teachers_keep_the_run_s_order_and_what_was_held_out_is_read(run, tmp_path):
+    """Whoever stands first in the few questions that are read."""
+    recipe = finished_recipe(run)
+    report = json.loads((run / "data_report.json").read_text())
+    shutil.copytree(run, tmp_path / "run")
+    report["teachers"] = report["teachers"][::-1]
+    (tmp_path / "run" / "data_report.json").write_text(json.dumps(report))
+    _, tokenizer = load_run(run)
+    (items, names), (other, reversed_names) = (run_items(recipe, tokenizer, f, 9) for f in (run, tmp_path / "run"))
+    assert names == reversed_names[::-1]
+    for one, two in zip(items, other, strict=True):
+        ours, theirs = ([rationale["teacher"] for rationale in item["rationales"]] for item in (one, two))
+        assert [names[index] for index in ours] == [reversed_names[index] for index in theirs]
+    questions, _ = load_questions(recipe.data.train, cache_dir=tmp_path / "cache")
+    held_out = {row["id"] for row in split(questions, recipe.data.holdout, recipe.seed)[1]}
+    assert items and {item["id"] for item in items} <= held_out
 
 
 def test_norms_are_read_of_both_students_and_correlated_without_length(run):

@@ -51,8 +51,11 @@ def run_arms(recipe: Recipe, run: Callable[[Recipe], Report]) -> Report:
 def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
     """The recipe of one arm: a strategy's name, or a teacher's, who then teaches alone."""
     alone = arm in TEACHERS
+    recipe = build(recipe)
+    if recipe.consensus.affinity != "sentence":  # an encoder may be for MIND's features alone
+        recipe = replace(recipe, consensus=replace(recipe.consensus, encoder=None))
     return replace(
-        build(recipe),
+        recipe,
         run=str(Path(recipe.run) / "arms" / arm),
         strategy="single" if alone else arm,  # type: ignore[arg-type]  # demo.arms allows nothing else
         weights=replace(recipe.weights, teacher=arm if alone else None, fixed=None),

@@ -267,7 +267,7 @@ def _check_unchanged(recipe: Recipe, study: Path, digests: dict[Path, str]) -> N
     read |= {f"evaluation.forgetting.{name}": file for name, file in evaluation.forgetting.items()}
     read |= {"evaluation.held_text": evaluation.held_text, "student.model": recipe.student.model}
     for key, name in read.items():
-        file = Path(name or "").resolve()
+        file = Path(name or "").expanduser().resolve()
         if file.is_relative_to(study.resolve()):  # what a study makes, it looks after
             continue
         student = key == "student.model" and file.exists() and name != "demo"

@@ -63,6 +63,11 @@ def weighted_loss(
 
     The divergence is None where the pass could not take it along: the caller adds it.
     """
+    if weighting.divergence_weight and weighting.ignore_index >= head.vocabulary:
+        raise ValueError(
+            f"ignore_index is {weighting.ignore_index}, beyond the vocabulary of {head.vocabulary}: with a divergence "
+            "it is negative or a token's id"
+        )
     dtype, recorder = product_dtype(hidden, head.weight), active()
     unweighted = recorder is not None and recorder.unweighted and torch.is_grad_enabled()
     if unweighted and weighting.divergence_weight:
@@ -70,6 +75,10 @@ def weighted_loss(
             "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
             'set divergence_weight to 0, or take norms="weighted"'
         )
+    if unweighted:
+        ours, theirs = ragged.sizes, recorder.ragged.sizes  # type: ignore[union-attr]
+        if ours.cu_seqlens != theirs.cu_seqlens or ours.cu_rows != theirs.cu_rows:
+            raise ValueError("the loss is of another batch than the one being recorded")
     if unweighted and recorder.scales._version and torch._C._current_graph_task_id() == -1:  # type: ignore[union-attr]
         refuse_beside_unweighted("a second compatibility_loss")
     trains = torch.is_grad_enabled() and (

@@ -105,7 +105,7 @@ class WeightedPass:
         x_c = score(chunks[0]) if chunks else hidden
         weighting = settled(self.weighting, self.targets, ragged, table.dtype)
         decision, divergence = self._room_for_decision(weighting, table)
-        gradients = self._room_for_gradients(hidden, weight, bias, wanted, buffer.dtype if len(chunks) == 1 else None)
+        gradients = self._room_for_gradients(hidden, weight, wanted, buffer.dtype if len(chunks) == 1 else None)
         rows = RowStatistics(*table.unbind())
         for i, chunk in enumerate(chunks):
             if i > 0:
@@ -221,7 +221,6 @@ class WeightedPass:
         self,
         hidden: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
         wanted: tuple[bool, bool, bool],
         alone: torch.dtype | None,
     ) -> Gradients:

@@ -48,7 +48,7 @@ def default_group(name: str) -> str:
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     if numbers and numbers[-1] + 2 < len(parts):
         return parts[numbers[-1] + 1]
-    return parts[-2] if len(parts) > 1 else parts[0]
+    return parts[-2] if len(parts) > 1 else "model"  # which is a layer itself
 
 
 class SampleGradNorms:

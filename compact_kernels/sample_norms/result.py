@@ -81,6 +81,7 @@ class SampleNorms:
     @property
     def standard_error(self) -> Tensor:
         """(S,) of `squared`, where it is an estimate; zeros where it is exact."""
+        self._check()
         variances = [
             slot.grad[1] for _, kind, slot in self.slots.leaves if kind == "estimate" and slot.grad is not None
         ]
