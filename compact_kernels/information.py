@@ -16,7 +16,7 @@ from torch import Tensor
 from compact_kernels import arguments
 from compact_kernels.head.linear import LinearHead
 from compact_kernels.ops import DEFAULT_WORKSPACE_MIB, Implementation, linear_token_stats
-from compact_kernels.ragged import Ragged, on_device, segment_of
+from compact_kernels.ragged import Ragged, segment_of
 from compact_kernels.rule import AdaptabilityOptions, segment_sum, sequence_adaptability
 
 BLOCK = 512  # rows of the kernels' matrices that exist at once: a batch and its queue, as a rule
@@ -87,7 +87,7 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     of_id = segment_of(ragged.cu_evidence, ragged.evidence_ids.numel())
     shares = of_id == torch.arange(ragged.num_sequences, device=of_id.device)[:, None]
     shares = shares / ragged.cu_evidence.diff()[:, None]  # (S, E), NaN without ids
-    following = on_device(_others(ragged), torch.int64, of_id.device)[ragged.question_of_sequence]
+    following = _others(ragged)[ragged.question_of_sequence]
     change = (shares.index_select(0, following.clamp_min(0)) - shares).to(evidence.dtype)
     change = change.masked_fill((following < 0)[:, None], torch.nan)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -103,17 +103,18 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     return evidence + torch.cat(parts)
 
 
-def _others(ragged: Ragged) -> list[int]:
-    """Of each question the first rationale of the next one with another answer; −1 where there is none."""
-    offsets, ids = ragged.host.cu_evidence.tolist(), ragged.host.evidence_ids.tolist()
-    starts = ragged.sizes.cu_questions[:-1]
-    answers = [ids[offsets[start] : offsets[start + 1]] for start in starts]
-    count = len(starts)
-    following = ([(own + ahead) % count for ahead in range(1, count)] for own in range(count))
-    return [
-        next((starts[other] for other in later if answers[other] not in (answers[own], [])), -1)
-        for own, later in enumerate(following)
-    ]
+def _others(ragged: Ragged) -> Tensor:
+    """Of each question the first rationale of the next one with another answer; −1 where there is none. (Q,) int64"""
+    starts, count, device = ragged.cu_questions[:-1].long(), ragged.num_questions, ragged.device
+    first, last = ragged.cu_evidence[starts][:, None], ragged.cu_evidence[starts + 1][:, None]
+    places = first + torch.arange(ragged.sizes.longest_answer, device=device)
+    inside = places < last
+    ids = ragged.evidence_ids[places.where(inside, 0)].where(inside, -1)  # (Q, L)
+    other = (ids[:, None] != ids).any(2) & inside.any(1)  # (Q, Q)
+    question = torch.arange(count, device=device)
+    ahead = ((question - question[:, None]) % count).where(other, count)
+    nearest = ahead.min(1)
+    return starts[nearest.indices].where(nearest.values < count, -1)
 
 
 def _shuffled_mask(ragged: Ragged, generator: torch.Generator | None) -> Tensor:

@@ -53,6 +53,19 @@ def test_box_inside_a_sentence_is_opened_and_the_sentence_stays():
     assert strip_closing(r"First 4. The total is $4+5=\boxed{9}$.") == ("First 4. The total is $4+5=9$.", "9", True)
 
 
+@pytest.mark.parametrize(
+    "lead", ["This means that", "We can conclude that", "I'm confident that", "Therefore, we find that", "I am sure"]
+)
+def test_what_leads_to_a_closing_goes_with_it(lead):
+    assert strip_closing(f"So x = 5. {lead} the answer is 5.") == ("So x = 5.", "5", True)
+    assert strip_closing(f"It has 5, {lead.lower()} the answer is 5.")[0] in ("It has 5", f"It has 5, {lead.lower()}")
+
+
+@pytest.mark.parametrize("ratio", ["3:2", "1:30", "10 : 7"])
+def test_a_ratio_or_time_is_no_number(ratio):
+    assert not is_answer(ratio, "number") and is_answer(ratio, "text")
+
+
 def test_last_of_several_closings_speaks():
     assert strip_closing("Add. The answer is 5.\n#### 7")[1] == "7"
 

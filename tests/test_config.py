@@ -150,6 +150,7 @@ FLAG_MISTAKES = [
     (["--student.trust_remote_code", "maybe"], r"expected true or false, got 'maybe'"),
     (["--weights.fixed.a", "-1"], r"--weights.fixed.a: -1 is out of range: at least 0"),
     (["--evaluation.tasks", "{a: b"], r"--evaluation.tasks: not valid YAML"),
+    (["--seed="], r"--seed: needs a value: a whole number"),
     (["--evaluation.tasks", "{a: 1}"], r"--evaluation.tasks: evaluation.tasks.a: expected text, got 1; put quotes"),
     (["--evaluation.tasks.a/b", "x"], r"the task 'a/b' must be named as a file can be"),
     (["--seed", "1", "gsm8k"], r"gsm8k: expected a flag .*it comes first"),
@@ -183,6 +184,9 @@ FILE_MISTAKES = [
     ("run: 5\n", r"recipe.yaml:1: run: expected text, got 5; put quotes around it"),
     ("run: a\n  seed: 1\n", r"recipe.yaml:2: not valid YAML: mapping values are not allowed here"),
     ("run: a\ntraining: [\n", r"recipe.yaml:3: not valid YAML"),
+    ("run: {{ name }}\n", r"recipe.yaml:1: a key is expected, and there are brackets"),
+    ("run: 2024-13-45\n", r"recipe.yaml:1: '2024-13-45' is no value: month must be"),
+    ("seed: 1:00\n", r"recipe.yaml:1: seed: expected a whole number, got '1:00'"),
     ("- run\n", r"recipe.yaml:1: expected keys and values"),
     ("training:\n  bf16: true\n  sed: 3\n", r"recipe.yaml:3: training.sed: .* did you mean seed\?"),
     ("training: 3\n", r"recipe.yaml:1: training: expected names with any value each, got 3"),
@@ -198,6 +202,19 @@ FILE_MISTAKES = [
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         load_recipe([written(tmp_path, text)])
+
+
+@pytest.mark.parametrize("text", ["a recipe", "- run", "5"])
+def test_a_file_that_holds_no_keys_is_no_recipe_whatever_flags_follow(tmp_path, text):
+    with pytest.raises(UserError, match="recipe.yaml:1: expected keys and values"):
+        load_recipe([written(tmp_path, text), "--seed", "1"])
+
+
+def test_whole_numbers_are_those_of_yaml_1_2(tmp_path):
+    assert load_recipe([written(tmp_path, "seed: 010\n")]).seed == 10
+    assert load_recipe([written(tmp_path, "evaluation: {limit: 12_000}\n")]).evaluation.limit == 12_000
+    save_recipe(Recipe(run="08"), tmp_path / "saved.yaml")
+    assert load_recipe([str(tmp_path / "saved.yaml")]).run == "08"
 
 
 def test_a_missing_recipe_is_answered_with_the_embedded_ones():

@@ -109,7 +109,13 @@ def test_prompts_may_be_messages(load):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How  Many?"}]
     dataset, _ = load([question(prompt=messages)])
     assert prompt_of(dataset[0]) == messages
-    assert question_text(dataset[0]) == "be brief. how many?"
+    assert question_text(dataset[0]) == "how many?"  # what is said to all questions makes none
+
+
+def test_a_solution_before_the_answer_is_no_part_of_it(load):
+    """GSM8K's own form."""
+    dataset, _ = load([question(answer="She sells 9*2 = <<9*2=18>>18 eggs.\n#### 18")])
+    assert dataset[0]["answer"] == "18"
 
 
 def test_answers_may_be_numbers_and_truth_values(load):
@@ -286,6 +292,17 @@ def test_one_question_in_two_forms_is_on_one_side(load):
     train, held_out = split(dataset, 0.2, seed=0)
     assert not {question_text(row) for row in train} & {question_text(row) for row in held_out}
     assert len(held_out) == 16
+
+
+def test_one_question_with_and_without_a_system_s_message_is_on_one_side(load):
+    rows = []
+    for number in range(10):
+        asked = {"role": "user", "content": f"What is {number}?"}
+        rows.append(question(f"plain-{number}", asked["content"]))
+        rows.append(question(f"told-{number}", [{"role": "system", "content": "Be brief."}, asked]))
+    train, held_out = split(load(rows)[0], 0.2, seed=0)
+    assert not {question_text(row) for row in train} & {question_text(row) for row in held_out}
+    assert len(held_out) == 4
 
 
 def test_what_is_no_choice_and_no_answer_of_its_own_is_no_crash(load):

@@ -157,6 +157,10 @@ def test_held_out_questions_are_asked_as_in_training(tmp_path):
         ([CSQA | {"options": "A or B"}], {}, "field 'options'"),
         ([CSQA | {"options": list("abcdefghijkl"), "answer": "L"}], {}, "12 options; at most 10"),
         ([GSM8K | {"task": "numbr"}], {}, "t.jsonl:1: field 'task' is 'numbr'"),
+        ([GSM8K | {"answer": ["Paris", "paris"]}], {}, "t.jsonl:1: field 'answer' is a list; .*one gold answer"),
+        ([GSM8K | {"answer": "it follows\n#### "}], {}, "t.jsonl:1: field 'answer' has nothing after ####"),
+        ([GSM8K | {"answer": "hello", "task": "number"}], {}, "t.jsonl:1: the answer 'hello' is none of kind number"),
+        ([CSQA, GSM8K], {}, "t.jsonl:2: the answer .* is none of kind choice"),
         ([GSM8K], {"split": "odd"}, "split 'odd' is none of id"),
     ],
 )
@@ -166,6 +170,15 @@ def test_bad_files_are_refused_by_file_line_and_field(tmp_path, rows, options, s
         write(path, *rows)
     with pytest.raises(UserError, match=said):
         load_task("t", path, **options)
+
+
+@pytest.mark.parametrize(
+    "answers, kind", [(["7", "12", "1/2"], "number"), ([".5", "1e5"], "number"), (["7 up"], "text")]
+)
+def test_the_kind_is_guessed_from_all_answers(tmp_path, answers, kind):
+    rows = [{"question": f"{i}?", "answer": answer, "task": None} for i, answer in enumerate(answers)]
+    task = load_task("t", write(tmp_path / "t.jsonl", *rows))
+    assert task.kind == kind and "guessed" in str(task)
 
 
 def test_a_file_in_another_encoding_is_named_by_its_line_and_a_mark_of_order_is_skipped(tmp_path):
