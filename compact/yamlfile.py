@@ -35,13 +35,17 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOL, list("tTfF"))
 for _side in (Loader, Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
     _side.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789"))
-Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
 
 
 def _required(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Required:
     return Required(loader.construct_scalar(node))
 
 
+Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 Loader.add_constructor("!required", _required)
 
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             held_out_wording=given.held_out_wording,
             gym=given.gym,
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"compact.skills: {error}", file=sys.stderr)
         return 2
     for file in files.values():

@@ -32,7 +32,7 @@ def build_strategy(config: CompactConfig, teachers: Sequence[str]) -> Strategy:
         UserError: an unknown strategy, or a teacher that the dataset does not have.
     """
     if ":" in config.strategy:
-        return _own(config.strategy)(config, teachers)
+        return own_strategy(config.strategy)(config, teachers)
     if config.strategy not in STRATEGIES:
         raise UserError(f"strategy is {config.strategy!r}; it is one of {', '.join(STRATEGIES)}, or MODULE:CLASS")
     return STRATEGIES[config.strategy](config, teachers)
@@ -54,7 +54,12 @@ def check_weights(name: str, alpha: Tensor, cu_questions: Sequence[int], questio
             )
 
 
-def _own(place: str) -> type[Strategy]:
+def own_strategy(place: str) -> type[Strategy]:
+    """The class that MODULE:CLASS names.
+
+    Raises:
+        UserError: there is none, or it says nothing of weights.
+    """
     module, _, name = place.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)

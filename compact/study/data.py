@@ -60,8 +60,10 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
             train=f"train-{seed}",
         )
     data |= {"train": str(files["train"]), "held_out": str(files["held_out"])}
-    evaluation["limit"] = max(wanted.held_out, wanted.gym)
+    evaluation["limit"] = max(wanted.held_out, wanted.gym, evaluation.get("limit") or 0)
     tasks = {name: str(files[name]) for name in ("wordings", "tasks", "gym") if name in files}
+    if taken := sorted(tasks.keys() & evaluation.get("tasks", {}).keys()):
+        raise UserError(f"evaluation.tasks.{taken[0]}: skills makes a task of that name; give yours another")
     evaluation["tasks"] = tasks | evaluation.get("tasks", {})
 
 

@@ -13,6 +13,7 @@ from compact.commandline import find, set_flags
 from compact.config import Recipe, checked, embedded_recipes, read_recipe
 from compact.errors import UserError
 from compact.options import Given, as_given, option, refuse
+from compact.strategies import STRATEGIES, own_strategy
 from compact.yamlfile import read_file
 
 GRIDS = Path(__file__).parent.parent / "grids"
@@ -75,7 +76,7 @@ class Cell:
 
 
 def _folder(method: str) -> str:
-    return method.replace(":", "-")
+    return method.replace(":", "-").replace("/", "-")  # a teacher may be named as on the hub
 
 
 def known_methods() -> dict[str, Given]:
@@ -120,7 +121,7 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
     if not grid.settings:
         refuse(tree.value["settings"], "settings", "name at least one, or leave the key out")
     for name in (*methods, *grid.settings):
-        if "/" in name or name.startswith("."):
+        if ("/" in name and not name.startswith("single:")) or name.startswith("."):
             refuse(tree, name, "is a folder's name too: letters, digits, : . _ -")
     by_folder: dict[str, str] = {}
     for name in methods:
@@ -199,10 +200,20 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
                     recipe = read_recipe(grid.recipe)
                     for overrides in (common.value, own, theirs, {"seed": Given(seed)}):
                         overlay(recipe, overrides)
+                    _refuse_unread(theirs, recipe, method)
                     cells.append(Cell(str(setting), method, seed, fold, recipe, skills, folds, merge))
     if grid.order == "methods":  # stable: settings, seeds and folds stay in their order
         cells.sort(key=lambda cell: [*methods].index(cell.method))
     return cells
+
+
+def _refuse_unread(keys: Mapping[str, Given], recipe: Given, method: str) -> None:
+    """A method's keys of MIND under another strategy: it would not be what it is called."""
+    given = recipe.value.get("strategy")
+    strategy = Recipe().strategy if given is None else given.value
+    for key, item in keys.items():
+        if key.partition(".")[0] == "mind" and strategy in STRATEGIES and strategy != "mind":
+            refuse(item, key, f"strategy {strategy}, which {method} has, does not read it: add 'strategy: mind'")
 
 
 def _refuse_made(given: Mapping[str, Given], skills: bool, folds: bool) -> None:
@@ -237,6 +248,8 @@ def _check(cells: Sequence[Cell]) -> None:
             recipe = checked(tree)
         except UserError as error:
             raise UserError(f"{cell.setting}, {cell.method}: {error}") from None
+        if ":" in recipe.strategy:
+            own_strategy(recipe.strategy)
         if cell.merge and recipe.data.train is None:
             raise UserError(f"{cell.setting}, {cell.method}: merge needs a file of questions, data.train")
 
@@ -310,7 +323,8 @@ def grid_help() -> str:
         f"GRID: a YAML file, or {', '.join(embedded_grids())}.",
     ]
     lines += [f"  {spec.name}: {spec.metadata['help']}{_default(spec)}" for spec in fields(Grid)]
-    lines += [f"  skills.{spec.name}: {spec.metadata['help']}{_default(spec)}" for spec in fields(SkillsConfig)]
+    lines += ["", "Keys of a setting in the file: folds (held-out parts), recipe keys, and skills, whose own are:"]
+    lines += [f"  {spec.name}: {spec.metadata['help']}{_default(spec)}" for spec in fields(SkillsConfig)]
     lines += ["", f"Known methods: {', '.join(known_methods())}, single:TEACHER."]
     return "\n".join(lines)
 

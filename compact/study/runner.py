@@ -130,7 +130,8 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
             for worker in [worker for worker in workers if worker.job is not None]:
                 if (code := worker.code()) is not None:
                     assert worker.job is not None
-                    failed += not _finish(worker.job, code)
+                    ended_well = _finish(worker.job, code)
+                    failed += bool(worker.job.method) and not ended_well
                     bar.update(bool(worker.job.method))
                     if code == 2:  # a mistake of the recipe's: what waits for this has made it too
                         spared = [job for job in waiting if job.needs is worker.job]

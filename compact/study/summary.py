@@ -75,8 +75,7 @@ def _setting(study: Path, setting: str, cells: Sequence[Cell], baseline: str) ->
         method: _by_seed(study, [cell for cell in ours if cell.method == method], "after")
         for method in dict.fromkeys(cell.method for cell in ours)
     }
-    first = [cell for cell in ours if cell.seed == ours[0].seed and cell.method == baseline]
-    everything = {BEFORE: _by_seed(study, first, "before")} | seeds
+    everything = {BEFORE: _before(study, ours, baseline)} | seeds
     records = []
     for method, found in everything.items():
         for key in dict.fromkeys(key for values in found.values() for key in values):
@@ -89,6 +88,18 @@ def _setting(study: Path, setting: str, cells: Sequence[Cell], baseline: str) ->
             record["diff_ci95"] = None if difference is None else difference.interval()
             records.append(record)
     return records
+
+
+def _before(study: Path, cells: Sequence[Cell], baseline: str) -> dict[int, Values]:
+    """What the untrained student reached, from cells of the baseline or else of whatever method has it; once, where
+    all seeds were asked the same."""
+    found: dict[int, Values] = {}
+    for method in dict.fromkeys([baseline, *(cell.method for cell in cells)]):
+        of_method = _by_seed(study, [cell for cell in cells if cell.method == method], "before")
+        found = {**of_method, **found}
+    found = dict(sorted(found.items()))
+    alike = all(values == first for values in found.values() for first in [*found.values()][:1])
+    return dict([*found.items()][:1]) if alike else found
 
 
 def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]:
@@ -182,14 +193,26 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, float] | None:
-    """What finished cells took on the clock, and what the others would take one after another."""
-    folders = [study / "cells" / cell.name for cell in cells]
-    seconds = [seconds_of(folder) for folder in folders if (folder / "cell.json").exists()]
+def _seconds(study: Path, cells: Sequence[Cell]) -> dict[str, Any] | None:
+    """What finished cells took on the clock, and what the others would take one after another.
+
+    A cell is taken for as long as others of its method; of a method without any, `unpriced`, as all.
+    """
+    of_method: defaultdict[str, list[float]] = defaultdict(list)
+    missing: list[str] = []
+    for cell in cells:
+        folder = study / "cells" / cell.name
+        if (folder / "cell.json").exists():
+            of_method[cell.method].append(seconds_of(folder))
+        else:
+            missing.append(cell.method)
+    seconds = [value for values in of_method.values() for value in values]
     if not seconds:
         return None
-    median, missing = float(np.median(seconds)), len(cells) - len(seconds)
-    return {"median": median, "sum": float(np.sum(seconds)), "missing": missing, "to_come": median * missing}
+    to_come = sum(float(np.median(of_method[method] or seconds)) for method in missing)
+    unpriced = sorted({method for method in missing if not of_method[method]})
+    known = {"median": float(np.median(seconds)), "sum": float(np.sum(seconds))}
+    return {**known, "missing": len(missing), "to_come": to_come, "unpriced": unpriced}
 
 
 def seconds_of(folder: Path) -> float:
@@ -233,7 +256,9 @@ def _markdown(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         text = f"A cell took {seconds['median']:.0f} s (median), the finished ones {seconds['sum'] / 60:.0f} min."
         if seconds["missing"]:
             minutes = seconds["to_come"] / 60
-            text += f" {seconds['missing']} missing: at that price {minutes:.0f} min, one after another."
+            text += f" {seconds['missing']} missing: at the price of others {minutes:.0f} min, one after another"
+            unpriced = seconds.get("unpriced")
+            text += f", though none of {_listed(unpriced)} was seen." if unpriced else "."
         parts.append(text)
     return "\n\n".join(parts) + "\n"
 

@@ -123,6 +123,32 @@ def test_keys_under_a_known_method_are_put_over_its_own(toy, tmp_path):
         load_grid([str(grid_file(tmp_path, toy, **embedded))])
 
 
+@pytest.mark.parametrize(
+    "methods, said",
+    [
+        (
+            {"uniform": {}, "mind_half": {"mind.threshold": 0.5}},
+            r"grid.yaml:\d+: mind.threshold: strategy compact, which ",
+        ),
+        ({"uniform": {}, "mine": {"strategy": "nowhere_at_all:X"}}, "strategy: there is no module nowhere_at_all"),
+    ],
+)
+def test_what_a_method_is_not_is_said_before_anything_runs(toy, tmp_path, methods, said):
+    with pytest.raises(UserError, match=said):
+        load_grid([str(grid_file(tmp_path, toy, methods=methods))])
+
+
+def test_a_teacher_named_as_on_the_hub_has_a_folder(toy, tmp_path):
+    cells = load_grid([str(grid_file(tmp_path, toy, methods=["uniform", "single:org/wordy"]))])[1]
+    assert cells[1].name == "few/single-org-wordy/seed-0" and cells[1].method == "single:org/wordy"
+
+
+def test_a_task_does_not_take_the_place_of_one_that_skills_makes(toy, tmp_path):
+    path = grid_file(tmp_path, toy, set={"evaluation.tasks.wordings": "mine.jsonl"})
+    with pytest.raises(UserError, match="evaluation.tasks.wordings: skills makes a task of that name"):
+        recipe_of(load_grid([str(path)])[1][0], tmp_path / "study")
+
+
 def test_a_section_is_put_over_key_by_key_and_a_mapping_of_names_as_a_whole(toy, tmp_path):
     given = {"evaluation.tasks.svamp": "s.jsonl", "weights.fixed": {"a": 1, "b": 1}, "training": {"max_steps": 3}}
     given["strategy"] = "fixed"

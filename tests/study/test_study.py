@@ -206,7 +206,7 @@ def test_a_price_is_that_of_the_first_cell_times_what_is_missing(finished):
     assert failure.stat().st_mtime_ns == old  # the first cell alone
     seconds = json.loads((folder / "study.json").read_text())["seconds"]
     assert seconds["missing"] == 4 and seconds["to_come"] == 4 * seconds["median"]
-    assert "4 missing: at that price" in (folder / "study.md").read_text()
+    assert "4 missing: at the price of others" in (folder / "study.md").read_text()
 
 
 def test_a_study_does_not_go_on_with_other_questions(finished, capsys):

@@ -115,6 +115,38 @@ def test_an_interval_that_is_clear_of_zero_shows_it():
     assert summary._cell(record, "accuracy", "a") == "−0.2 ± 0.1 (−7.3 [−14.6, +0.0])"
 
 
+def test_a_missing_cell_is_priced_as_others_of_its_method(tmp_path):
+    cells = [
+        Cell("s", method, seed, None, Given({}), None, 0, 0) for method in ("quick", "slow", "new") for seed in (0, 1)
+    ]
+    for cell, seconds in ((cells[0], 5), (cells[2], 50)):
+        (tmp_path / "cells" / cell.name).mkdir(parents=True)
+        (tmp_path / "cells" / cell.name / "cell.json").write_text(json.dumps({"seconds": seconds}))
+    found = summary._seconds(tmp_path, cells)
+    assert found["missing"] == 4 and found["to_come"] == 5 + 50 + 2 * 27.5 and found["unpriced"] == ["new"]
+
+
+def test_the_untrained_student_is_that_of_all_questions_that_seeds_were_asked(tmp_path):
+    def cell(method: str, seed: int, right: str, first: int) -> Cell:
+        one = Cell("s", method, seed, None, Given({}), None, 0, 0)
+        rows = [{"id": f"q{first + i}", "correct": c == "1"} for i, c in enumerate(right)]
+        rest = {
+            "strict_correct": True,
+            "finished": True,
+            "tokens": 1,
+            "answer_logprob": None,
+            "solution_logprob": None,
+        }
+        result = TaskResult("t", "id", "number", [{**row, **rest} for row in rows])
+        store_results({"t": result}, {}, tmp_path / "cells" / one.name, "before")
+        return one
+
+    others = [cell("base", 0, "10", 0), cell("base", 1, "11", 7)]
+    assert len(summary._before(tmp_path, others, "base")) == 2
+    alike = [cell("late", 2, "10", 0), cell("late", 3, "10", 0)]
+    assert len(summary._before(tmp_path, alike, "base")) == 1  # the baseline has none yet
+
+
 def test_a_teacher_whom_not_every_cell_knows_has_the_mean_of_those_that_do(tmp_path):
     cells = []
     for fold, alpha in enumerate(({"a": 1.0}, {"a": 0.6, "rare": 0.4}, {"a": 0.8, "rare": 0.2})):
