@@ -52,12 +52,10 @@ def comparison(folders: Sequence[str | Path]) -> str:
                     f"| {names.get(name, name)} | {' | '.join(_cells(name, result, reference, name == first))} |"
                 )
         blocks.append("\n".join(lines))
-    for name, found in results.items():
-        for some, others in ((found, results[first]), (results[first], found)):
-            if only := [task for task in some if task not in others]:
-                has = names[name] if some is found else names[first]
-                lacks = names[first] if some is found else names[name]
-                blocks.append(f"{has} was asked {', '.join(only)}, and {lacks} was not.")
+    for name in results:
+        for has, lacks in ((name, first), (first, name)):
+            if only := [task for task in results[has] if task not in results[lacks]]:
+                blocks.append(f"{names[has]} was asked {', '.join(only)}, and {names[lacks]} was not.")
     return "\n\n".join(blocks)
 
 

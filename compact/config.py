@@ -12,7 +12,7 @@ from typing import Any, Literal
 from compact import options
 from compact.commandline import help_lines, set_flags
 from compact.errors import UserError
-from compact.options import Given, as_given, option, refuse
+from compact.options import Given, as_given, option
 from compact.training_arguments import check_training
 from compact.yamlfile import read_file, write_file
 
@@ -391,8 +391,6 @@ def load_recipe(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     named = bool(argv) and not argv[0].startswith("-")
     tree = read_recipe(argv[0] if named else None)
-    if not isinstance(tree.value, dict):
-        refuse(tree, "", f"expected keys and values, got {tree.value!r}")
     set_flags(Recipe, tree, argv[1:] if named else argv)
     if "training" in tree.value and isinstance(tree.value["training"].value, dict):
         check_training(tree.value["training"])  # here too: places are known here

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 
@@ -71,25 +72,30 @@ def run_items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[li
 
     Held-out ones, if any of those has several rationales of teachers that the run knows.
     """
-    cache, data = run / "cache", recipe.data
     teachers = json.loads((run / "data_report.json").read_text())["teachers"]
-    assert data.train is not None
-    train, _ = load_questions(data.train, answer_kind=data.answer_kind, cache_dir=cache)
-    if data.held_out is None:
-        held_out = split(train, data.holdout, recipe.seed)[1]
-    else:
-        held_out, _ = load_questions(data.held_out, answer_kind=data.answer_kind, cache_dir=cache)
 
-    def known(row: dict[str, Any]) -> dict[str, Any]:
-        return {"rationales": [rationale for rationale in row["rationales"] if rationale["teacher"] in teachers]}
+    def known(row: dict[str, Any]) -> list[dict[str, Any]]:
+        return [rationale for rationale in row["rationales"] if rationale["teacher"] in teachers]
 
-    for rows in (held_out, train):
-        rows = rows.map(known).filter(lambda row: len(row["rationales"]) > 1)
+    for rows in _questions(recipe, run / "cache"):
+        rows = rows.filter(lambda row: len(known(row)) > 1)
         if len(rows):
-            few = rows.select(range(min(count, len(rows))))
-            tokens, _ = tokenize_questions(few, tokenizer, data, teachers=teachers, cache_dir=cache)
+            few = rows.select(range(min(count, len(rows)))).map(lambda row: {"rationales": known(row)})
+            tokens, _ = tokenize_questions(few, tokenizer, recipe.data, teachers=teachers, cache_dir=run / "cache")
             return list(tokens), teachers
     raise UserError(f"{run}: no question has several rationales, so there is nothing to compare")
+
+
+def _questions(recipe: Recipe, cache: Path) -> Iterator[Dataset]:
+    """The held-out ones, and then all that the run trained on."""
+    data = recipe.data
+    assert data.train is not None
+    if data.held_out is not None:
+        yield load_questions(data.held_out, answer_kind=data.answer_kind, cache_dir=cache)[0]
+    train, _ = load_questions(data.train, answer_kind=data.answer_kind, cache_dir=cache)
+    if data.held_out is None:
+        yield split(train, data.holdout, recipe.seed)[1]
+    yield train
 
 
 def without_encoder(recipe: Recipe) -> Recipe:

@@ -56,14 +56,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def compute_dtype(config: StudentConfig) -> torch.dtype:
     """What the student computes in, and is saved in."""
     if config.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and _has_bfloat16() else torch.float32
+        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if half else torch.float32
     if config.dtype not in _DTYPES:
         raise UserError(f"student.dtype={config.dtype}: choose auto, {', '.join(_DTYPES)}")
     return _DTYPES[config.dtype]
-
-
-def _has_bfloat16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_student(

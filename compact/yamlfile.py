@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from compact.errors import UserError
-from compact.options import Given, Required
+from compact.options import Given, Required, refuse
 
 # PyYAML follows YAML 1.1: 5e-5 would be text, `save_strategy: no` a boolean, 010 eight and 1:00 sixty. YAML 1.2 reads
 # them as people do.
@@ -93,17 +93,20 @@ def _given(loader: Loader, node: yaml.Node, source: str) -> Given:
 
 
 def read_file(path: Path) -> Given:
-    """As `read_text`.
+    """As `read_text`, of a file that holds keys.
 
     Raises:
-        UserError: also when the file cannot be read.
+        UserError: also when the file cannot be read, or holds something else.
     """
     try:
-        return read_text(path.read_text(encoding="utf-8"), str(path))
+        tree = read_text(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not isinstance(tree.value, dict):
+        refuse(tree, "", f"expected keys and values, got {tree.value!r}")
+    return tree
 
 
 def write_file(values: dict[str, Any], path: Path) -> None:

@@ -59,15 +59,12 @@ def _keep_apart(given: argparse.Namespace) -> None:
     """FOLDER/skills.json holds what its files were made of: those that are there are kept, and others refused."""
     note = given.folder / "skills.json"
     facts = {name: value for name, value in vars(given).items() if name != "folder"}
-    there = [name for name in ("train", "held_out", "wordings", "tasks", "gym") if _file(given, name).exists()]
+    files = [given.folder / f"{name}.jsonl" for name in ("train", "held_out", "wordings", "tasks", "gym")]
+    there = [file for file in files if file.exists()]
     if there and (not note.exists() or json.loads(note.read_text()) != facts):
         made = f"by {note.read_text()}" if note.exists() else "by other words"
-        raise UserError(f"{_file(given, there[0])} was made {made}; choose another folder")
+        raise UserError(f"{there[0]} was made {made}; choose another folder")
     write_atomically(note, json.dumps(facts))
-
-
-def _file(given: argparse.Namespace, name: str) -> Path:
-    return given.folder / f"{name}.jsonl"
 
 
 if __name__ == "__main__":

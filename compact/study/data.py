@@ -134,24 +134,27 @@ def _text(row: dict[str, Any]) -> str:
     return question_text({"prompt": prompt, "is_messages": not isinstance(row["prompt"], str)})
 
 
-def plain_student(recipe: Recipe, study: Path) -> str:
+def plain_student(recipe: Recipe, study: Path, digests: dict[Path, str]) -> str:
     """The student's folder: a GGUF file takes half a minute to read, so each is read once a study.
 
     STUDY/students.json holds of which file each folder is; an older study's is of the first that is asked for.
+
+    Args:
+        digests: of files that were looked at before.
     """
     if not recipe.student.model.endswith(".gguf"):
         return recipe.student.model
     note = study / "students.json"
     known = json.loads(note.read_text()) if note.exists() else {}
-    file = Path(recipe.student.model).expanduser()
+    file = Path(recipe.student.model).expanduser().resolve()
     if not file.is_file():
         raise UserError(f"student.model={recipe.student.model}: no such file")
-    digest = fingerprint(file)
-    folder = study / "student"
-    if known.setdefault(folder.name, digest) != digest:
-        folder = study / f"student-{digest[:12]}"
-        known[folder.name] = digest
-    write_atomically(note, json.dumps(known, indent=1))
+    if file not in digests:
+        digests[file] = fingerprint(file)
+    first = known.get("student", digests[file]) == digests[file]
+    folder = study / ("student" if first else f"student-{digests[file][:12]}")
+    if folder.name not in known:
+        write_atomically(note, json.dumps({**known, folder.name: digests[file]}, indent=1))
     if not folder.exists():
         model, tokenizer = load_student(replace(recipe.student, lora=None, compile=False), seed=0, projections=False)
         save_model(unwrap(model), tokenizer, folder)

@@ -105,8 +105,6 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         near = options.nearest(argv[0], embedded_grids())
         raise UserError(f"{argv[0]}: no such file, nor an embedded grid ({', '.join(embedded_grids())}){near}")
     tree = read_file(path)
-    if not isinstance(tree.value, dict):
-        refuse(tree, "", f"expected keys and values, got {tree.value!r}")
     own = dict(tree.value)
     set_flags(Grid, tree, argv[1:])  # --set.KEY value gives a recipe key to every cell
     for key in ("methods", "settings"):

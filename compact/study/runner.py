@@ -225,7 +225,7 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
         try:
             recipe = recipe_of(cell, study)
             _check_unchanged(recipe, study, digests)
-            recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study)))
+            recipe = replace(recipe, student=replace(recipe.student, model=plain_student(recipe, study, digests)))
             if not (folder / "recipe.yaml").exists():
                 job.error.unlink(missing_ok=True)  # of a try that did not come to be a run
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"

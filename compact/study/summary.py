@@ -95,11 +95,11 @@ def _before(study: Path, cells: Sequence[Cell], baseline: str) -> dict[int, Valu
     all seeds were asked the same."""
     found: dict[int, Values] = {}
     for method in dict.fromkeys([baseline, *(cell.method for cell in cells)]):
-        of_method = _by_seed(study, [cell for cell in cells if cell.method == method], "before")
-        found = {**of_method, **found}
+        missing = [cell for cell in cells if cell.method == method and cell.seed not in found]
+        found |= _by_seed(study, missing, "before")
     found = dict(sorted(found.items()))
-    alike = all(values == first for values in found.values() for first in [*found.values()][:1])
-    return dict([*found.items()][:1]) if alike else found
+    first = next(iter(found), None)
+    return {first: found[first]} if first is not None and all(v == found[first] for v in found.values()) else found
 
 
 def _by_seed(study: Path, cells: Sequence[Cell], when: str) -> dict[int, Values]:

@@ -70,17 +70,17 @@ def weighted_loss(
         )
     dtype, recorder = product_dtype(hidden, head.weight), active()
     unweighted = recorder is not None and recorder.unweighted and torch.is_grad_enabled()
-    if unweighted and weighting.divergence_weight:
-        raise ValueError(
-            "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
-            'set divergence_weight to 0, or take norms="weighted"'
-        )
     if unweighted:
+        if weighting.divergence_weight:
+            raise ValueError(
+                "unweighted norms: the divergence mixes rationales, so that no loss is one rationale's own; "
+                'set divergence_weight to 0, or take norms="weighted"'
+            )
         ours, theirs = ragged.sizes, recorder.ragged.sizes  # type: ignore[union-attr]
         if ours.cu_seqlens != theirs.cu_seqlens or ours.cu_rows != theirs.cu_rows:
             raise ValueError("the loss is of another batch than the one being recorded")
-    if unweighted and recorder.scales._version and torch._C._current_graph_task_id() == -1:  # type: ignore[union-attr]
-        refuse_beside_unweighted("a second compatibility_loss")
+        if recorder.scales._version and torch._C._current_graph_task_id() == -1:  # type: ignore[union-attr]
+            refuse_beside_unweighted("a second compatibility_loss")
     trains = torch.is_grad_enabled() and (
         head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     )

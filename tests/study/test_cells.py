@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,18 +29,21 @@ def test_fewer_cells_at_once_are_expected_to_take_less_and_the_slowest_of_a_kind
     assert runner._expected(job, [("other", 90.0, None)], 8) == 90 and runner._expected(job, [], 8) == 0
 
 
-def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tmp_path, monkeypatch):
-    """Of four at once each would take 16 s and of two 12 s: with 13 s left, two are begun."""
+@pytest.fixture
+def begun(monkeypatch):
+    """What workers were given, all of which fails, (device, cell, how many at once); and the devices of those made."""
+    begun = SimpleNamespace(cells=[], made=[])
 
     class Started:
-        alive, names = True, []
+        alive = True
 
         def __init__(self, device, lock):
             self.device, self.job = device, None
+            begun.made.append(device)
 
         def start(self, job, at_once):
             self.job = job
-            self.names.append(job.name)
+            begun.cells.append((self.device, job.name, at_once))
 
         def code(self):
             return 2
@@ -48,6 +52,11 @@ def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tm
             pass
 
     monkeypatch.setattr(runner, "Worker", Started)
+    return begun
+
+
+def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tmp_path, monkeypatch, begun):
+    """Of four at once each would take 16 s and of two 12 s: with 13 s left, two are begun."""
     path = grid_file(tmp_path, toy, methods=["uniform"], parallel=4)
     grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2, 3, 4]"])
     monkeypatch.setattr(runner, "_known", lambda jobs: [("uniform", 16.0, 4)])
@@ -55,35 +64,24 @@ def test_the_cells_that_still_fit_are_started_when_all_at_once_would_not(toy, tm
     first_round = iter([0.0, 0.0])
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(first_round, 1e9))
     runner.run_cells(grid, cells, 0, minutes=13 / 60)
-    assert Started.names == [c.name for c in cells[:2]]
+    assert [name for _, name, _ in begun.cells] == [c.name for c in cells[:2]]
 
 
-def test_cells_are_spread_over_gpus(toy, tmp_path, monkeypatch):
-    class Started:
-        alive, made, begun = True, [], []
-
-        def __init__(self, device, lock):
-            self.device, self.job = device, None
-            self.made.append(device)
-
-        def start(self, job, at_once):
-            self.job = job
-            self.begun.append((self.device, at_once))
-
-        def code(self):
-            return 2
-
-        def stop(self):
-            pass
-
-    monkeypatch.setattr(runner, "Worker", Started)
+def test_cells_are_spread_over_gpus(toy, tmp_path, monkeypatch, begun):
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 4)
     path = grid_file(tmp_path, toy, methods=["uniform"], parallel=4)
     grid, cells, _ = load_grid([str(path), "--seeds", "[0, 1, 2, 3, 4, 5]"])
     monkeypatch.setattr(runner, "_jobs", lambda *_: [runner.Job(c.name, tmp_path, [], method=c.method) for c in cells])
     runner.run_cells(grid, cells, 0)
-    assert Started.made == [0, 0, 1, 1, 2, 2, 3, 3]  # no more than there is work for
-    assert Started.begun == [(0, 2), (1, 2), (2, 2), (3, 2), (0, 2), (1, 2)]
+    assert begun.made == [0, 0, 1, 1, 2, 2, 3, 3]  # no more than there is work for
+    assert [(device, at_once) for device, _, at_once in begun.cells] == [
+        (0, 2),
+        (1, 2),
+        (2, 2),
+        (3, 2),
+        (0, 2),
+        (1, 2),
+    ]
 
 
 def test_a_cell_is_run_where_it_lies(toy, tmp_path, monkeypatch):

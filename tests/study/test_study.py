@@ -147,13 +147,13 @@ def test_each_gguf_file_is_a_student_of_its_own(tmp_path, monkeypatch):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(name.encode() * 50)
     students = [
-        plain_student(Recipe(student=StudentConfig(model=str(tmp_path / f"{name}.gguf"))), tmp_path / "study")
+        plain_student(Recipe(student=StudentConfig(model=str(tmp_path / f"{name}.gguf"))), tmp_path / "study", {})
         for name in "abab"
     ]
     assert read == ["a.gguf", "b.gguf"] and students[:2] == students[2:] and students[0] != students[1]
     assert students[0] == str(tmp_path / "study" / "student")  # as in studies of older versions
     with pytest.raises(UserError, match="nobody.gguf: no such file"):
-        plain_student(Recipe(student=StudentConfig(model="nobody.gguf")), tmp_path / "study")
+        plain_student(Recipe(student=StudentConfig(model="nobody.gguf")), tmp_path / "study", {})
 
 
 def test_a_cell_that_failed_before_it_was_a_run_is_tried_again(toy, tmp_path):
@@ -209,13 +209,18 @@ def test_a_price_is_that_of_the_first_cell_times_what_is_missing(finished):
     assert "4 missing: at the price of others" in (folder / "study.md").read_text()
 
 
+def with_skills(path: Path, **changes) -> Path:
+    """The grid of a file with other questions, beside it."""
+    grid = yaml.safe_load(path.read_text())
+    grid["settings"]["few"]["skills"] |= changes
+    changed = path.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump(grid))
+    return changed
+
+
 def test_a_study_does_not_go_on_with_other_questions(finished, capsys):
     path, folder, _ = finished
-    other = yaml.safe_load(path.read_text())
-    other["settings"]["few"]["skills"]["questions"] = 24
-    changed = path.with_name("changed.yaml")
-    changed.write_text(yaml.safe_dump(other))
-    grid, cells, _ = load_grid([str(changed), "--seeds", "[7]"])
+    grid, cells, _ = load_grid([str(with_skills(path, questions=24)), "--seeds", "[7]"])
     assert runner._jobs(grid, cells, folder) == []
     said = (folder / "cells" / cells[0].name / "failed.txt").read_text()
     assert "skills: " in said and '"questions": 16' in said and '"questions": 24' in said and "--study" in said
@@ -229,11 +234,7 @@ def test_data_of_a_version_with_fewer_options_are_gone_on_with(finished):
         made.write_text(json.dumps({key: value for key, value in facts.items() if key != "held_out_wording"}))
         grid, cells, _ = load_grid([str(path), "--seeds", "[8]"])
         assert len(runner._jobs(grid, cells, folder)) > 0
-        other = yaml.safe_load(path.read_text())
-        other["settings"]["few"]["skills"]["held_out_wording"] = 0
-        changed = path.with_name("wording.yaml")
-        changed.write_text(yaml.safe_dump(other))
-        grid, cells, _ = load_grid([str(changed), "--seeds", "[8]"])
+        grid, cells, _ = load_grid([str(with_skills(path, held_out_wording=0)), "--seeds", "[8]"])
         assert runner._jobs(grid, cells, folder) == []
     finally:
         made.write_text(json.dumps(facts))
