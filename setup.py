@@ -13,6 +13,7 @@ reason beside the library, where `python -m compact_kernels.info` reads it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -49,7 +50,7 @@ def source_digest() -> str:
     """Of everything that decides what the library is; compact_kernels.native asks for the same."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file():
+        if path.suffix in (".cpp", ".cu", ".h"):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -127,18 +128,23 @@ def build_cuda(
     include: list[str], compiler: list[str], folder: Path
 ) -> tuple[list[str], list[str], dict[str, object]]:
     """Objects of the CUDA part, the command that links with them, and what they were built for."""
-    asked = os.environ.get("COMPACT_KERNELS_CUDA_ARCHS", ARCHITECTURES).split()
-    if not asked:
+    asked = os.environ.get("COMPACT_KERNELS_CUDA_ARCHS")
+    # As "80 90", or as torch has it: "8.0;9.0".
+    wanted = re.split(r"[\s;,]+", (ARCHITECTURES if asked is None else asked).replace(".", "").strip())
+    if not wanted[0]:
         raise NotBuilt("COMPACT_KERNELS_CUDA_ARCHS is empty")
     nvcc = find_nvcc()
-    known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"])))
-    architectures = [arch for arch in asked if arch in known]
-    if not architectures:
-        raise NotBuilt(f"{nvcc} knows none of the architectures {' '.join(asked)}")
+    listed = re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))
+    number = {arch: arch.rstrip("af") for arch in wanted}  # 90a is 90 with what no later one has
+    architectures = sorted((arch for arch in wanted if number[arch] in listed), key=lambda arch: int(number[arch]))
+    unknown = [arch for arch in wanted if arch not in architectures]
+    if unknown if asked else not architectures:  # of our own list, what an older nvcc does not know is left out
+        raise NotBuilt(f"{nvcc} knows no architecture {' '.join(unknown)}; it knows {' '.join(listed)}")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures[:-1]]
     last = architectures[-1]  # as PTX too, for what comes after it
     targets += [f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
-    host = next(word for word in reversed(compiler) if not word.startswith("-"))  # of "ccache g++" the compiler
+    # Of "ccache g++ -flags" the compiler: the last word before the flags.
+    host = [*itertools.takewhile(lambda word: not word.startswith("-"), compiler)][-1]
     objects = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         objects.append(str(folder / (source.stem + ".cu.o")))

@@ -134,16 +134,19 @@ def check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None
     if 0 in head_weight.shape:
         raise ValueError(f"head_weight has shape {tuple(head_weight.shape)}; it is (V, D), and has neither of none")
     autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, head_weight.dtype)
-    if hidden.dtype != head_weight.dtype and not autocast:
-        raise ValueError(
-            f"hidden is {hidden.dtype}, head_weight {head_weight.dtype}: convert one, or use torch.autocast"
-        )
+    for name, tensor in (("hidden", hidden), ("bias", bias)):
+        if tensor is not None and tensor.dtype != head_weight.dtype and not autocast:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, head_weight {head_weight.dtype}: convert one, or use torch.autocast"
+            )
 
 
 def check_numbers(
     logit_scale: float, softcap: float | None, temperature: float, workspace_mib: int, implementation: str = "auto"
 ) -> None:
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} requires a gradient and would get none: multiply `hidden` by what is learned")
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be above 0" + (", or None" if name == "softcap" else ""))
     if not isinstance(workspace_mib, int):
@@ -193,6 +196,8 @@ def check_rows(targets: Tensor, ragged: Ragged) -> None:
 
 def check_values(hidden: Tensor, targets: Tensor, vocabulary: int, ragged: Ragged | None, ignore_index: int) -> None:
     """Ids in range and numbers finite: what lies on a device is read only if COMPACT_KERNELS_DEBUG=1."""
+    if not hasattr(ignore_index, "__index__"):
+        raise ValueError(f"ignore_index is {ignore_index!r}; it is a whole number, as the ids are")
     if torch.compiler.is_compiling():
         return
     span = None if ragged is None else ragged.sizes.evidence_range

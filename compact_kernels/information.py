@@ -86,9 +86,9 @@ def _next_answers_evidence(hidden: Tensor, head: LinearHead, ragged: Ragged, evi
     """
     of_id = segment_of(ragged.cu_evidence, ragged.evidence_ids.numel())
     shares = of_id == torch.arange(ragged.num_sequences, device=of_id.device)[:, None]
-    shares = shares / ragged.cu_evidence.diff()[:, None]  # (S, E), NaN without ids
+    shares = shares.to(evidence.dtype) / ragged.cu_evidence.diff()[:, None]  # (S, E), NaN without ids
     following = _others(ragged)[ragged.question_of_sequence]
-    change = (shares.index_select(0, following.clamp_min(0)) - shares).to(evidence.dtype)
+    change = shares.index_select(0, following.clamp_min(0)) - shares
     change = change.masked_fill((following < 0)[:, None], torch.nan)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     asked = replace(
@@ -226,6 +226,8 @@ class InformationQueue:
     def measure(self, hidden: Tensor, answers: Tensor, ids: Tensor, ragged: Ragged) -> Information:
         """Curves of a batch, which then joins the queue.
 
+        A question with a state that is not finite has no number in its own curve, and is in nobody else's.
+
         Args:
             hidden: final hidden states. (T, D)
             answers: ψ(a) of every question, for one :func:`answer_embeddings`. (Q, D_y)
@@ -245,7 +247,11 @@ class InformationQueue:
         answers = answers.to(rows.dtype)
         question = ragged.question_of_sequence[ragged.sequence_of_row]  # (N,)
         members = (question == torch.arange(ragged.num_questions, device=question.device)[:, None]).to(rows.dtype)
-        batch = members @ rows, answers, members.sum(1), ids
+        # A question with a state that is no number is as one without tokens: in sums it would spoil all others.
+        finite = rows.isfinite().all(1)
+        sound = answers.isfinite().all(1, keepdim=True) & (members @ (~finite).to(rows.dtype) == 0)[:, None]
+        sums = (members @ rows.where(finite[:, None], 0.0)).where(sound, 0.0)
+        batch = sums, answers.where(sound, 0.0), members.sum(1).where(sound[:, 0], 0.0), ids
         earlier = tuple(part[:0] for part in batch) if self._kept is None else self._kept
         for name, old, new in zip(("hidden", "answers"), earlier, batch):
             if old.shape[1] != new.shape[1]:

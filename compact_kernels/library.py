@@ -241,7 +241,8 @@ def _token_gradients(ctx: Any, logprob_gradient: Tensor | None, entropy_gradient
     if logprob_gradient is None and entropy_gradient is None:
         return (None, None, None, *nothing)
     if ctx.keep and logprob_gradient is not None:
-        return ((kept * -logprob_gradient[:, None]).to(x.dtype), None, None, *nothing)
+        counted = logprob_gradient.where(targets != ctx.rest[1], 0.0)  # what came to the others may be no number
+        return ((kept * -counted[:, None]).to(x.dtype), None, None, *nothing)
     wanted = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.compact_kernels.token_logprobs_backward(
         x, weight, bias, targets, logprob, entropy, rest, logprob_gradient, entropy_gradient, *ctx.rest, wanted

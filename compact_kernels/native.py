@@ -39,7 +39,7 @@ def source_digest(sources: Path) -> str:
     """As in setup.py."""
     digest = hashlib.sha256()
     for path in sorted(sources.rglob("*")):
-        if path.is_file():
+        if path.suffix in (".cpp", ".cu", ".h"):
             digest.update(path.relative_to(sources.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -162,6 +162,25 @@ def test_statistics_and_weights_are_detached_and_the_loss_alone_is_not(backend):
     assert output.loss.requires_grad and not any(tensor.requires_grad for tensor in others)
 
 
+@WANTS
+def test_targets_that_were_changed_since_are_an_error_and_no_other_gradient(wants, backend):
+    problem, _ = leaves(small(), wants)
+    loss = logprobs(problem)
+    problem.targets.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@WANTS
+def test_what_comes_to_an_ignored_row_counts_for_nothing_even_if_it_is_no_number(wants, backend):
+    problem, wanted = leaves(small(), wants)
+    logprob, _ = logprob_of(problem)
+    counted = problem.targets != -100
+    assert not counted.all()
+    logprob.backward(torch.where(counted, 1.0, float("nan")).to(logprob))
+    assert all(leaf.grad.isfinite().all() for leaf in wanted.values())
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -190,6 +209,12 @@ BAD: dict[str, tuple[str, Callable[[Problem], dict[str, Any]]]] = {
     "hidden_short": ("hidden has shape", lambda p: {"hidden": p.hidden[1:]}),
     "hidden_batched": ("hidden has shape", lambda p: {"hidden": p.hidden[None]}),
     "weight_transposed": ("head_weight has shape", lambda p: {"head_weight": p.weight.t()}),
+    "bias_of_another_dtype": ("bias is torch.float16, head_weight", lambda p: {"bias": p.weight[:, 0].half()}),
+    "temperature_that_learns": (
+        "temperature requires a gradient and would get none: multiply `hidden`",
+        lambda p: {"temperature": torch.tensor(0.7, requires_grad=True)},
+    ),
+    "ignored_by_a_fraction": ("ignore_index is -100.0", lambda p: {"ignore_index": -100.0}),
     "bias_short": ("bias has shape", lambda p: {"bias": p.weight[1:, 0]}),
     "weights_short": ("weights has shape", lambda p: {"weights": p.consensus[1:]}),
     "consensus_short": ("consensus has shape", lambda p: {"consensus": p.consensus[1:]}),

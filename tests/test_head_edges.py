@@ -32,6 +32,7 @@ from tests.head_cases import (
     errors,
     everything,
     identity_problem,
+    leaves,
     limit_rows,
     logprob_gradients,
     logprob_of,
@@ -396,8 +397,15 @@ def test_a_forbidden_target_has_an_infinite_loss(backend):
     problem = make_problem("bias", ignored=0.0)
     row = problem.ragged.rows[0]
     problem.bias[problem.targets[row]] = -torch.inf
-    logprob, _ = logprob_of(problem.to(torch.float32))
+    problem, wanted = leaves(problem.to(torch.float32), "hwb")
+    logprob, entropy = logprob_of(problem)
     assert logprob[row] == -torch.inf
+    entropy.sum().backward()
+    found = {name: leaf.grad for name, leaf in wanted.items()}
+    problem, wanted = leaves(problem, "hwb")
+    logprob_of(problem, implementation="reference")[1].sum().backward()
+    for name, leaf in wanted.items():
+        torch.testing.assert_close(found[name], leaf.grad, rtol=1e-4, atol=1e-4)
 
 
 # ---- layouts in memory --------------------------------------------------------------------------------------------

@@ -119,6 +119,17 @@ def test_phsic_is_the_covariance_of_the_other_questions():
         seen = met[-7:]
 
 
+def test_a_state_that_is_no_number_is_in_its_own_curve_alone():
+    ragged, queue, without = shape_of(5), InformationQueue(), InformationQueue()
+    one = shape_of(1)
+    hidden, answers = normal(int(one.cu_seqlens[-1]), 4, seed=9), normal(1, 3, seed=9)
+    hidden[3, 1] = torch.inf
+    assert not queue.measure(hidden, answers, torch.tensor([99]), one).curve.isfinite().all()
+    given = normal(int(ragged.cu_seqlens[-1]), 4), normal(5, 3, seed=10), torch.arange(5), ragged
+    for found, expected in zip(queue.measure(*given), without.measure(*given)):
+        torch.testing.assert_close(found, expected)
+
+
 def test_an_epiphany_is_found_by_phsic_and_by_its_peak():
     """A fixed map of the answer enters the states at a step of its own; AUC of c_t for the steps after it."""
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +181,7 @@ def test_the_proxys_controls_change_what_they_say_and_nothing_else(head, monkeyp
     monkeypatch.setattr("compact_kernels.information.ROWS", 8)  # several chunks of rows
     ragged = Ragged.build(
         sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
-        body_lengths=[8, 5, 9], evidence_ids=[[3, 4], [3, 4], [7]],
+        body_lengths=[8, 5, 9], evidence_ids=[[3, 4, 5], [3, 4, 5], [7]],
         thinking=[[i in (1, 2) for i in range(n)] for n in (10, 7, 11)],
     )  # fmt: skip
     hidden, weight = normal(35, 6), normal(17, 6, seed=1)
@@ -179,12 +190,12 @@ def test_the_proxys_controls_change_what_they_say_and_nothing_else(head, monkeyp
     found = proxy_controls(hidden, weight, targets, ragged, generator=generator, **head)
     swapped = Ragged.build(
         sequence_lengths=[12, 9, 14], prompt_lengths=[2, 2, 3], rationales_per_question=[2, 1],
-        body_lengths=[8, 5, 9], evidence_ids=[[7], [7], [3, 4]],
+        body_lengths=[8, 5, 9], evidence_ids=[[7], [7], [3, 4, 5]],
         thinking=[[i in (1, 2) for i in range(n)] for n in (10, 7, 11)],
     )  # fmt: skip
     other = proxy_controls(hidden, weight, targets, swapped, generator=generator, **head)
-    torch.testing.assert_close(found.wrong_answer, other.adaptability)
-    torch.testing.assert_close(found.adaptability, other.wrong_answer)
+    torch.testing.assert_close(found.wrong_answer, other.adaptability, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.adaptability, other.wrong_answer, rtol=1e-12, atol=0)
     assert (found.shuffled_mask != found.adaptability).any()
     flat = AdaptabilityOptions(epsilon=1.0)  # a mask of ones: nothing to shuffle
     same = proxy_controls(hidden, weight, targets, ragged, flat, generator, **head)

@@ -111,6 +111,45 @@ def test_info_says_what_is_there_and_which_way_each_op_takes():
 # ---- the build ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("asked", "targets"),
+    [
+        (None, ["compute_80,code=sm_80", "compute_90,code=[sm_90,compute_90]"]),  # 100 is not known to this nvcc
+        ("9.0;8.0", ["compute_80,code=sm_80", "compute_90,code=[sm_90,compute_90]"]),  # PTX of the highest
+        ("90a", ["compute_90a,code=[sm_90a,compute_90a]"]),
+        ("80 77", "knows no architecture 77; it knows 80 90"),
+        ("", "COMPACT_KERNELS_CUDA_ARCHS is empty"),
+    ],
+)
+def test_the_cuda_part_is_built_for_the_architectures_asked_for(tmp_path, asked, targets):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/said\necho compute_80\necho compute_90\n")
+    nvcc.chmod(0o755)
+    code = f"""
+import runpy, setuptools, sys
+from pathlib import Path
+setuptools.setup = lambda **_: None
+module = runpy.run_path({str(ROOT / "setup.py")!r})
+try:
+    module["build_cuda"]([], ["ccache", "g++", "-isystem", "/opt"], Path({str(tmp_path)!r}))
+except module["NotBuilt"] as error:
+    print(error)
+"""
+    variables = {"CUDA_HOME": str(tmp_path)} | ({} if asked is None else {"COMPACT_KERNELS_CUDA_ARCHS": asked})
+    result = python(code, **variables)
+    if "No module named 'setuptools'" in result.stderr:
+        pytest.skip("setuptools is not installed here")
+    if isinstance(targets, str):
+        assert targets in result.stdout, result.stderr
+        return
+    commands = (tmp_path / "said").read_text().splitlines()[1:]
+    assert commands, result.stderr
+    for command in commands:
+        assert [word.split("=", 2)[2] for word in command.split() if "gencode" in word] == targets
+        assert "-ccbin g++ " in command
+
+
 def test_the_build_and_the_loader_agree_on_what_the_sources_are():
     code = f"""
 import runpy, setuptools

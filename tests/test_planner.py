@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from compact_kernels import Ragged, compatibility_loss
-from compact_kernels.head import planner
+from compact_kernels.head import planner, torch_rows
+from compact_kernels.head.backend import logits_mib
 from compact_kernels.head.planner import Chunk
 from compact_kernels.head.rows import row_buffer
 from tests.head_cases import without_library
@@ -90,6 +91,8 @@ def test_the_workspace_is_counted_in_rows_of_logits_padded_to_128_bytes():
     assert planner.rows_that_fit(4, 1 << 18, torch.bfloat16) == 8
     assert planner.rows_that_fit(1, (1 << 16) + 1, torch.float32) == 3  # four rows without the padding
     assert planner.rows_that_fit(0, 100, torch.float32) == 1
+    third = logits_mib(torch_rows, 1, torch.float32)  # plain torch works on copies of the logits
+    assert planner.rows_that_fit(third, 64, torch.float32) == 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from compact.config import LoraConfig
@@ -71,13 +72,39 @@ def test_outputs_may_be_changed_in_place(products, bias):
     check(model, products)
 
 
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_outputs_of_norm_layers_embeddings_and_tied_heads_may_be_changed_in_place(recomputed):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.norm, self.lm_head = nn.Embedding(9, 6), nn.RMSNorm(6), nn.Linear(6, 9, bias=False)
+            self.lm_head.weight = self.tokens.weight
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.tokens(ids)
+            h += 1
+            h = self.norm(h)
+            h *= 2
+            return self.lm_head(h).div_(3)
+
+    model, ids = Tied().double(), torch.randint(9, (1, TOKENS))
+    expected = truth(model, ids)
+    with sample_grad_norms(model, RAGGED, groups=together) as norms:
+        y = checkpoint(model, ids, use_reentrant=False) if recomputed else model(ids)
+        y.square().sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("products", ["auto", "gram", "own"])
 def test_a_forward_that_an_instance_was_given_is_the_one_that_runs(products):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     calls, forward = [], model[0].forward
     model[0].forward = lambda x: calls.append(x) or forward(x)  # type: ignore[method-assign]
     check(model, products)
-    assert len(calls) == 5
+    assert len(calls) == 6  # also when the recorder is made, which tries it
     with pytest.raises(ValueError, match=r"unweighted norms: 0\.weight trains"):
         SampleGradNorms(model, norms="unweighted", groups=together)
 
@@ -119,6 +146,43 @@ class Spelled(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, None, None, self.eps) * self.weight + self.bias
 
 
+class NamesNoEpsilon(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_the_epsilon_of_a_norm_layer_is_the_one_it_computes_with(dtype, eps):
+    model = nn.Sequential(nn.RMSNorm(64, eps=eps)).to(dtype)
+    x = torch.randn(1, TOKENS, 64).to(dtype) * 0.02
+    with sample_grad_norms(model, RAGGED) as norms:
+        y = model(x)
+        y.backward(torch.ones_like(y))
+    expected = [part.float().sum(0).norm() for part in (y / model[0].weight)[0].split(list(LENGTHS))]
+    torch.testing.assert_close(norms.norms, torch.stack(expected), rtol=0.02, atol=0)
+
+
+def test_a_scale_that_somebody_else_multiplies_an_embedding_by_is_not_the_layers():
+    embedding = nn.Embedding(9, 6)
+    embedding.embed_scale = 3.0
+    with sample_grad_norms(embedding, RAGGED) as norms:
+        embedding(torch.zeros(1, TOKENS, dtype=torch.long)).sum().backward()
+    torch.testing.assert_close(norms.norms, torch.tensor(LENGTHS) * 6**0.5)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.LayerNorm(6), nn.RMSNorm(6), nn.Embedding(9, 6)])
+def test_a_forward_of_an_instance_that_computes_something_else_is_refused(layer):
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+    with pytest.raises(ValueError, match="in the forward that this instance was given"):
+        SampleGradNorms(nn.Sequential(layer), groups=together)
+
+
 class Gated(nn.Linear):
     def __init__(self) -> None:
         super().__init__(6, 6)
@@ -129,6 +193,8 @@ def test_what_only_looks_like_a_layer_that_is_covered_is_refused_by_name():
     check(nn.Sequential(Spelled(6), nn.Linear(6, 6)))
     with pytest.raises(ValueError, match=r"0\.weight .* Halved is not \(x − mean\) / std"):
         SampleGradNorms(nn.Sequential(Halved(6)))
+    with pytest.raises(ValueError, match=r"NamesNoEpsilonRMSNorm is not x / rms\(x\) .* with the ε that it names"):
+        SampleGradNorms(nn.Sequential(type("NamesNoEpsilonRMSNorm", (NamesNoEpsilon,), {})()))
     with pytest.raises(ValueError, match=r"no rule for a Gated's gate"):
         SampleGradNorms(nn.Sequential(Gated()), groups=together)
     with warnings.catch_warnings():

@@ -229,19 +229,23 @@ def test_where_saved_tensors_have_hooks_norms_are_the_same(case, way):
     torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
 
 
-def test_passes_over_one_graph_add_up_whether_or_not_they_share_outputs():
+@pytest.mark.parametrize("products", ["gram", "own"])
+def test_norms_of_two_passes_are_given_if_they_share_no_parameter_and_refused_otherwise(products):
     model, x, ragged = setting()
-    model.norm.requires_grad_(False)  # a norm layer's gradients add up before they are squared
     expected = truth(model, lambda: all_of(model, x), ragged)
-    recorder = recorder_of(model)
+    recorder = SampleGradNorms(model, products=products)
     with recorder.record(ragged) as norms:
         total = all_of(model, x).sum()
         total.backward(retain_graph=True)
         torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
         total.backward()
-        torch.testing.assert_close(norms.squared, 2 * expected, rtol=1e-9, atol=0)
+        with pytest.raises(RuntimeError, match=r"two backward passes came to \w+\.weight: .* Add losses up"):
+            norms.squared.sum()
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             total.backward()
+    with recorder.record(ragged) as norms:  # which the next batch does not know of
+        all_of(model, x).sum().backward()
+    torch.testing.assert_close(norms.squared, expected, rtol=1e-9, atol=0)
     apart = [lambda h: model.q_proj(h), lambda h: model.k_proj(h), lambda h: model.v_proj(h)]
     fixed = model.norm(x).detach()
     expected = sum(truth(model, lambda part=part: rows(part(fixed)), ragged) for part in apart)
@@ -386,8 +390,6 @@ def test_what_another_class_does_with_its_output_is_seen():
     class MyRMSNorm(LlamaRMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             self.out = super().forward(x)
-            if self.out.requires_grad:
-                self.out.register_hook(lambda gradient: 2 * gradient)
             return self.out
 
     _, x, ragged = setting()

@@ -259,6 +259,20 @@ def test_a_head_with_a_bias_gives_its_norms(tied):
     torch.testing.assert_close(norms.squared, torch.stack(expected), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(
+    "made", [lambda w: 3 * w, lambda w: F.normalize(w, dim=-1), lambda w: nn.Parameter(w.detach())]
+)
+def test_a_head_that_is_made_of_the_models_or_is_another_is_refused(made):
+    model, ids = Headed(False), torch.tensor([1, 4, 4])
+    ragged = Ragged.build(sequence_lengths=[3], prompt_lengths=[1], rationales_per_question=[1])
+    hidden, weight, bias, one = model.embed(ids), model.lm_head.weight, model.lm_head.bias, torch.ones(1)
+    with sample_grad_norms(model, ragged):
+        with pytest.raises(ValueError, match="is not that of the output layer"):
+            compatibility_loss(hidden, made(weight), ids, ragged, weights=one, bias=bias)
+        # Its values in another dtype are its own.
+        compatibility_loss(hidden.double(), weight.double(), ids, ragged, weights=one, bias=bias.double())
+
+
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_a_rationale_without_a_target_takes_part_in_the_divergence_as_without_a_recorder(request, kernels):
     if kernels == "triton":

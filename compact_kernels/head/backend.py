@@ -24,11 +24,11 @@ def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
     return torch_rows
 
 
-def logits_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype) -> int:
+def logits_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype) -> float:
     """The part of the workspace that logits of the dtype may take, where a backend works on copies of them."""
-    return workspace_mib * dtype.itemsize // backend.bytes_per_logit(dtype)
+    return workspace_mib * dtype.itemsize / backend.bytes_per_logit(dtype)
 
 
-def paying_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype, *, sums: bool = False) -> int:
+def paying_mib(backend: ModuleType, workspace_mib: int, dtype: torch.dtype, *, sums: bool = False) -> float:
     """The same, but no more than makes a backend faster; `sums`: the head's gradient is added up over chunks."""
     return logits_mib(backend, min(workspace_mib, backend.chunk_mib(dtype, sums)), dtype)

@@ -24,20 +24,20 @@ class Chunk:
         return slice(self.first, self.last)
 
 
-def rows_that_fit(workspace_mib: int, vocabulary: int, dtype: torch.dtype) -> int:
+def rows_that_fit(workspace_mib: float, vocabulary: int, dtype: torch.dtype) -> int:
     """How many rows of logits the workspace holds, one at least."""
-    return max(1, (workspace_mib << 20) // (dtype.itemsize * -(-vocabulary // 64) * 64))
+    return max(1, int(workspace_mib * 2**20) // (dtype.itemsize * -(-vocabulary // 64) * 64))
 
 
 def weighted_chunks(
     ragged: Ragged,
     vocabulary: int,
     dtype: torch.dtype,
-    workspace_mib: int,
+    workspace_mib: float,
     *,
     given: bool,
     divergence: bool,
-    pays_mib: int | None = None,
+    pays_mib: float | None = None,
 ) -> tuple[Chunk, ...] | None:
     """The chunks of a pass that decides α as it goes; None if it has to see the whole batch before any gradient.
 
@@ -96,9 +96,11 @@ def _question_ends(ragged: Ragged) -> list[int]:
     return [sizes.cu_rows[rationale] for rationale in sizes.cu_questions]
 
 
-def vocabulary_blocks(vocabulary: int, num_rows: int, workspace_mib: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+def vocabulary_blocks(
+    vocabulary: int, num_rows: int, workspace_mib: float, dtype: torch.dtype
+) -> list[tuple[int, int]]:
     """Even ranges of columns such that (num_rows, width) gradient rows fit the workspace, 256 columns at least."""
-    most = max(1, (workspace_mib << 20) // (dtype.itemsize * max(num_rows, 1)) // 256)  # tiles of 256 columns
+    most = max(1, int(workspace_mib * 2**20) // (dtype.itemsize * max(num_rows, 1)) // 256)  # tiles of 256 columns
     tiles = math.ceil(vocabulary / 256)
     width = 256 * math.ceil(tiles / math.ceil(tiles / most))
     return [(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]

@@ -82,7 +82,8 @@ class TokenPass:
             h = entropy_gradient.to(zeros.dtype)
             slope = slope - h * (rows.entropy - rows.total.log())
             curve = -h / rows.total * head.slope
-            at_target = at_target - h * rows.target_mass / rows.total * (rows.logprob + rows.entropy)
+            logprob = rows.logprob.clamp_min(-1e4)  # −∞ where the target is forbidden, and its mass 0
+            at_target = at_target - h * rows.target_mass / rows.total * (logprob + rows.entropy)
         slope = slope / rows.total * head.slope
         at_target = at_target * rows.target_slope * head.slope
 
@@ -137,7 +138,7 @@ class TokenLogprobs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rows, kept = call.forward(x, weight, bias, keep)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, kept, *rows)
+        ctx.save_for_backward(x, weight, bias, kept, call.targets, *rows)  # targets: so that a change is an error
         ctx.call, ctx.wanted = call, (wants_x, wants_weight, wants_bias)
         ctx.mark_non_differentiable(rows.evidence, rows.grad_norm)
         # Fresh tensors: an output that is also saved would keep its own graph alive.
@@ -146,14 +147,15 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, logprob: Tensor | None, entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("the head's log-prob")
-        x, weight, bias, kept, *rows = ctx.saved_tensors
+        x, weight, bias, kept, targets, *rows = ctx.saved_tensors
         if logprob is None and entropy is None:
             return (None,) * 6
+        call = ctx.call
         with torch.autocast(x.device.type, enabled=False):
-            if kept is not None and entropy is None:
-                backend = backend_for(x, ctx.call.dtype)
-                return (backend.scale_rows(kept, logprob, None, -1.0, x.new_empty(x.shape)), *(None,) * 5)
-            call = ctx.call
+            if kept is not None and logprob is not None and entropy is None:
+                counted = logprob.where(targets != call.ignore_index, 0.0)  # what came to the others may be no number
+                backend = backend_for(x, call.dtype)
+                return (backend.scale_rows(kept, counted, None, -1.0, x.new_empty(x.shape)), *(None,) * 5)
             rows = RowStatistics(*rows)
             gradients = call.backward(x, weight, bias, rows, logprob, entropy, ctx.wanted, call.norms)
             norms = (None, None) if call.norms is None else call.norms.gradients(rows.total.new_ones(()))

@@ -34,6 +34,26 @@ def is_trained(module: nn.Module, key: str) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
+def same_parameter(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is the parameter, or holds its values and hands their gradient on to it."""
+    if tensor.shape != parameter.shape:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    nodes, leaves = [tensor.grad_fn], [tensor] if tensor.grad_fn is None else []
+    for node in nodes:
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves.append(variable)
+        # Of torch's own nodes (…0) only views and copies of the same shape; of Functions what DDP and DTensor pass on.
+        elif node is not None and (node.name() in _SAME or not node.name().endswith("0")):
+            nodes += [following for following, _ in node.next_functions]
+    # FSDP2 has a leaf of its own in the parameter's place while its module is whole.
+    return any(leaf is parameter or isinstance(parameter, DTensor) for leaf in leaves)
+
+
+_SAME = ("AliasBackward0", "CloneBackward0", "ToCopyBackward0", "ViewBackward0")
+
+
 def is_linear(module: nn.Module) -> bool:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return True
@@ -49,6 +69,8 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def embedding_scale(module: nn.Embedding) -> float:
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0  # whatever it is called, somebody else multiplies by it
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
     return float(scale)
 
@@ -57,52 +79,93 @@ def normalisation(module: nn.Module) -> tuple[str, float]:
     """Kind and ε of a norm layer."""
     if isinstance(module, nn.LayerNorm):
         return "layer", module.eps
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return "rms", torch.finfo(weight_of(module).dtype).eps if eps is None else float(eps)
+    given = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    eps = next((value for value in given if value is not None), None)
+    if eps is None:  # torch's default is that of the dtype it computes in
+        eps = torch.finfo(torch.promote_types(weight_of(module).dtype, torch.float32)).eps
+    return "rms", float(eps)
 
 
 def reason_against(module: nn.Module) -> str | None:
     """Why a layer's norms are not covered; None if they are."""
     own = {name for name, _ in module.named_parameters(recurse=False)}
-    if (more := own - {"weight", "bias"}) and (is_linear(module) or isinstance(module, nn.Embedding)):
-        return f"no rule for a {type(module).__name__}'s {', '.join(sorted(more))}"
+    name = type(module).__name__
+    if is_linear(module) or isinstance(module, nn.Embedding):
+        if more := own - {"weight", "bias"}:
+            return f"no rule for a {name}'s {', '.join(sorted(more))}"
     if is_linear(module):
-        return None
-    if isinstance(module, nn.Embedding):
+        kind = "is not its input times its weight, plus its bias"
+    elif isinstance(module, nn.Embedding):
         if module.sparse or module.max_norm is not None or module.scale_grad_by_freq:
             return "the embedding is sparse, bounded (max_norm) or scaled by frequency"
-        scaled = hasattr(module, "embed_scale") or hasattr(module, "scalar_embed_scale")
-        if type(module).forward is not nn.Embedding.forward and not scaled:
-            return f"{type(module).__name__} is an embedding of its own kind"
-        return None
-    if own and own <= {"weight", "bias"} and all(p.dim() == 1 for p in module.parameters(recurse=False)):
-        if type(module).forward is nn.LayerNorm.forward:
-            return None
-        name = type(module).__name__
-        if isinstance(module, nn.LayerNorm):
-            return None if _behaves(module) else f"{name} is not (x − mean) / std times its weight, plus its bias"
-        if isinstance(module, nn.RMSNorm) or (name.endswith("RMSNorm") and "bias" not in own):
-            return None if _behaves(module) else f"{name} is not x / rms(x) times its weight (or 1 + weight)"
-    return f"no rule for a {type(module).__name__} with {', '.join(sorted(own))}"
+        kind = "is an embedding of its own kind"
+    elif not own or not own <= {"weight", "bias"} or any(p.dim() != 1 for p in module.parameters(recurse=False)):
+        return f"no rule for a {name} with {', '.join(sorted(own))}"
+    elif isinstance(module, nn.LayerNorm):
+        kind = "is not (x − mean) / std times its weight, plus its bias"
+    elif isinstance(module, nn.RMSNorm) or (name.endswith("RMSNorm") and "bias" not in own):
+        kind = "is not x / rms(x) times its weight (or 1 + weight), with the ε that it names"
+    else:
+        return f"no rule for a {name} with {', '.join(sorted(own))}"
+    known = type(module).forward in (nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward)
+    if own_forward(module) is not None:
+        return None if _behaves(module) else f"{name} {kind}, in the forward that this instance was given"
+    return None if known or _behaves(module) else f"{name} {kind}"
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _behaves(module: nn.Module) -> bool:
-    """Whether a norm layer does what its name says, tried on two rows where its weight is at hand."""
+    """Whether weight and bias get the gradients that the rule makes of a layer's input and of its output's gradient.
+
+    Tried on a few tokens, where the weight is at hand; a norm layer's on small ones too, where ε decides.
+    """
     weight = module.weight
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         return True
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(2, weight.shape[0], generator=generator, dtype=torch.float64, device="cpu").to(weight)
-    try:
-        found = type(module).forward(module, x)
-    except Exception:  # a gate, a second input
-        return False
-    truth = normalized(x, *normalisation(module))
-    tolerance = 0.05 if weight.dtype.itemsize == 2 else 1e-4
-    bias = getattr(module, "bias", None)
-    found = found.to(truth.dtype) if bias is None else found.to(truth.dtype) - bias
-    return any(torch.allclose(found, truth * w, rtol=tolerance, atol=tolerance) for w in (weight, 1 + weight))
+
+    def drawn(width: int) -> Tensor:
+        return torch.randn(1, 3, width, generator=generator, dtype=torch.float64, device="cpu").to(weight)
+
+    inputs: list[Tensor]
+    if isinstance(module, nn.Embedding):
+        ids = [i for i in range(min(4, module.num_embeddings)) if i != module.padding_idx]
+        inputs = [torch.tensor([ids], device=weight.device)]
+    elif is_linear(module):
+        inputs = [drawn(widths(module)[0])]
+    else:
+        x = drawn(weight.shape[0])
+        inputs = [x, x * max(normalisation(module)[1] ** 0.5, 1e-3)]
+    own = [p for _, p in module.named_parameters(recurse=False) if p.requires_grad]
+    tolerance = 0.05 if weight.dtype.itemsize == 2 else 1e-3
+    training = module.training
+    for x in inputs:
+        try:
+            module.training = False  # without dropout, and what is compiled for training is not
+            with torch.autocast(weight.device.type, enabled=False):
+                y = module.forward(x)
+                g = drawn(y.shape[-1])[:, : y.shape[1]].to(y.dtype)
+                found = torch.autograd.grad(y, own, g)
+        except Exception:  # a gate, a second input, a shape of its own
+            return False
+        finally:
+            module.training = training
+        for parameter, gradient in zip(own, found):
+            truth = _ruled(module, x[0], g[0].to(torch.promote_types(g.dtype, torch.float32)), parameter is weight)
+            if not (gradient - truth).abs().max() <= tolerance * truth.abs().max():  # nor if it is NaN
+                return False
+    return True
+
+
+def _ruled(module: nn.Module, x: Tensor, g: Tensor, weight: bool) -> Tensor:
+    """The gradient of a layer's weight, or of its bias, from input and output's gradient of (T, …)."""
+    if not weight:
+        return g.sum(0)
+    if isinstance(module, nn.Embedding):
+        return torch.zeros_like(weight_of(module), dtype=g.dtype).index_add(0, x, g * embedding_scale(module))
+    if is_linear(module):
+        return g.t() @ x.to(g.dtype) if isinstance(module, nn.Linear) else x.to(g.dtype).t() @ g
+    return (g * normalized(x, *normalisation(module))).sum(0)
 
 
 def expert_adapters(model: nn.Module) -> set[int]:

@@ -100,7 +100,29 @@ def accumulates(task: int) -> bool:
     raise AssertionError("a layer that is recorded has parameters that train")
 
 
-def give(slot: Tensor, norms: Tensor) -> None:
-    """What autograd does with a leaf's gradient."""
+def new_slot(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> Tensor:
+    """A leaf whose gradient becomes norms; `again` tells that some of them came twice, and are then nobody's."""
+    slot = torch.empty((), dtype=dtype, device=device).expand(sizes).requires_grad_()
+    slot.register_post_accumulate_grad_hook(_came)  # where autograd brings them, to a Function's slot
+    empty_slot(slot)
+    return slot
+
+
+def empty_slot(slot: Tensor) -> None:
+    slot.grad, slot.given, slot.again = None, False, False  # type: ignore[attr-defined]
+
+
+def give(slot: Tensor, norms: Tensor, again: bool | None = None) -> None:
+    """What autograd does with a leaf's gradient.
+
+    Args:
+        again: whether a parameter whose norms are there has come a second time; by default whether the slot has some.
+    """
     norms = norms.detach().to(slot.dtype)
     slot.grad = norms if slot.grad is None else slot.grad + norms
+    _came(slot, again)
+
+
+def _came(slot: Tensor, again: bool | None = None) -> None:
+    slot.again |= slot.given if again is None else again  # type: ignore[attr-defined]
+    slot.given = True  # type: ignore[attr-defined]

@@ -40,6 +40,11 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def passed_on(y: Tensor) -> Tensor:
+    """What a Function gives for y itself: no view of it, for it may be changed in place."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 def original(module: nn.Module, before: Callable | None, *args: Any, **kwargs: Any) -> Tensor:
     """The layer's own output."""
     return before(*args, **kwargs) if before is not None else type(module).forward(module, *args, **kwargs)
@@ -96,7 +101,7 @@ class ScaleTap(Function):
         ctx.kind, ctx.eps, ctx.scales = kind, eps, scales
         ctx.dtypes = tuple(y.dtype if p is None else p.dtype for p in (weight, bias))
         ctx.slices = (slot if slot is not None else bias_slot).shape[1]  # type: ignore[union-attr]
-        return y.view_as(y)
+        return passed_on(y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,12 +122,12 @@ class NormProduct(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, normalised: Tensor, weight: Tensor, slot: Tensor, cu: Tensor, heads_first: bool
+        ctx: Any, y: Tensor, normalised: Tensor, weight: Tensor, member: ScaleMember, cu: Tensor, heads_first: bool
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(normalised, weight if ctx.needs_input_grad[1] else None, cu)
-        ctx.slot, ctx.heads_first, ctx.dtype = slot, heads_first, weight.dtype
-        return torch.ops.aten._unsafe_view(y, y.shape)  # no view: it may be changed in place
+        ctx.slot, ctx.heads_first, ctx.dtype = member.slot, heads_first, weight.dtype
+        return passed_on(y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -181,9 +186,7 @@ def scale_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         known = member.before is None and type(self).forward.__module__.startswith("transformers.")
         normalised = hooks.other_factor(node, self.weight, y.shape) if known else None  # type: ignore[arg-type]
         if normalised is not None:
-            return NormProduct.apply(
-                y.detach(), normalised, self.weight, member.slot, recorder.segments.cu, heads_first
-            )
+            return NormProduct.apply(y.detach(), normalised, self.weight, member, recorder.segments.cu, heads_first)
         node.register_prehook(scale_hook(member, recorder.segments, hooks.Kept(x), y.shape, heads_first, place))
         return y
     own = (recorder.scales, self.weight, getattr(self, "bias", None)) if recorder.unweighted else ()
@@ -262,7 +265,7 @@ class TokenTap(Function):
         ctx.scale, ctx.padding, ctx.scales = scale, padding, scales
         ctx.own = None if weight is None else (weight.shape[0], weight.dtype)
         dtype = torch.promote_types(y.dtype, torch.float32)
-        return y.view_as(y), y.new_empty((), dtype=dtype).expand(ids.numel(), y.shape[-1])
+        return passed_on(y), y.new_empty((), dtype=dtype).expand(ids.numel(), y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, rows: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -336,7 +339,7 @@ class HeadTap(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, ids, cu, tiles)
         ctx.longest, ctx.biased = longest, biased
-        return y.view_as(y)
+        return passed_on(y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

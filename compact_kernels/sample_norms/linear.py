@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from compact_kernels.arguments import refuse_second_derivative
 from compact_kernels.sample_norms import hooks, ops
-from compact_kernels.sample_norms.layers import flat, original
+from compact_kernels.sample_norms.layers import flat, original, passed_on
 
 if TYPE_CHECKING:
     from compact_kernels.sample_norms.recorder import SampleGradNorms
@@ -94,6 +94,7 @@ class Awaited:
         self.trains: dict[int, tuple[bool, bool]] = {}  # by member
         self.task = -1  # the pass that the gradients are of
         self.grads: dict[int, Tensor | None] = {}
+        self.given: set[int] = set()  # members whose norms have been given
 
     def takes(self, index: int, x: Tensor, converted: bool) -> bool:
         """Whether member `index`, called on x, is one of these."""
@@ -124,13 +125,16 @@ class Awaited:
             self.give()
 
     def give(self) -> None:
-        grads, self.grads = self.grads, {}
-        pairs = [(gradient, self.trains[index]) for index, gradient in sorted(grads.items()) if gradient is not None]
+        grads = {index: gradient for index, gradient in sorted(self.grads.items()) if gradient is not None}
+        self.grads = {}
+        pairs = [(gradient, self.trains[index]) for index, gradient in grads.items()]
         if pairs:
             x = self.factor if self.input is None else self.input.get()
             self.factor = None
             assert x is not None
-            hooks.give(self.slot, shared_norms(x, pairs, self.segments.cu, self.segments.tiles, self.probes))
+            norms = shared_norms(x, pairs, self.segments.cu, self.segments.tiles, self.probes)
+            hooks.give(self.slot, norms, again=not self.given.isdisjoint(grads))
+            self.given |= grads.keys()
 
 
 @dataclass(eq=False)
@@ -219,7 +223,7 @@ class Tap(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, carrier: Tensor) -> Tensor:
-        return y.view_as(y)
+        return passed_on(y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compact_kernels.ragged import Ragged
-from compact_kernels.sample_norms import costs, layers, ops
+from compact_kernels.sample_norms import costs, hooks, layers, ops
 from compact_kernels.sample_norms.coverage import (
     embedding_scale,
     expert_adapters,
@@ -22,6 +22,7 @@ from compact_kernels.sample_norms.coverage import (
     output_layer,
     own_forward,
     reason_against,
+    same_parameter,
     trained,
     weight_of,
     widths,
@@ -211,10 +212,10 @@ class SampleGradNorms:
                 "linear_logprob gives no norms of a head that trains: take compatibility_loss, whose rationales are "
                 "known, or freeze the head"
             )
-        if self.head_weight is None or weight.shape != self.head_weight.shape:
+        if self.head_weight is None or not same_parameter(weight, self.head_weight):
             raise ValueError(
-                "the head's weight trains, but the model being recorded has no such output layer "
-                "(get_output_embeddings()), so its norms would be missing"
+                "the head's weight trains, but is not that of the output layer of the model being recorded "
+                "(get_output_embeddings()), or is made of it: its norms would be missing or another tensor's"
             )
         if self.row_segments is None or ragged.sizes.cu_rows != self.ragged.sizes.cu_rows:  # type: ignore[union-attr]
             raise ValueError("the loss is of another batch than the one being recorded")
@@ -386,7 +387,7 @@ class SampleGradNorms:
         if self._slots is None or self._slots.shape != shape or self._slots.awaited():
             self._slots = Slots(shape, *self._leaves(parts, count, slices, device))
         for _, _, leaf in self._slots.leaves:
-            leaf.grad = None
+            hooks.empty_slot(leaf)
         self._slots.batch = SampleNorms(self, segments, self._slots, before, self.scales)
         return self._slots.batch
 
@@ -399,7 +400,7 @@ class SampleGradNorms:
 
         def new(owners: list[str], kind: str, dtype: torch.dtype, *sizes: int) -> Tensor:
             wide = torch.promote_types(dtype, torch.float32)
-            slot = torch.empty((), dtype=wide, device=device).expand(sizes).requires_grad_()
+            slot = hooks.new_slot(wide, device, sizes)
             slots.append((self._group(owners[0]), kind, slot))
             names[id(slot)] = owners
             return slot

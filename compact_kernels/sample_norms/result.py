@@ -31,7 +31,7 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class SampleNorms:
-    """Norms of a batch of S rationales. Read them after the backward pass and before the optimizer's step."""
+    """Norms of a batch of S rationales. Read them after its backward pass, before gradients are clipped or used."""
 
     recorder: SampleGradNorms
     segments: Segments
@@ -63,7 +63,7 @@ class SampleNorms:
 
         Raises:
             RuntimeError: a parameter has a gradient of this batch and no norm: its layer was not called as a module.
-                Or the recorder has gone on to another batch, or there was no backward pass.
+                Or two backward passes came to it; or the recorder has gone on to another batch; or there was no pass.
         """
         self._check()
         sums: dict[str, Tensor] = {}
@@ -103,6 +103,13 @@ class SampleNorms:
         if self.weights is not None and not self.weights._version:  # nobody has written c_s; its values are not asked
             raise RuntimeError(
                 "unweighted norms: the loss has to be compact_kernels.compatibility_loss, which knows c_s"
+            )
+        again = [slot for _, _, slot in self.slots.leaves if slot.again]  # type: ignore[attr-defined]
+        if again:
+            name = self.slots.names[id(again[0])][0]
+            raise RuntimeError(
+                f"two backward passes came to {name}: the norms of two gradients do not add up to their sum's. Add "
+                "losses up for one pass, or give each a forward pass in a record() of its own"
             )
         missing: list[str] = []
         measured: set[str] = set()

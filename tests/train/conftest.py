@@ -23,12 +23,12 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
-    """A folder with a student, its twin with a long context, 11 questions and a recipe that says nothing."""
+    """A folder with a student, its twin with a long context, 11 questions and a recipe that says hardly anything."""
     folder = tmp_path_factory.mktemp("toy")
     save_student(folder / "student")
     save_student(folder / "long", max_position_embeddings=1024)
     write_rows(folder / "questions.jsonl", toy_rows(11))
-    (folder / "recipe.yaml").write_text("strategy: compact\n")
+    (folder / "recipe.yaml").write_text("strategy: compact\nstudent: {dtype: float32}\n")  # on a GPU too
     return folder
 
 
