@@ -63,6 +63,11 @@ NOT_IN_TRAINING: dict[str, tuple[object, str]] = {
     "metric_for_best_model": (ANY, "nothing is evaluated in between"),
     "load_best_model_at_end": (ANY, "nothing is evaluated in between"),
     "save_strategy": ("best", "nothing is evaluated in between; epoch, steps or no"),
+    **dict.fromkeys(
+        ("save_only_model", "ignore_data_skip"), (True, "a stopped run could not go on as if nothing had been")
+    ),
+    "enable_jit_checkpoint": (True, "a run stopped by it would be taken for finished; save_steps saves as often"),
+    "auto_find_batch_size": (True, "out of memory it begins again in smaller steps, with a student that has moved"),
     "torch_compile": (True, "set student.compile, which compiles the layers and not what reads their states"),
     "torch_compile_backend": (ANY, "set student.compile"),
     "torch_compile_mode": (ANY, "set student.compile"),

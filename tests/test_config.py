@@ -162,6 +162,10 @@ FLAG_MISTAKES = [
     (["--training.output_dir", "x"], r"--training.output_dir: the run's folder is the key run"),
     (["--training.average_tokens_across_devices", "false"], r"False is refused: a step is normalised over all"),
     (["--training.label_smoothing_factor", "0.1"], r"the loss is the method's own"),
+    (["--training.save_only_model", "true"], r"True is refused: a stopped run could not go on as if nothing had been"),
+    (["--training.ignore_data_skip", "true"], r"True is refused: a stopped run could not go on as if nothing had"),
+    (["--training.enable_jit_checkpoint", "true"], r"True is refused: a run stopped by it would be taken"),
+    (["--training.auto_find_batch_size", "true"], r"True is refused: out of memory it begins again"),
 ]
 
 
