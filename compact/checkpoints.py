@@ -39,11 +39,14 @@ class WholeCheckpoints(Trainer):
     def _get_output_dir(self, trial: Any = None) -> str:
         return self._aside or super()._get_output_dir(trial)
 
+    def _flush(self) -> dict[str, float]:
+        """Write what waits for the run's tables; give what there is to log of it."""
+        logs = self.table.flush(self.accelerator)
+        return logs if self.information is None else logs | self.information.flush(self.accelerator)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write the checkpoint aside, then rename it: a folder called checkpoint-N is always whole."""
-        self.table.flush(self.accelerator)  # raises where the loss is not finite: nothing is saved after that
-        if self.information is not None:
-            self.information.flush(self.accelerator)
+        self._flush()  # raises where the loss or the weights are not what they must be: nothing is saved after that
         final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         aside = final.parent / f".{final.name}.writing"
         written = aside / final.name

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compact.config import CAP_AND_HEAD, CompactConfig
 from compact.errors import UserError
 from compact.norm_cap import LastNormCap
-from compact.strategies.base import Context, Strategy
+from compact.strategies.base import Context, Strategy, one_a_rationale
 from compact.student import StudentOutput
 from compact_kernels import (
     AdaptabilityOptions,
@@ -98,6 +98,7 @@ def distillation_loss(
     rule = None
     if strategy is not None:
         weights = strategy.given(context)
+        weights = None if weights is None else one_a_rationale(strategy, weights, context)
         rule = strategy.bind(context) if weights is None else None
     if cap is not None:
         weights, rule = _held(weights, rule, cap.most(batch, normalizer))

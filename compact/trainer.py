@@ -111,6 +111,8 @@ class CompactTrainer(DistillationMixin, WholeCheckpoints):
         self._grad_norm: Tensor | float = 0.0
         self._recorder: SampleGradNorms | None = None
         self._carried: Tensor | None = None  # (S,) c_s of the micro-batch under way
+        # Step, α, cu_questions and question ids of each micro-batch since the last look at them.
+        self._decided: list[tuple[int, Tensor, Sequence[int], Sequence[str]]] = []
         self._measured_at = -1  # the optimizer step of the last look at the information
         self.information: InformationLog | None = None
         if self.config.information.every:
@@ -163,8 +165,9 @@ class CompactTrainer(DistillationMixin, WholeCheckpoints):
     ) -> None:
         self._carried = result.alpha * normalizer
         step = self.state.global_step
-        if step == 0 and ":" in self.config.strategy:  # a class of the user's own
-            check_weights(self.config.strategy, result.alpha, batch["ragged"].sizes.cu_questions, context.question_ids)
+        if ":" in self.config.strategy:  # a class of the user's own
+            starts = batch["ragged"].sizes.cu_questions
+            self._decided.append((step + 1, result.alpha.clone(), starts, context.question_ids))
         if self.information is not None and step % self.config.information.every == 0 and step != self._measured_at:
             assert context.output is not None
             self._measured_at = step  # once a step, not for every micro-batch
@@ -234,10 +237,16 @@ class CompactTrainer(DistillationMixin, WholeCheckpoints):
         self._grad_norm = found.full_tensor() if isinstance(found, DTensor) else found
         return self._grad_norm
 
+    def _flush(self) -> dict[str, float]:
+        logs = super()._flush()
+        decided, self._decided = self._decided, []
+        for step, alpha, starts, questions in decided:  # only now: at every step the host would wait for its device
+            name = f"{self.config.strategy} at step {step}"
+            check_weights(name, alpha, starts, questions, capped=self._last_norm_cap is not None)
+        return logs
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs.update(self.table.flush(self.accelerator))
-        if self.information is not None:
-            logs.update(self.information.flush(self.accelerator))
+        logs.update(self._flush())
         logs.update(self.strategy.logs())
         super().log(logs, start_time)
 

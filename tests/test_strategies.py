@@ -209,6 +209,30 @@ class Half(Strategy):
         return context.pooled.new_full((context.ragged.num_sequences,), 0.5)
 
 
+class Late(Strategy):
+    """Equal weights until the third step, then what `wrong` makes of them."""
+
+    steps = 0
+    wrong = staticmethod(lambda alpha: alpha * 3)
+
+    def weights(self, statistics, context):
+        alpha = build_strategy(toy_config({"strategy": "uniform"}), self.teachers).weights(statistics, context)
+        return self.wrong(alpha) if self.steps == 2 else alpha
+
+    def step(self, learning_rate=None):
+        self.steps += 1
+
+
+class Few(Strategy):
+    def weights(self, statistics, context):
+        return statistics.difficulty[:1]
+
+
+class Plain(Strategy):
+    def given(self, context):
+        return [1.0] * len(context.teachers)
+
+
 class Silent(Strategy):
     pass
 
@@ -220,10 +244,47 @@ def test_weights_of_a_class_of_one_s_own_must_add_up_to_one(tmp_path):
             check_weights("m:C", torch.tensor(values), [0, 2, 3], ["a", "b"])
     with pytest.raises(UserError, match="of question 'b' are nan"):
         check_weights("m:C", torch.tensor([1.0, float("nan")]), [0, 1, 2], ["a", "b"])
-    with pytest.raises(UserError, match="strategy tests.test_strategies:Half: its weights of question .* are 0.5"):
+    with pytest.raises(UserError, match="strategy tests.test_strategies:Half at step 1: its weights of .* are 0.5"):
         toy_trainer(tmp_path, method={"strategy": "tests.test_strategies:Half"}).train()
     with pytest.raises(UserError, match="tests.test_strategies:Silent says nothing of weights"):
         build_strategy(toy_config({"strategy": "tests.test_strategies:Silent"}), ["a"])
+    check_weights("m:C", torch.tensor([0.25, 0.5, 1.0]), [0, 2, 3], ["a", "b"], capped=True)
+    with pytest.raises(UserError, match="of question 'a' are 0.75, 0.5"):
+        check_weights("m:C", torch.tensor([0.75, 0.5, 1.0]), [0, 2, 3], ["a", "b"], capped=True)
+
+
+@pytest.mark.parametrize("wrong", [lambda alpha: alpha * 3, torch.zeros_like, torch.neg])
+@pytest.mark.parametrize("looks", [{"logging_steps": 4}, {"logging_steps": 50, "save_strategy": "steps"}])
+def test_weights_of_a_class_of_one_s_own_that_go_wrong_later_are_named_with_their_step(
+    tmp_path, monkeypatch, wrong, looks
+):
+    monkeypatch.setattr(Late, "wrong", staticmethod(wrong))
+    trainer = toy_trainer(tmp_path, method={"strategy": "tests.test_strategies:Late"}, save_steps=4, **looks)
+    with pytest.raises(UserError, match="strategy tests.test_strategies:Late at step 3: its weights of question 'q"):
+        trainer.train()
+    assert trainer.state.global_step == 4 and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_weights_of_a_class_of_one_s_own_are_kept_for_the_check_without_a_wait(tmp_path):
+    trainer = toy_trainer(tmp_path, method={"strategy": "tests.test_strategies:Half"})
+    statistics, context = batch_of([3, 1, 4])
+    alpha, zero = torch.ones(8), torch.zeros(())
+    assert context.ragged.sizes.most_rationales == 4  # a batch's host copy is read once
+    with nothing_read():
+        result = CompatibilityOutput(zero, alpha, zero, zero, statistics)
+        trainer._after_loss({"ragged": context.ragged}, result, context, 1.0)
+    alpha.zero_()  # as a CUDA graph's next replay may
+    with pytest.raises(UserError, match="are 1, 1, 1; they must"):
+        trainer.log({})
+
+
+@pytest.mark.parametrize(
+    "name, given", [("Few", r"weights of shape \(1,\) for a batch of \d+ rationales"), ("Plain", "a list for a batch")]
+)
+def test_weights_of_a_class_of_one_s_own_are_one_a_rationale(tmp_path, name, given):
+    trainer = toy_trainer(tmp_path, method={"strategy": f"tests.test_strategies:{name}"})
+    with pytest.raises(UserError, match=f"strategy tests.test_strategies:{name}: it gave {given}"):
+        trainer.train()
 
 
 def test_the_averages_of_ema_follow_slowly():

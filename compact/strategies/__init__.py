@@ -38,8 +38,13 @@ def build_strategy(config: CompactConfig, teachers: Sequence[str]) -> Strategy:
     return STRATEGIES[config.strategy](config, teachers)
 
 
-def check_weights(name: str, alpha: Tensor, cu_questions: Sequence[int], question_ids: Sequence[str]) -> None:
+def check_weights(
+    name: str, alpha: Tensor, cu_questions: Sequence[int], question_ids: Sequence[str], *, capped: bool = False
+) -> None:
     """α (S,) of a batch must be ≥ 0 and add up to one over each question, whose first rationales `cu_questions` names.
+
+    Args:
+        capped: by their gradients' norms, so that they may add up to less.
 
     Raises:
         UserError: they are not so, on which question.
@@ -47,7 +52,7 @@ def check_weights(name: str, alpha: Tensor, cu_questions: Sequence[int], questio
     values = alpha.tolist()
     for question, first, last in zip(question_ids, cu_questions, cu_questions[1:]):
         own = values[first:last]
-        if not (all(value >= 0 for value in own) and abs(sum(own) - 1) < 1e-2):
+        if not (all(value >= 0 for value in own) and (0 if capped else 0.99) <= sum(own) <= 1.01):
             shown = ", ".join(f"{value:.3g}" for value in own)
             raise UserError(
                 f"strategy {name}: its weights of question {question!r} are {shown}; they must be ≥ 0 and add up to 1"

@@ -51,7 +51,7 @@ class Strategy:
 
     def bind(self, context: Context) -> Callable[[Statistics], Tensor]:
         """The rule of one batch, as :func:`compact_kernels.compatibility_loss` takes it."""
-        return lambda statistics: self.weights(statistics, context)
+        return lambda statistics: one_a_rationale(self, self.weights(statistics, context), context)
 
     def uses_teacher(self, index: int) -> bool:
         """Whether this teacher's rationales are trained on; see :meth:`restrict`."""
@@ -102,3 +102,20 @@ class Strategy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
+
+
+def one_a_rationale(strategy: Strategy, alpha: Tensor, context: Context) -> Tensor:
+    """α as a strategy gave it.
+
+    Raises:
+        UserError: it is no tensor of one number a rationale.
+    """
+    wanted = context.teachers.shape
+    if not isinstance(alpha, Tensor) or alpha.shape != wanted:
+        kind = type(strategy)
+        given = f"weights of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else f"a {type(alpha).__name__}"
+        raise UserError(
+            f"strategy {kind.__module__}:{kind.__qualname__}: it gave {given} for a batch of {wanted[0]} rationales; "
+            "they are a tensor, one number a rationale"
+        )
+    return alpha
