@@ -114,6 +114,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "spread": {m: mean([row["spread"][m] for row in _tail(rows)]) for m in METRICS},
         "alpha_entropy": mean([row["alpha_entropy"] for row in _tail(rows)]),
         "effective_teachers": {"first_tenth": _effective(rows[:tenth]), "last_tenth": _effective(rows[-tenth:])},
+        "strategy_logs": {name: value for row in rows for name, value in row.get("strategy", {}).items()},  # the last
         "states": _json(run.folder / "analysis" / "states.json") or None,
         "information": _information(run.folder),
         "influence": _json(run.folder / "analysis" / "influence.json") or None,

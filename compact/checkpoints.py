@@ -41,7 +41,7 @@ class WholeCheckpoints(Trainer):
 
     def _flush(self) -> dict[str, float]:
         """Write what waits for the run's tables; give what there is to log of it."""
-        logs = self.table.flush(self.accelerator)
+        logs = self.table.flush(self.accelerator, self.strategy.logs())
         return logs if self.information is None else logs | self.information.flush(self.accelerator)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:

@@ -116,16 +116,20 @@ class MetricsTable:
         self._pending.append((host, self._open, self._questions))
         self._open, self._tokens, self._questions = None, 0, []
 
-    def flush(self, accelerator: Any) -> dict[str, float]:
+    def flush(self, accelerator: Any, said: Mapping[str, float] | None = None) -> dict[str, float]:
         """Fetch the rows that are waiting, write them, and give their averages for the log.
 
         Every rank must call it at the same step. One transfer from the device, one all-reduce.
 
+        Args:
+            said: by the strategy since the last time: the last row's, and the log's.
+
         Raises:
             UserError: the loss or the gradient of a step was not finite; says which, and on what questions.
         """
+        said = dict(said or {})
         if not self._pending:
-            return {}
+            return said
         pending, self._pending = self._pending, []
         tokens = torch.tensor([float(host["tokens"]) for host, _, _ in pending], dtype=torch.float64)
         matrix = torch.stack([sums for _, sums, _ in pending])
@@ -158,8 +162,10 @@ class MetricsTable:
                     f"Training stopped; checkpoints, if any, are from before that step. Way out: {way_out}."
                 )
             rows.append(row)
+        if finite := {name: float(value) for name, value in said.items() if math.isfinite(value)}:
+            rows[-1]["strategy"] = finite
         self._append(rows)
-        return self._averages(rows)
+        return self._averages(rows) | said
 
     def _row(self, host: dict[str, Any], values: list[float], replicas: int, peak: int) -> dict[str, Any]:
         scalar = dict(zip(_SCALARS, values))

@@ -149,12 +149,14 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
             " Weights come from z-scores within a question, so they tell the order of the teachers and not how far "
             "apart they are: the spread (standard deviation, raw) tells that."
         )
+    said = [f"{name} {value:.3g}".replace("-", "−") for name, value in content["strategy_logs"].items()]
     effective = [number(content["effective_teachers"][when], 2) for when in ("first_tenth", "last_tenth")]
     return [
         table(["teacher", "α", *apart, *(columns[name] for name in next(iter(content["teachers"].values())))], rows),
         f"Means over the last quarter of training. {told} Entropy of α: {entropy} nats. α is worth {effective[0]} "
         f"teachers of equal weight in the first tenth of the steps and {effective[1]} in the last (1: it has "
         f"collapsed onto one).{scores}{norms}",
+        *([f"The strategy's own last figures: {', '.join(said)}."] if said else []),
     ]
 
 

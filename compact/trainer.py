@@ -247,7 +247,6 @@ class CompactTrainer(DistillationMixin, WholeCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs.update(self._flush())
-        logs.update(self.strategy.logs())
         super().log(logs, start_time)
 
 

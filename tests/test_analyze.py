@@ -239,6 +239,15 @@ def test_norms_that_were_measured_now_and_then_are_a_line_and_a_mean(tmp_path, u
     assert len(lines) == len(report["teachers"]) and list(lines[0].get_xdata()) == [1, 21]
 
 
+def test_what_a_strategy_says_of_itself_is_told_as_it_was_last(tmp_path, undrawn):
+    run = plausible_run(tmp_path / "run", steps=6)
+    rows = read_metrics(run / "metrics.jsonl")
+    rows[1]["strategy"], rows[3]["strategy"] = {"mind/meta_loss": 0.5, "mind/rate": 1}, {"mind/meta_loss": 0.01234}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert write_report(run)["strategy_logs"] == {"mind/meta_loss": 0.01234, "mind/rate": 1}
+    assert "own last figures: mind/meta_loss 0.0123, mind/rate 1." in (run / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     "missing", ["metrics.jsonl", "data_report.json", "timing.json", "analysis", "evaluation/before"]
 )

@@ -201,7 +201,10 @@ def test_what_the_assistant_has_learnt_is_logged(tmp_path):
     assert strategy.logs() == {"mind/meta_loss": pytest.approx(total / 3, rel=1e-5)} and strategy.logs() == {}
     trainer = toy_trainer(tmp_path, method={"strategy": "mind", "mind": {"accumulation": 1}}, logging_steps=2)
     trainer.train()
-    assert all(row["mind/meta_loss"] >= 0 for row in trainer.state.log_history if "loss" in row)
+    logged = {row["step"]: row["mind/meta_loss"] for row in trainer.state.log_history if "loss" in row}
+    rows = {row["step"]: row.get("strategy") for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert all(value >= 0 for value in logged.values()) and logged.keys() == {2, 4, 6}
+    assert rows == {step: {"mind/meta_loss": logged[step]} if step in logged else None for step in range(1, 7)}
 
 
 class Half(Strategy):

@@ -90,7 +90,10 @@ class Strategy:
         """
 
     def logs(self) -> dict[str, float]:
-        """What there is to say since the last time, on this rank; the trainer asks whenever it logs."""
+        """What there is to say since the last time, on this rank; the trainer asks whenever it writes its table.
+
+        It is in the log, and what is finite in the table's last row then, under `strategy`.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
