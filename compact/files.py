@@ -86,6 +86,15 @@ def fingerprint(path: Path) -> str:
     return found.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Of a file, read whole."""
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def digest(content: Any) -> str:
     """Of plain values."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

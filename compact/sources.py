@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from compact.errors import UserError
+from compact.files import file_digest
 
 _SUFFIXES = ".jsonl, .ndjson or .json (one object a line), .parquet"
 _scratch_folders: list[tempfile.TemporaryDirectory[str]] = []
@@ -67,11 +68,7 @@ class JsonLines:
             self._file = None
 
     def digest(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        with self._path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_digest(self._path)
 
     def _parse(self, line: bytes, number: int) -> Any:
         try:

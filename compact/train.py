@@ -15,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ from compact.demo.arms import run_arms
 from compact.drift import measure_drift, read_texts
 from compact.errors import UserError
 from compact.evaluate import evaluate_tasks, recipe_tasks
-from compact.files import digest, fingerprint, write_atomically
+from compact.files import write_atomically
 from compact.results import finished, load_results
 from compact.run_folder import Phases, claim, locked, save_student
 from compact.student import check_float32_head, compute_dtype, load_student, merged, prepare
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer, check_length
 from compact.training_arguments import training_arguments
-from compact.training_data import check_unchanged, example_question, training_data
+from compact.training_data import check_inputs, example_question, training_data
 
 logger = logging.getLogger("compact")
 
@@ -86,6 +85,7 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
                 claim(folder, recipe)
                 if not stored:
                     held.enter_context(locked(folder))
+                check_inputs(folder, recipe)
         return _run(recipe, arguments, folder, only_before)
 
 
@@ -111,12 +111,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
         check_length(model, recipe.data, recipe.student.model)
         train_set, held_out, report = training_data(recipe, tokenizer, folder)
         tasks = recipe_tasks(recipe.evaluation, held_out, recipe.seed)
-        facts = {f"questions of {task.name}": digest([astuple(row) for row in task.rows]) for task in tasks}
         if recipe.evaluation.held_text is not None:  # what is wrong with it is said before training, not after
-            facts["texts of evaluation.held_text"] = digest(read_texts(recipe.evaluation.held_text))
-        if (files := Path(recipe.student.model).expanduser()).exists():
-            facts["files of the student"] = fingerprint(files)
-        check_unchanged(folder, **facts)
+            read_texts(recipe.evaluation.held_text)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
         print(report.summary())

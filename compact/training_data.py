@@ -17,7 +17,8 @@ from compact.data_report import DataReport
 from compact.embed import with_embeddings
 from compact.errors import UserError
 from compact.evaluate import recipe_tasks
-from compact.files import write_atomically
+from compact.files import file_digest, fingerprint, write_atomically
+from compact.results import finished
 from compact.strategies import build_strategy
 from compact.tokenization import prompt_ids, suffix_ids
 
@@ -99,6 +100,27 @@ def _texts(prompt: str | list[dict[str, str]]) -> set[str]:
     return {prompt_text(prompt), prompt_text([message for message in prompt if message["role"] == "user"])}
 
 
+def input_files(recipe: Recipe) -> dict[str, Path]:
+    """The files that a recipe reads, the student's folder too, by their keys and as far as they are there."""
+    data, evaluation = recipe.data, recipe.evaluation
+    named = {"data.train": data.train, "data.held_out": data.held_out, "evaluation.held_text": evaluation.held_text}
+    named |= {f"evaluation.tasks.{name}": file for name, file in evaluation.tasks.items()}
+    named |= {f"evaluation.forgetting.{name}": file for name, file in evaluation.forgetting.items()}
+    named["student.model"] = None if recipe.student.model == "demo" else recipe.student.model
+    paths = {key: Path(name).expanduser().resolve() for key, name in named.items() if name}
+    return {key: path for key, path in paths.items() if path.is_file() or key == "student.model" and path.is_dir()}
+
+
+def input_digest(key: str, path: Path) -> str:
+    """Of what :func:`input_files` named."""
+    return fingerprint(path) if key == "student.model" else file_digest(path)
+
+
+def check_inputs(folder: Path, recipe: Recipe) -> None:
+    """As :func:`check_unchanged`, of the files that a recipe reads."""
+    check_unchanged(folder, **{key: input_digest(key, path) for key, path in input_files(recipe).items()})
+
+
 def check_unchanged(folder: Path, **facts: Any) -> None:
     """What the run is made of is what it began with: RUN/cache/questions.json holds that.
 
@@ -114,10 +136,10 @@ def check_unchanged(folder: Path, **facts: Any) -> None:
         known = {"questions": known}
     if changed := [name for name, value in facts.items() if known.get(name, value) != value]:
         raise UserError(
-            f"the {' and the '.join(changed)} have changed since the run in {folder} began, and it cannot go on with "
-            "others: bring the old file back, or choose another folder with --run"
+            f"{' and '.join(changed)} changed since the run in {folder} began, and the run is of what was there then: "
+            "bring that back, or choose another folder with --run"
         )
-    if PartialState().is_main_process:
+    if PartialState().is_main_process and not finished(folder):
         write_atomically(stored, json.dumps(known | facts))
 
 

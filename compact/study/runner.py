@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from compact.config import Recipe, from_dict
 from compact.errors import UserError
-from compact.files import fingerprint, write_atomically
+from compact.files import write_atomically
 from compact.run_folder import claim, stored_recipe
-from compact.sources import JsonLines
 from compact.study.data import plain_student, recipe_of
 from compact.study.grid import Cell, Grid
+from compact.training_data import input_digest, input_files
 
 CONTEXT = 1 << 30  # what a process takes of a GPU beside what torch reserves, roughly
 MOST = 8  # processes of a GPU: they take turns
@@ -262,24 +262,16 @@ def _check_unchanged(recipe: Recipe, study: Path, digests: dict[Path, str]) -> N
     path = study / "files.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     found = dict(known)
-    evaluation = recipe.evaluation
-    read = {"data.train": recipe.data.train, "data.held_out": recipe.data.held_out}
-    read |= {f"evaluation.tasks.{name}": file for name, file in evaluation.tasks.items()}
-    read |= {f"evaluation.forgetting.{name}": file for name, file in evaluation.forgetting.items()}
-    read |= {"evaluation.held_text": evaluation.held_text, "student.model": recipe.student.model}
-    for key, name in read.items():
-        file = Path(name or "").expanduser().resolve()
+    for key, file in input_files(recipe).items():
         if file.is_relative_to(study.resolve()):  # what a study makes, it looks after
             continue
-        student = key == "student.model" and file.exists() and name != "demo"
-        if student or file.is_file():
-            if file not in digests:
-                digests[file] = fingerprint(file) if student else JsonLines(file).digest()
-            if found.setdefault(str(file), digests[file]) != digests[file]:
-                raise UserError(
-                    f"{key}: {file} has changed since the study's first cells; bring it back, or choose another "
-                    "folder with --study"
-                )
+        if file not in digests:
+            digests[file] = input_digest(key, file)
+        if found.setdefault(str(file), digests[file]) != digests[file]:
+            raise UserError(
+                f"{key}: {file} has changed since the study's first cells; bring it back, or choose another folder "
+                "with --study"
+            )
     if found != known:
         write_atomically(path, json.dumps(found, indent=1))
 

@@ -193,14 +193,16 @@ def test_a_run_does_not_go_on_with_another_student_or_other_tasks(refused, toy, 
     }
     killed_in("save_student", flags(toy, run, **options))
     save_student(student, seed=1)
-    refused("the files of the student have changed since", trained=True, **options)
+    refused(f"student.model changed since the run in {run} began", trained=True, **options)
     save_student(student)
     write_rows(task, [{"question": "1+2?", "answer": "3"}])
     write_rows(texts, [{"text": "Tom has no eggs."}])
-    refused("the questions of sums and the texts of evaluation.held_text have changed", trained=True, **options)
+    refused("evaluation.held_text and evaluation.tasks.sums changed since", trained=True, **options)
     write_rows(task, [{"question": "1+1?", "answer": "2"}])
     write_rows(texts, [{"text": "Tom has eggs."}])
     assert main(flags(toy, run, **options)) == 0
+    save_student(student, seed=1)  # of a finished run too
+    refused("student.model changed since", trained=True, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- two processes

@@ -268,7 +268,7 @@ def test_what_the_strategy_does_not_train_on_is_not_named(toy, tmp_path, capsys)
     assert "trained on too" not in capsys.readouterr().out
 
 
-def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkeypatch):
+def test_a_run_is_not_that_of_other_questions_finished_or_not(toy, tmp_path, capsys, monkeypatch):
     file = write_rows(tmp_path / "mine.jsonl", toy_rows(11))
     words = flags(toy, tmp_path / "run", data__train=file)
     with monkeypatch.context() as patch:
@@ -276,9 +276,14 @@ def test_a_run_does_not_go_on_with_other_questions(toy, tmp_path, capsys, monkey
         assert main(words) == 130
     write_rows(file, toy_rows(10))
     assert main(words) == 2
-    assert "the questions have changed since the run" in capsys.readouterr().err
+    assert f"data.train changed since the run in {tmp_path / 'run'} began" in capsys.readouterr().err
     write_rows(file, toy_rows(11))
     assert main(words) == 0
+    write_rows(file, toy_rows(10))
+    assert main(words) == 2
+    assert "data.train changed since the run" in capsys.readouterr().err
+    file.unlink()
+    assert main(words) == 0 and "holds this very run, finished" in capsys.readouterr().out
 
 
 def test_the_embedded_example_is_found_where_its_run_was_moved(tmp_path, monkeypatch):
