@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 STRATEGY_STATE = "strategy.pt"
 CAP_STATE = "norms.pt"  # what gradients.cap_by last remembers
-SEAL = "checkpoint.json"  # the files of a checkpoint, and how many questions a step of its run has
+# The files of a checkpoint, how many questions a step of its run has, and a digest of its own strategy's source.
+SEAL = "checkpoint.json"
 
 
 class WholeCheckpoints(Trainer):
@@ -33,6 +34,7 @@ class WholeCheckpoints(Trainer):
     table: MetricsTable
     information: InformationLog | None
     strategy: Strategy
+    _source: str | None  # of a strategy of the user's own
     _last_norm_cap: LastNormCap | None
     _aside: str | None = None  # where a checkpoint is being written
 
@@ -115,12 +117,14 @@ class WholeCheckpoints(Trainer):
 
     def _seal(self, folder: Path) -> None:
         files = sorted(path.name for path in folder.iterdir())
-        (folder / SEAL).write_text(json.dumps({"questions_per_step": self._questions_per_step, "files": files}))
+        seal = {"questions_per_step": self._questions_per_step, "strategy_source": self._source, "files": files}
+        (folder / SEAL).write_text(json.dumps(seal))
 
     def _check_seal(self, folder: Path) -> None:
         """
         Raises:
-            UserError: something is missing, or steps were of another number of questions: not these would follow.
+            UserError: something is missing, or steps were of another number of questions, or of weights by another
+                source: not these would follow.
         """
         if not (folder / SEAL).exists():  # of an older version
             return
@@ -135,6 +139,11 @@ class WholeCheckpoints(Trainer):
                 f"{folder} is of a run with {seal['questions_per_step']} questions a step, this one has "
                 f"{self._questions_per_step} (batch size × accumulation × processes): questions would be met twice or "
                 "never, and the learning rate would jump. Start as many processes as then, or choose another folder"
+            )
+        if seal.get("strategy_source", self._source) != self._source:
+            raise UserError(
+                f"{folder} is of a run whose strategy has changed since: bring back the file that it is in, or choose "
+                "another folder"
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -30,7 +30,7 @@ from compact.metrics import MetricsTable, batch_metrics, norm_metrics
 from compact.models import context_length, packed_length
 from compact.norm_cap import LastNormCap
 from compact.randomness import random_state_kept
-from compact.strategies import check_weights
+from compact.strategies import check_weights, own_source
 from compact.strategies.base import Context
 from compact_kernels import CompatibilityOutput, SampleGradNorms
 
@@ -108,6 +108,7 @@ class CompactTrainer(DistillationMixin, WholeCheckpoints):
         )
         assert args.output_dir is not None  # TrainingArguments fills it in
         self.table = MetricsTable(Path(metrics_path or Path(args.output_dir) / "metrics.jsonl"), self.teacher_names)
+        self._source = own_source(self.config.strategy)
         self._grad_norm: Tensor | float = 0.0
         self._recorder: SampleGradNorms | None = None
         self._carried: Tensor | None = None  # (S,) c_s of the micro-batch under way

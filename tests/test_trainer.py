@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from compact.errors import UserError
 from compact.metrics import read_metrics
-from compact.strategies import Strategy
+from compact.strategies import Strategy, own_source
 from compact.trainer import CompactTrainer
 from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
@@ -186,6 +186,20 @@ def test_a_learned_strategy_of_one_s_own_trains_beside_the_student_and_resumes(t
     assert resumed.strategy.seen == straight.strategy.seen == 6
     assert torch.equal(resumed.strategy.score, straight.strategy.score)
     assert largest_difference(parameters(straight), parameters(resumed)) == 0
+
+
+def test_steps_by_another_source_of_a_strategy_of_one_s_own_do_not_follow(tmp_path, monkeypatch):
+    source = tmp_path / "changed_later.py"
+    source.write_text("from compact.strategies.baselines import Uniform\n\n\nclass Mine(Uniform):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"method": {"strategy": "changed_later:Mine"}, "save_strategy": "steps", "save_steps": 3}
+    toy_trainer(tmp_path, **settings).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    toy_trainer(tmp_path, **settings).train(resume_from_checkpoint=checkpoint)
+    source.write_text(source.read_text() + "    twice = True\n")
+    own_source.cache_clear()  # another process
+    with pytest.raises(UserError, match="checkpoint-3 is of a run whose strategy has changed since: bring back"):
+        toy_trainer(tmp_path, **settings).train(resume_from_checkpoint=checkpoint)
 
 
 def test_steps_of_another_number_of_questions_do_not_follow(tmp_path):

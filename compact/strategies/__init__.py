@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from torch import Tensor
 
 from compact.config import CompactConfig
 from compact.errors import UserError
+from compact.files import file_digest
 from compact.strategies.base import Context, Strategy
 from compact.strategies.baselines import CaMkd, Fixed, LowestLoss, Single, Uniform
 from compact.strategies.compact import Compact
@@ -82,4 +86,17 @@ def own_strategy(place: str) -> type[Strategy]:
     return found
 
 
-__all__ = ["STRATEGIES", "Context", "Strategy", "build_strategy", "check_weights"]
+@cache
+def own_source(place: str) -> str | None:
+    """A digest of MODULE:CLASS's file as this process first saw it; None for a strategy of this package.
+
+    Raises:
+        UserError: as :func:`own_strategy`.
+    """
+    if ":" not in place:
+        return None
+    file = getattr(sys.modules[own_strategy(place).__module__], "__file__", None)
+    return None if file is None else file_digest(Path(file))
+
+
+__all__ = ["STRATEGIES", "Context", "Strategy", "build_strategy", "check_weights", "own_source"]

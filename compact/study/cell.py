@@ -29,6 +29,7 @@ from compact.errors import UserError
 from compact.files import write_atomically
 from compact.options import plain
 from compact.results import load_results
+from compact.strategies import own_source
 from compact.study.merge import clear, run_merged
 from compact.train import run
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = from_dict(plain(read_recipe(str(folder / "recipe.yaml"))))
         recipe = replace(recipe, run=str(folder))  # wherever the study was begun
+        source = own_source(recipe.strategy)
         if given.base:
             if not load_results(folder, "before")[0]:
                 run(recipe, only_before=True)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     price = {"seconds": max(time.time() - started, _phases(folder)), "at_once": given.at_once, "peak_reserved": peak}
     clear(folder)
-    write_atomically(folder / "cell.json", json.dumps(price))
+    write_atomically(folder / "cell.json", json.dumps({**price, "strategy_source": source}))
     if given.analyze and (folder / "student").exists():  # other seeds do without: it is no part of the result or price
         try:
             compact.analyze.main([str(folder)])

@@ -28,6 +28,7 @@ from compact.config import Recipe, from_dict
 from compact.errors import UserError
 from compact.files import write_atomically
 from compact.run_folder import claim, stored_recipe
+from compact.strategies import own_source
 from compact.study.data import plain_student, recipe_of
 from compact.study.grid import Cell, Grid
 from compact.training_data import input_digest, input_files
@@ -230,6 +231,8 @@ def _jobs(grid: Grid, cells: Sequence[Cell], study: Path) -> list[Job]:
                 job.error.unlink(missing_ok=True)  # of a try that did not come to be a run
             key = cell.setting if cell.fold is None else f"{cell.setting}-fold-{cell.fold}"
             claim(folder, recipe, flag="--study")
+            if job.done:
+                _check_source(recipe, folder)
             if recipe.data.held_out is not None:  # else each seed holds out questions of its own
                 if key not in bases:
                     bases[key] = _base(recipe, study / "base" / key)
@@ -274,6 +277,19 @@ def _check_unchanged(recipe: Recipe, study: Path, digests: dict[Path, str]) -> N
             )
     if found != known:
         write_atomically(path, json.dumps(found, indent=1))
+
+
+def _check_source(recipe: Recipe, folder: Path) -> None:
+    """
+    Raises:
+        UserError: the finished cell's weights came from another source. Of other cells it may be mended.
+    """
+    source = own_source(recipe.strategy)
+    if json.loads((folder / "cell.json").read_text()).get("strategy_source", source) != source:
+        raise UserError(
+            f"strategy: the file of {recipe.strategy} has changed since {folder} was trained; bring it back, or "
+            "choose another folder with --study"
+        )
 
 
 def _base(recipe: Recipe, folder: Path) -> tuple[Job, Any]:

@@ -16,6 +16,7 @@ import pytest
 
 from compact.errors import UserError
 from compact.run_folder import claim, locked
+from compact.strategies import own_source
 from compact.study import cell, runner
 from compact.study.data import recipe_of
 from compact.study.grid import load_grid
@@ -93,6 +94,24 @@ def test_a_cell_is_run_where_it_lies(toy, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(cell, "run", lambda recipe: ran.append(recipe.run))
     assert cell.main([str(folder)]) == 0 and ran == [str(folder)]
+
+
+def test_a_strategy_of_one_s_own_may_be_mended_until_a_cell_is_finished_by_it(toy, tmp_path, monkeypatch):
+    source = tmp_path / "mended_later.py"
+    source.write_text("from compact.strategies.baselines import Uniform\n\n\nclass Mine(Uniform):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cell, "run", lambda recipe: None)
+    path = grid_file(tmp_path, toy, methods={"uniform": None, "mine": {"strategy": "mended_later:Mine"}})
+    grid, cells, _ = load_grid([str(path)])
+    folders = [tmp_path / "study" / "cells" / one.name for one in cells]
+    runner._jobs(grid, cells, tmp_path / "study")
+    assert [cell.main([str(folder)]) for folder in folders] == [0, 0]
+    source.write_text(source.read_text() + "    twice = True\n")
+    own_source.cache_clear()  # another process
+    with pytest.raises(UserError, match="1 of the study's .* the file of mended_later:Mine has changed since .*mine"):
+        runner._jobs(grid, cells, tmp_path / "study")
+    (folders[1] / "cell.json").unlink()
+    assert [job.done for job in runner._jobs(grid, cells, tmp_path / "study")] == [False, True, False]
 
 
 def test_a_worker_runs_cell_after_cell_until_one_breaks_it(tmp_path, monkeypatch, capfd):
