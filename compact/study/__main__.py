@@ -11,6 +11,7 @@ import argparse
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from compact.errors import UserError
@@ -48,9 +49,11 @@ def main(argv: list[str] | None = None) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, signal.default_int_handler)
         with locked(study, "study", "--study") as lock:
-            write_file(plain(tree), study / "grid.yaml")
+            keep = partial(write_file, plain(tree), study / "grid.yaml")
+            if not there:  # it is a study from now on, should it be stopped while its data are made
+                keep()
             try:
-                run_cells(grid, cells[:1] if given.price else cells, lock, given.minutes)
+                run_cells(grid, cells[:1] if given.price else cells, lock, given.minutes, agreed=keep)
             except KeyboardInterrupt:  # of a study that is stopped, what there is
                 write_summary(grid, cells)
                 raise

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +107,13 @@ class Worker:
         self.process.communicate()  # ends its input
 
 
-def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | None = None) -> None:
+def run_cells(
+    grid: Grid,
+    cells: Sequence[Cell],
+    lock: int,
+    minutes: float | None = None,
+    agreed: Callable[[], None] = lambda: None,
+) -> None:
     """Run what is not finished. A cell that fails says why in its folder, and the others go on.
 
     Args:
@@ -115,10 +121,12 @@ def run_cells(grid: Grid, cells: Sequence[Cell], lock: int, minutes: float | Non
         minutes: no cell is started that would not be finished by then, at what cells of its method (of any method,
             where there is none yet) took so far. While nothing is known, cells are started whatever they take. Those
             that run are waited for.
+        agreed: called before cells are run, once no finished one is against the grid.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     study = Path(grid.study)
     jobs = _jobs(grid, cells, study)
+    agreed()
     waiting = [job for job in jobs if not job.done]
     devices: list[int | None] = [*range(torch.cuda.device_count())] or [None]
     failed = len(cells) - sum(bool(job.method) for job in jobs)  # those that are no job: why is in their folders

@@ -94,7 +94,7 @@ def test_a_finished_study_trains_nothing_again_and_a_failed_cell_is_tried_again(
 
 def test_finished_cells_that_a_grid_means_otherwise_are_refused_at_once_and_stay(finished, capsys):
     path, folder, _ = finished
-    done = [folder / "study.md", *(folder / "cells" / "few").glob("[cu]*/**/*")]
+    done = [folder / "study.md", folder / "grid.yaml", *(folder / "cells" / "few").glob("[cu]*/**/*")]
     kept = {file: file.stat().st_mtime_ns for file in done}
     assert study(path, "--set.training.learning_rate", "0.5") == 2
     said = capsys.readouterr().err
