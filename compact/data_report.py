@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 EXAMPLES = 100  # reasons kept with their place; the counts are complete
@@ -70,8 +71,12 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def summary(self, examples: int = 5) -> str:
-        """A few lines for people."""
+    def summary(self, examples: int = 5, file: Path | None = None) -> str:
+        """A few lines for people.
+
+        Args:
+            file: where the whole report is, if it is anywhere.
+        """
         q, r = self.questions, self.rationales
         held_out = f"{q['held_out']:,} held out, " if "held_out" in q else ""
         lines = [
@@ -91,7 +96,7 @@ class DataReport:
         lines += [f"  {reason}" for reason in self.reasons[:examples]]
         more = sum(self.reason_counts.values()) - examples
         if more > 0:
-            lines.append(f"  … and {more:,} more (data_report.json has the first {EXAMPLES})")
+            lines.append(f"  … and {more:,} more" + (f" ({file} has the first {EXAMPLES})" if file else ""))
         lines += [f"  {told}" for told in told_trained_on(self.trained_on)]
         return "\n".join(lines)
 

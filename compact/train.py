@@ -115,7 +115,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: Path, only_before
             read_texts(recipe.evaluation.held_text)
     if state.is_main_process:
         write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
-        print(report.summary())
+        print(report.summary(file=folder / "data_report.json"))
         print(_what_trains(model, recipe.student), flush=True)
 
     collator = Collator(tokenizer=tokenizer, ifd=recipe.difficulty.kind == "ifd")

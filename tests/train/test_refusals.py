@@ -48,6 +48,14 @@ def test_a_row_without_a_field_is_refused_by_file_line_and_field(refused, toy, t
         assert report["questions"]["refused"] == 1 and report["questions"]["used"] == 4
 
 
+def test_more_than_a_few_refusals_are_in_a_file_that_is_named(toy, tmp_path, capsys):
+    rows = [{**row, "answer": row["answer"] if number < 4 else ""} for number, row in enumerate(toy_rows(12))]
+    run, train = tmp_path / "run", write_rows(tmp_path / "few.jsonl", rows)
+    assert main(flags(toy, run, data__train=train, training__max_steps=1)) == 0
+    assert f"… and 3 more ({run / 'data_report.json'} has the first 100)" in capsys.readouterr().out
+    assert len(json.loads((run / "data_report.json").read_text())["reasons"]) == 8
+
+
 def test_questions_with_none_but_wrong_rationales_are_flagged_counted_and_used(toy, tmp_path, capsys):
     rows = [
         {
@@ -69,12 +77,14 @@ def test_questions_with_none_but_wrong_rationales_are_flagged_counted_and_used(t
 def test_what_is_longer_than_the_context_is_said_before_training(refused, toy, tmp_path):
     refused("data.max_length: 300", "which is 256", "set data.max_length to 256 or less", data__max_length=300)
     suffix = "\nThe answer" + " is very long" * 60 + " {answer}."
-    refused(
+    said = refused(
         "prompt and suffix alone are longer than data.max_length",
         "question 'q",
         "shorten data.suffix",
+        "and 4 more",
         data__suffix=suffix,
     )
+    assert "data_report.json" not in said and not (tmp_path / "run" / "data_report.json").exists()
     absolute = tmp_path / "gpt2"  # learned positions: there is nothing at all beyond the last
     from transformers import GPT2Config, GPT2LMHeadModel
 
