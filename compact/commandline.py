@@ -17,20 +17,23 @@ from compact.yamlfile import read_text
 
 
 def set_flags(cls: type, tree: Given, argv: Sequence[str]) -> None:
-    """Put flags into a Given tree of the options `cls`; a later flag beats an earlier one.
+    """Put flags into a Given tree of the options `cls`.
 
     A flag is a key with dots, `--key value` or `--key=value`. The value is YAML; where the key wants text it is taken
     as it is, unless it begins with a quote. `true` may be left out.
 
     Raises:
-        UserError: an unknown key (with the nearest), a missing value, or broken YAML.
+        UserError: an unknown key (with the nearest), a missing value, broken YAML, or a flag given twice.
     """
-    words = list(argv)
+    words, seen = list(argv), set[str]()
     while words:
         flag, equals, rest = words.pop(0).partition("=")
         if not flag.startswith("--"):
             raise UserError(f"{flag}: expected a flag such as --seed 1; one recipe at most, and it comes first")
         keys, hint = find(cls, flag)
+        if flag in seen:
+            raise UserError(f"{flag}: given twice, and it has one value; leave one of them out")
+        seen.add(flag)
         if equals and not rest:
             raise UserError(f"{flag}: needs a value: {describe(hint)}")
         if equals:
@@ -50,13 +53,16 @@ def set_flags(cls: type, tree: Given, argv: Sequence[str]) -> None:
 
 
 def find(cls: type, flag: str) -> tuple[list[str], Any]:
-    """The keys that a flag walks through and the type at its end; what follows a dict's key is one key of the dict."""
+    """The keys that a flag walks through and the type at its end; what follows a dict's key is one key of the dict.
+
+    What may be anything may be a dict.
+    """
     path = flag.removeprefix("--").split(".")
     hint: Any = cls
     for index, name in enumerate(path):
         inner, _ = optional(hint)
-        if get_origin(inner) is dict:
-            return [*path[:index], ".".join(path[index:])], get_args(inner)[1]
+        if get_origin(inner) is dict or inner is object:
+            return [*path[:index], ".".join(path[index:])], (get_args(inner) or (str, object))[1]
         if not is_dataclass(inner) or name not in hints(inner):  # type: ignore[arg-type]
             near = nearest(".".join(path), (key for key, _, _ in walk(cls))) or NOTHING_NEAR
             refuse(Given(None, flag), "", f"unknown key{near}")

@@ -147,8 +147,10 @@ def convert(hint: Any, given: Given, key: str, bounds: dict[str, float]) -> Any:
             if not all(COMPARE[bound](value, limit) for bound, limit in bounds.items()):
                 refuse(given, key, f"{value} is out of range: {describe_bounds(bounds)}")
             return hint(value)
-    quote = "; put quotes around it" if hint is str and not isinstance(value, (dict, list)) else ""
-    refuse(given, key, f"expected {describe(hint)}, got {plain(given)!r}{quote}")
+    way_out = ""
+    if not isinstance(value, (dict, list)):
+        way_out = "; put quotes around it" if hint is str else f"; write [{value}]" if origin is list else ""
+    refuse(given, key, f"expected {describe(hint)}, got {plain(given)!r}{way_out}")
 
 
 def as_given(value: Any, place: str = "") -> Given:

@@ -105,6 +105,8 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
         near = options.nearest(argv[0], embedded_grids())
         raise UserError(f"{argv[0]}: no such file, nor an embedded grid ({', '.join(embedded_grids())}){near}")
     tree = read_file(path)
+    if isinstance(tree.value.get("methods", Given(None)).value, list):  # so that a flag can add one
+        tree.value["methods"] = _named("methods", tree.value["methods"])
     own = dict(tree.value)
     set_flags(Grid, tree, argv[1:])  # --set.KEY value gives a recipe key to every cell
     for key in ("methods", "settings"):
@@ -134,6 +136,8 @@ def load_grid(argv: list[str]) -> tuple[Grid, list[Cell], Given]:
 def _choose(tree: Given, own: Mapping[str, Given], key: str) -> None:
     """Names on the command line of what the grid's own file says under `key` choose from it."""
     given = tree.value.get(key, Given(None))
+    if isinstance(given.value, str):
+        refuse(given, key, f"{given.value!r} is no list: write [{given.value}]")
     there = own[key].value if key in own else {}
     if not isinstance(given.value, list) or not isinstance(there, dict):
         return
@@ -143,23 +147,36 @@ def _choose(tree: Given, own: Mapping[str, Given], key: str) -> None:
         if key == "settings" and name not in there:
             near = options.nearest(name, there)
             refuse(given, key, f"{name!r} is no setting of the grid ({', '.join(there)}){near}")
-    tree.value[key] = Given({name: there.get(name, Given(None, given.place)) for name in names}, given.place)
+    named = _named(key, given).value
+    tree.value[key] = Given({name: there.get(name, nothing) for name, nothing in named.items()}, given.place)
+
+
+def _named(key: str, names: Given) -> Given:
+    """A mapping of a list of names, which say nothing."""
+    if twice := [name for name in names.value if names.value.count(name) > 1]:
+        refuse(names, key, f"{twice[0]!r} is there twice")
+    return Given({str(name): Given(None, names.place) for name in names.value}, names.place)
+
+
+def _meant(key: str, name: str, given: Given) -> str:
+    """How a name in `methods` or `settings` that is followed by no mapping would be followed by one."""
+    name, *path = name.split(".")
+    keys = str(given.value) if path else "{weights.temperature: 0.3}"
+    for part in reversed(path):
+        keys = f"{{{part}: {keys}}}"
+    return f"--{key}.{name} '{keys}'" if given.place.startswith("--") else f"{name}: {keys}"
 
 
 def _methods(given: Given) -> dict[str, Given]:
-    """Name → recipe keys, from a list of names or a mapping."""
+    """Name → all recipe keys, a known method's own and those over them."""
     known, value = known_methods(), given.value
-    if isinstance(value, list):
-        if twice := [name for name in value if value.count(name) > 1]:
-            refuse(given, "methods", f"{twice[0]!r} is there twice")
-        value = {str(name): Given(None, given.place) for name in value}
     if not isinstance(value, dict) or not value:
         refuse(given, "methods", "name at least one: a list of names, or name: recipe keys")
     methods = {}
     for name, keys in value.items():
         name, own = str(name), keys.value
         if own is not None and not isinstance(own, dict):
-            refuse(keys, f"methods.{name}", "a method is a mapping, such as '{weights.temperature: 0.3}'")
+            refuse(keys, f"methods.{name}", f"a method is a mapping, such as {_meant('methods', name, keys)}")
         if name.startswith("single:"):
             teacher = name.partition(":")[2]
             base = as_given({"strategy": "single", "weights.teacher": teacher}, keys.place).value
@@ -181,7 +198,9 @@ def _cells(grid: Grid, tree: Given, methods: Mapping[str, Given]) -> list[Cell]:
     for seed in grid.seeds:
         for setting, keys in settings.items():
             if not isinstance(keys.value, (dict, type(None))):
-                refuse(keys, f"settings.{setting}", "a setting is a mapping, such as '{skills: {questions: 9}}'")
+                refuse(
+                    keys, f"settings.{setting}", f"a setting is a mapping, such as {_meant('settings', setting, keys)}"
+                )
             own = dict(keys.value or {})
             skills = _skills(own.pop("skills", None))
             folds = _whole(own.pop("folds", None), "folds", least=2)
@@ -218,7 +237,7 @@ def _refuse_made(given: Mapping[str, Given], skills: bool, folds: bool) -> None:
     """Keys that the study would put its own values in place of."""
     tree = Given({})
     overlay(tree, given)
-    made = {"run": "study names the folder", "seed": "seeds names them"}
+    made = {"run": "study names the folder", "seed": "seeds names them", "demo.arms": "methods names what is compared"}
     made |= {key: "skills makes it" for key in ("data.train", "data.held_out", "evaluation.limit") if skills}
     made |= {"data.held_out": "folds makes it"} if folds else {}  # a limit of other tasks may be larger than a fold
     for key, why in made.items():

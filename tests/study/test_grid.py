@@ -27,13 +27,19 @@ def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
     [
         ({"methods": ["compcat", "uniform"]}, r"grid.yaml:\d+: methods: 'compcat' is no known method.*mean compact\?"),
         ({"methods": {"mine": {"strtegy": "uniform"}, "uniform": None}}, r"grid.yaml:\d+: .*strtegy.*mean strategy"),
-        ({"methods": {"mine": 0.3, "uniform": None}}, r"grid.yaml:\d+: methods.mine: a method is a mapping"),
+        (
+            {"methods": {"mine": 0.3, "uniform": None}},
+            r"grid.yaml:\d+: methods.mine: a method is a mapping, such as mine: {we",
+        ),
         ({"sedes": [1]}, r"grid.yaml:\d+: sedes: unknown key.*mean seeds"),
         ({"baseline": "compcat"}, r"grid.yaml:\d+: baseline: 'compcat' is none of the methods"),
         ({"seeds": [0, 0]}, "seeds: .*each once"),
         ({"recipe": "skils"}, "skils: no such file.*mean skills"),
         ({"settings": {"a": {"skills": {"questoins": 9}}}}, "skills.questoins: unknown key.*skills.questions"),
-        ({"settings": {"a.skills.questions": 9}}, r"settings.a.skills.questions: a setting is a mapping"),
+        (
+            {"settings": {"a.skills.questions": 9}},
+            r"settings.a.skills.questions: .* such as a: {skills: {questions: 9}}",
+        ),
         ({"settings": {"a": {"folds": 1}}}, "folds: 1 is not a whole number of at least 2"),
         ({"methods": []}, "methods: name at least one"),
         ({"methods": ["uniform", "uniform"]}, "methods: 'uniform' is there twice"),
@@ -50,6 +56,8 @@ def test_a_grid_may_put_a_method_s_seeds_first(toy, tmp_path):
         ),
         ({"set": {"weights.teacher": "terse"}}, "few, compact: weights.teacher: only strategy single reads it"),
         ({"settings": {}}, "settings: name at least one"),
+        ({"methods": "compact"}, r"grid.yaml:\d+: methods: 'compact' is no list: write \[compact\]"),
+        ({"set": {"demo.arms": ["uniform"]}}, "demo.arms: is not a grid's to set: methods names what is compared"),
         (
             {"settings": {"a": {"skills": {}, "folds": 2}}},
             "settings.a: skills makes the held-out questions, and so does",
@@ -86,8 +94,27 @@ def test_names_on_the_command_line_choose_from_the_grid(toy, tmp_path):
     assert options.plain(tree)["methods"] == {"mine": mine, "compact": None}
     with pytest.raises(UserError, match=r"--settings: 'bb' is no setting of the grid \(a, b\); did you mean b\?"):
         load_grid([str(path), "--settings", "[bb]"])
-    with pytest.raises(UserError, match="--methods: .* is no known method"):
-        load_grid([str(path), "--methods", "[{mine: 3}]"])
+    for flags, said in [
+        (["--methods", "[{mine: 3}]"], "--methods: .* is no known method"),
+        (["--methods", "mine"], r"--methods: 'mine' is no list: write \[mine\]"),
+        (["--settings", "b"], r"--settings: 'b' is no list: write \[b\]"),
+        (["--seeds", "0"], r"--seeds: expected a list .*, got 0; write \[0\]"),
+        (
+            ["--settings.b.data.holdout", "0.2"],
+            "a setting is a mapping, such as --settings.b '{data: {holdout: 0.2}}'",
+        ),
+        (["--methods.cold.weights.temperature", "3"], "such as --methods.cold '{weights: {temperature: 3}}'"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            load_grid([str(path), *flags])
+
+
+@pytest.mark.parametrize("methods", [["uniform", "compact"], {"uniform": None, "compact": {}}])
+def test_a_flag_adds_a_method_to_those_of_the_grid(toy, tmp_path, methods):
+    path = grid_file(tmp_path, toy, methods=methods)
+    _, cells, _ = load_grid([str(path), "--methods.cold", "{weights.temperature: 0.3}"])
+    assert [one.method for one in cells] == ["uniform", "compact", "cold"]
+    assert options.plain(cells[2].tree)["weights"]["temperature"] == 0.3
 
 
 def test_the_untrained_student_is_asked_once_whatever_methods_and_seeds_come_later(toy, tmp_path):
