@@ -17,6 +17,7 @@ from pathlib import Path
 from compact.errors import UserError
 from compact.options import plain
 from compact.run_folder import locked
+from compact.study.data import check_folds
 from compact.study.grid import grid_help, load_grid
 from compact.study.runner import run_cells
 from compact.study.summary import write_summary
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     given, words = parser.parse_known_args(words)
     try:
         grid, cells, tree = load_grid(words)
+        check_folds(grid, cells)
         study = Path(grid.study)
         there = {path.name for path in study.iterdir()} - {".lock"} if study.is_dir() else set()
         if there and "grid.yaml" not in there:

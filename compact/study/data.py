@@ -6,22 +6,24 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from compact.config import Recipe, from_dict
+from compact.config import Recipe, from_dict, read_recipe
 from compact.data import question_text
 from compact.errors import UserError
 from compact.files import fingerprint, save_model, write_atomically
-from compact.options import plain
+from compact.options import plain, refuse
 from compact.rows import prompt_problem
 from compact.skills.files import write_skills
 from compact.sources import JsonLines
 from compact.student import load_student, unwrap
-from compact.study.grid import Cell, SkillsConfig
+from compact.study.grid import Cell, Grid, SkillsConfig, at
+
+RATIONALES = {"rationales", "completion"}  # what a row has, in the short form and in the long one
 
 
 def recipe_of(cell: Cell, study: Path) -> Recipe:
@@ -69,11 +71,9 @@ def _use_skills(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[
 
 def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[str, Any]) -> None:
     """Questions into folds by their text, the same for every seed: each question is held out once a seed."""
-    source = Path(str(data.get("train")))
-    if source.suffix == ".jsonl" and not source.exists():
+    source = _source(data.get("train"))
+    if not source.exists():
         raise UserError(f"folds: there is no file {source}, which data.train names")
-    if source.suffix != ".jsonl" or not source.is_file():
-        raise UserError(f"folds: data.train must be a .jsonl file of questions, and is {data.get('train')!r}")
     content = source.read_bytes()
     facts = {"folds": cell.folds, "questions": hashlib.sha256(content).hexdigest()}
     with _made_once(study / "data" / cell.setting, "folds", facts) as (folder, made):
@@ -81,7 +81,7 @@ def _use_fold(cell: Cell, study: Path, data: dict[str, Any], evaluation: dict[st
             _write_folds(source, cell.folds, folder)
     files = {name: folder / f"fold-{cell.fold}" / f"{name}.jsonl" for name in ("train", "held_out")}
     data |= {name: str(file) for name, file in files.items()}
-    held_out = files["held_out"].read_text(encoding="utf-8").count("\n")
+    held_out = _questions(JsonLines(files["held_out"]).rows())
     evaluation["limit"] = max(held_out, evaluation.get("limit", 0))
 
 
@@ -111,22 +111,67 @@ def _made_once(
         write_atomically(file, wanted)
 
 
-def _write_folds(source: Path, folds: int, folder: Path) -> None:
+def check_folds(grid: Grid, cells: Sequence[Cell]) -> None:
+    """What can be said of folds before they are made, and before any cell is begun.
+
+    Raises:
+        UserError: a file or a row that no fold can have, or a limit of the grid's that a fold would not keep.
+    """
+    largest: dict[tuple[Path, int], int] = {}
+    default = at(read_recipe(grid.recipe), "evaluation.limit")
+    for cell in cells:
+        if not cell.folds or (Path(grid.study) / "data" / cell.setting / "made.json").exists():
+            continue
+        train, limit = (at(cell.tree, key) for key in ("data.train", "evaluation.limit"))
+        source = _source(train and train.value)
+        if not source.exists():  # which its cells say: it may be there when they are tried again
+            continue
+        if (source, cell.folds) not in largest:
+            rows = _folded(source, cell.folds)
+            parts = ([row for of, row in rows if of == fold] for fold in range(cell.folds))
+            largest[source, cell.folds] = max(map(_questions, parts))
+        size = largest[source, cell.folds]
+        if limit is not None and limit.value < size and (default is None or limit.place != default.place):
+            problem = (
+                f"{limit.value} is less than the {size} questions that a fold holds out, which are all asked, and "
+            )
+            refuse(limit, "evaluation.limit", problem + f"it is one for every task: make it {size} or leave it out")
+
+
+def _source(train: object) -> Path:
+    """The file of questions that folds are made of, whether it is there or not."""
+    source = Path(str(train))
+    if source.suffix != ".jsonl" or source.is_dir():
+        raise UserError(f"folds: data.train must be a .jsonl file of questions, and is {train!r}")
+    return source
+
+
+def _folded(source: Path, folds: int) -> list[tuple[int, dict[str, Any]]]:
+    """Every row with its fold; rows of one question, of the long form, have one."""
     read = JsonLines(source)
     rows = list(read.rows())
     for index, row in enumerate(rows):
-        if not isinstance(row, dict) or "rationales" not in row or prompt_problem(row.get("prompt")):
+        if not isinstance(row, dict) or prompt_problem(row.get("prompt")) or not row.keys() & RATIONALES:
             raise UserError(f"folds: {read.place(index)} must be one question, with its prompt and its rationales")
     texts = sorted({_text(row) for row in rows})
     if len(texts) < folds:
         raise UserError(f"folds: {folds} of them need as many questions, and {source} has {len(texts)}")
     random.Random(0).shuffle(texts)
     fold_of = {text: index % folds for index, text in enumerate(texts)}
-    lines = [(fold_of[_text(row)], json.dumps(row, ensure_ascii=False) + "\n") for row in rows]
+    return [(fold_of[_text(row)], row) for row in rows]
+
+
+def _write_folds(source: Path, folds: int, folder: Path) -> None:
+    lines = [(fold, json.dumps(row, ensure_ascii=False) + "\n") for fold, row in _folded(source, folds)]
     for fold in range(folds):
         held_out, train = ("".join(line for of, line in lines if (of == fold) is held) for held in (True, False))
         write_atomically(folder / f"fold-{fold}" / "held_out.jsonl", held_out)
         write_atomically(folder / f"fold-{fold}" / "train.jsonl", train)
+
+
+def _questions(rows: Iterable[dict[str, Any]]) -> int:
+    """How many there are: a row each in the short form, rows of one prompt in the long one."""
+    return len({_text(row) if "completion" in row else index for index, row in enumerate(rows)})
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -241,7 +241,7 @@ def _refuse_made(given: Mapping[str, Given], skills: bool, folds: bool) -> None:
     made |= {key: "skills makes it" for key in ("data.train", "data.held_out", "evaluation.limit") if skills}
     made |= {"data.held_out": "folds makes it"} if folds else {}  # a limit of other tasks may be larger than a fold
     for key, why in made.items():
-        if (item := _at(tree, key)) is not None:
+        if (item := at(tree, key)) is not None:
             refuse(item, key, f"is not a grid's to set: {why}")
 
 
@@ -279,7 +279,7 @@ def _leaves(tree: Given, prefix: str = "") -> Iterator[tuple[str, Given]]:
             yield f"{prefix}{name}", item
 
 
-def _at(tree: Given, key: str) -> Given | None:
+def at(tree: Given, key: str) -> Given | None:
     """What a tree holds at a key with dots."""
     found: Given | None = tree
     for name in key.split("."):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from compact import options
+from compact.data import load_questions
 from compact.errors import UserError
 from compact.study import runner
-from compact.study.data import recipe_of
+from compact.study.data import check_folds, recipe_of
 from compact.study.grid import embedded_grids, load_grid
 from tests.study_cases import grid_file
 from tests.toy_run import toy_rows, write_rows
@@ -221,6 +222,38 @@ def test_folds_hold_every_question_out_once(toy, tmp_path):
     assert len(cells) == 3 and sorted(held) == sorted(row["prompt"] for row in toy_rows(11))
 
 
+def test_folds_of_the_long_form_keep_a_question_s_rationales_together(toy, tmp_path):
+    rows = toy_rows(11)
+    long = [{**r, "prompt": row["prompt"], "answer": row["answer"]} for row in rows for r in row["rationales"]]
+    file = write_rows(tmp_path / "questions.jsonl", long)
+    path = grid_file(tmp_path, toy, settings={"f": {"folds": 3}}, methods=["uniform"], set={"data.train": str(file)})
+    held = []
+    for one in load_grid([str(path)])[1]:
+        recipe = recipe_of(one, tmp_path / "study")
+        held += load_questions(recipe.data.held_out)[0].to_list()
+        assert recipe.evaluation.limit == 400 and len(load_questions(recipe.data.train)[0]) in (7, 8)
+    assert sorted(row["prompt"] for row in held) == sorted(row["prompt"] for row in rows)
+    assert sum(len(row["rationales"]) for row in held) == len(long)
+
+
+def test_a_limit_below_what_a_fold_holds_out_is_refused_where_the_grid_gives_it(toy, tmp_path):
+    file = write_rows(tmp_path / "questions.jsonl", toy_rows(11))
+    given = {"settings": {"f": {"folds": 2}}, "methods": ["uniform"]}
+    data = {"data.train": str(file)}
+
+    def check(**limit):
+        grid, cells, _ = load_grid([str(grid_file(tmp_path, toy, set={**data, **limit}, **given))])
+        check_folds(grid, cells)
+
+    check(**{"evaluation.limit": 6})
+    with pytest.raises(
+        UserError, match=r"grid.yaml:\d+: evaluation.limit: 5 is less than the 6 questions that a fold"
+    ):
+        check(**{"evaluation.limit": 5})
+    write_rows(file, toy_rows(1000))
+    check()  # the recipe's own is 400
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -234,7 +267,9 @@ def test_a_row_that_no_fold_can_have_is_named(toy, tmp_path, line, said):
     first, second, third = file.read_text().splitlines()
     file.write_text("\ufeff" + "\n".join([first, line, third]) + "\n")
     path = grid_file(tmp_path, toy, settings={"f": {"folds": 2}}, methods=["uniform"], set={"data.train": str(file)})
-    _, cells, _ = load_grid([str(path)])
+    grid, cells, _ = load_grid([str(path)])
+    with pytest.raises(UserError, match=said):
+        check_folds(grid, cells)
     with pytest.raises(UserError, match=said):
         recipe_of(cells[0], tmp_path / "study")
     file.write_text("\ufeff" + "\n".join([first, second, third]) + "\n")
