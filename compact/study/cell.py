@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _phases(folder: Path) -> float:
-    """Seconds that the phases of a run and of its branches took, in whichever processes: this one may have gone on."""
-    files = [*folder.glob("timing.json"), *folder.glob("branches/*/timing.json")]
-    found = [json.loads(file.read_text())["seconds"] for file in files]
-    return sum(value for seconds in found for name, value in seconds.items() if name != "start")
+    """Seconds that the phases of a run took, in whichever processes: this one may have gone on with it."""
+    timing = folder / "timing.json"
+    seconds = json.loads(timing.read_text())["seconds"] if timing.exists() else {}
+    return sum(value for name, value in seconds.items() if name != "start")
 
 
 def serve() -> int:

@@ -19,7 +19,7 @@ from compact.drift import measure_drift
 from compact.evaluate import evaluate_tasks, recipe_tasks
 from compact.files import save_model, write_atomically
 from compact.results import finished
-from compact.run_folder import claim, save_student
+from compact.run_folder import Phases, claim, save_student
 from compact.train import run
 from compact.training_arguments import TRAINING_DEFAULTS
 from compact.training_data import training_data
@@ -37,6 +37,7 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     claim(folder, recipe)
     if finished(folder):
         return
+    phases = Phases(folder)
     cache, drop = folder / "cache", recipe.data.wrong_answers == "drop"
     questions, read = load_questions(recipe.data.train, answer_kind=recipe.data.answer_kind, cache_dir=cache)
     taught = {r["teacher"] for row in questions for r in row["rationales"] if not (drop and r["wrong"])}
@@ -70,16 +71,19 @@ def run_merged(recipe: Recipe, rounds: int) -> None:
     _, held_out, report = training_data(recipe, tokenizer, folder)  # the same as every branch's
     write_atomically(folder / "data_report.json", json.dumps(report.to_dict(), indent=1))
     settings = recipe.evaluation
-    evaluate_tasks(
-        model,
-        tokenizer,
-        recipe_tasks(settings, held_out, recipe.seed),
-        folder,
-        "after",
-        data=recipe.data,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    timings = [json.loads(file.read_text())["seconds"] for file in folder.glob("branches/*/timing.json")]
+    phases.seconds["branches"] = sum(sum(seconds.values()) for seconds in timings)
+    with phases("evaluate_after"):
+        evaluate_tasks(
+            model,
+            tokenizer,
+            recipe_tasks(settings, held_out, recipe.seed),
+            folder,
+            "after",
+            data=recipe.data,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+        )
     if settings.held_text is not None:
         measure_drift(recipe, model, tokenizer, folder)
     save_student(model, tokenizer, folder)

@@ -300,6 +300,7 @@ def test_branches_are_merged_by_the_mean_of_their_weights(toy, tmp_path, monkeyp
     saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     assert all(torch.equal(saved[name], mean[name]) for name in mean)
     assert "4 teachers (terse, verbose," in (run / "report.md").read_text()
+    assert "| &nbsp;&nbsp;branches | " in (run / "report.md").read_text()
     assert cell._phases(run) > sum(
         json.loads((branch / "timing.json").read_text())["seconds"]["train"] for branch in run.glob("branches/*")
     )
