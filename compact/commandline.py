@@ -17,23 +17,20 @@ from compact.yamlfile import read_text
 
 
 def set_flags(cls: type, tree: Given, argv: Sequence[str]) -> None:
-    """Put flags into a Given tree of the options `cls`.
+    """Put flags into a Given tree of the options `cls`; a later flag beats an earlier one.
 
     A flag is a key with dots, `--key value` or `--key=value`. The value is YAML; where the key wants text it is taken
     as it is, unless it begins with a quote. `true` may be left out.
 
     Raises:
-        UserError: an unknown key (with the nearest), a missing value, broken YAML, or a flag given twice.
+        UserError: an unknown key (with the nearest), a missing value, or broken YAML.
     """
-    words, seen = list(argv), set[str]()
+    words = list(argv)
     while words:
         flag, equals, rest = words.pop(0).partition("=")
         if not flag.startswith("--"):
             raise UserError(f"{flag}: expected a flag such as --seed 1; one recipe at most, and it comes first")
         keys, hint = find(cls, flag)
-        if flag in seen:
-            raise UserError(f"{flag}: given twice, and it has one value; leave one of them out")
-        seen.add(flag)
         if equals and not rest:
             raise UserError(f"{flag}: needs a value: {describe(hint)}")
         if equals:

@@ -84,7 +84,8 @@ def test_the_saved_student_is_the_trained_one_with_its_adapter_merged(finished, 
         assert torch.allclose(student(ids).logits, adapted(ids).logits, atol=1e-5)
     assert not torch.allclose(student(ids).logits, before, atol=1e-3)
     assert type(student).__name__ == "LlamaForCausalLM"
-    assert student.generation_config.eos_token_id == tokenizer.eos_token_id
+    ends = student.generation_config.eos_token_id  # a list of one, as older versions of transformers read it back
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
     assert tokenizer.get_vocab() == toy_tokenizer().get_vocab()
 
 
