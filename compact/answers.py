@@ -174,7 +174,7 @@ def canonical(stated: str, kind: str) -> str:
         found = re.search(rf"{_NUMBER}(?:/\d+)?(?!\d*:\d)", said)
         return found.group().translate(_DROP) if found else text
     if kind == "choice":
-        found = re.match(r"(?i:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])", text)
+        found = _CHOSEN.match(text)
         return found.group(1).upper() if found else text
     if kind == "yesno":
         found = re.match(r"(yes|no|true|false)\b", text, re.IGNORECASE)
@@ -182,6 +182,10 @@ def canonical(stated: str, kind: str) -> str:
     return text
 
 
+# A letter alone, marked or before words; "a bank", "A bank" and "I think" begin with words, "A because" does not.
+_CHOSEN = re.compile(
+    r"(?![a-zAI]\s+(?!(?:as|because|is|since)\b)\w)(?i:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])"
+)
 _STYLED = re.compile(r"\\(?:text|mathrm|mathbf)(?:bf|rm|it)?\{([^{}]*)\}")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 

@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from compact.answers import KINDS, canonical, nearest, same_answer, strip_closing
+from compact.answers import KINDS, canonical, is_answer, nearest, same_answer, strip_closing
 from compact.data_report import DataReport
 from compact.errors import UserError
 from compact.files import digest, write_atomically
@@ -57,7 +57,7 @@ __all__ = ["DataReport", "load_questions", "prompt_of", "prompt_text", "question
 _EXPONENT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 
-_FORMAT = 1  # raise it when the columns or their meaning change, so that no old cache is read
+_FORMAT = 2  # raise it when the columns or their meaning change, so that no old cache is read
 
 QUESTIONS = pa.schema(
     [
@@ -262,6 +262,9 @@ class _Reader:
             body, stated, recognised = strip_closing(completion)
             own = answer_text(entry.get("answer")) or stated
             own = None if own is None else canonical(own, kind) or None
+            if kind == "choice" and own and not is_answer(own, kind):  # an option's text may be the right one's
+                report.because(place, "a stated answer without a letter, which counts as unknown:", f"{own!r}")
+                own = None
             wrong = own is not None and not same_answer(gold, own, kind)
             if teacher not in self.seen_teachers:
                 self.seen_teachers.add(teacher)

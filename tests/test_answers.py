@@ -96,6 +96,14 @@ def test_last_of_several_closings_speaks():
         ("(c)", "C", "choice", True),
         ("C) the bank", "C", "choice", True),
         ("Cow", "C", "choice", False),
+        ("a bank", "A", "choice", False),
+        ("A bank", "A", "choice", False),
+        ("I think so", "I", "choice", False),
+        ("b the bank", "B", "choice", False),
+        ("B the bank", "B", "choice", True),
+        ("A: a bank", "a", "choice", True),
+        ("option a", "A", "choice", True),
+        ("A because it is", "A", "choice", True),
         ("A", "B", "choice", False),
         ("Yes.", "yes", "yesno", True),
         ("No, it is not", "no", "yesno", True),
@@ -147,7 +155,7 @@ def test_canonical_leaves_what_it_does_not_know():
 
 def test_gold_answers_are_checked_to_be_of_their_kind():
     assert is_answer("1,234", "number") and not is_answer("C", "number")
-    assert is_answer("(C)", "choice") and not is_answer("72", "choice")
+    assert is_answer("(C)", "choice") and not is_answer("72", "choice") and not is_answer("a bank", "choice")
     assert is_answer("Yes", "yesno") and not is_answer("maybe", "yesno")
 
 

@@ -147,6 +147,14 @@ def test_wrong_answers_are_flagged_and_unknown_ones_are_not_wrong(load):
     assert report.rationales["wrong"] == 2 and report.rationales["unrecognised_closings"] == 1
 
 
+def test_a_choice_stated_in_words_is_unknown_and_not_wrong(load):
+    said = [{"teacher": "a", "completion": "I see. The answer is a bank."}, {"teacher": "b", "completion": "#### (A)"}]
+    asked = question(prompt="A) a dog B) a cat C) a bank", answer="C", rationales=said, task="choice")
+    dataset, report = load([asked])
+    assert [(r["answer"], r["wrong"]) for r in dataset[0]["rationales"]] == [(None, False), ("A", True)]
+    assert report.reason_counts == {"a stated answer without a letter, which counts as unknown:": 1}
+
+
 def test_question_with_only_wrong_rationales_stays_and_is_counted(load):
     dataset, report = load([question(answer="5")])
     assert len(dataset) == 1 and report.questions["all_wrong"] == 1 and report.rationales["wrong"] == 2
