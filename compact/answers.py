@@ -182,10 +182,9 @@ def canonical(stated: str, kind: str) -> str:
     return text
 
 
-# A letter alone, marked or before words; "a bank", "A bank" and "I think" begin with words, "A because" does not.
-_CHOSEN = re.compile(
-    r"(?![a-zAI]\s+(?!(?:as|because|is|since)\b)\w)(?i:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])"
-)
+# "A bank" and "I think" begin with words, "A because" does not.
+_NO_WORD = r"(?![a-zAI][ \t]+(?!(?:as|because|is|since)\b)\w)"
+_CHOSEN = re.compile(rf"{_NO_WORD}(?i:(?:option|choice)\s+)?\(?([A-Za-z])\)?(?![A-Za-z'’])")
 _STYLED = re.compile(r"\\(?:text|mathrm|mathbf)(?:bf|rm|it)?\{([^{}]*)\}")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 
@@ -240,7 +239,7 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
         found = _first(rf"{_MARK}\(?((?:-[ ])?{_VALUE})", text.replace("−", "-"))
         return canonical(found, kind) if found else None
     if kind == "choice":
-        mark = rf"{_MARK}(?i:(?:option|choice)\s+)?\(?"
+        mark = rf"{_MARK}{_NO_WORD}(?i:(?:option|choice)\s+)?\(?"
         found = _first(rf"{mark}({_LETTER})\b(?!['’])", text)
         if found is None and (small := re.search(rf"{mark}([a-j])(?!\.[a-z])(?=[).:,]|\s*$|\s*\n)", text)):
             found = small[1].upper()  # "The answer is b.", where that is what the options are called
