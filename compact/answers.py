@@ -16,6 +16,13 @@ from fractions import Fraction
 from compact.errors import UserError
 
 KINDS = ("number", "choice", "yesno", "math", "text")
+GOLD = {  # what a gold answer is, for messages
+    "number": "one number in digits, such as 1500000, 1.5e6 or 3/4",
+    "choice": "an option's letter",
+    "yesno": "yes or no",
+    "math": "a formula",
+    "text": "some words",
+}
 
 _NUMBER = r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 _VALUE = rf"{_NUMBER}(?:(?:[ ]\d+)?/\d+)?"  # 1/2 and 2 1/2 too
@@ -165,14 +172,10 @@ def canonical(stated: str, kind: str) -> str:
     _check_kind(kind)
     if kind == "math":
         return clean(stated, " \t.,;")  # 10! is a factorial
-    text = clean(_STYLED.sub(r"\1", clean(stated)))
+    text = _bare(stated)
     if kind == "number":
-        said = _numeric(text)
-        if mixed := re.search(r"((?<!\d)-|)\$?(\d[\d,]{0,99})\s+(\d{1,99})/(\d{1,99})", said):  # 2 1/2
-            whole, part, of = (int(number.replace(",", "")) for number in mixed.groups()[1:])
-            return f"{mixed[1]}{whole * of + part}/{of}"
-        found = re.search(rf"{_NUMBER}(?:/\d+)?(?!\d*:\d)", said)
-        return found.group().translate(_DROP) if found else text
+        number = _number(text)
+        return number[0] if number else text
     if kind == "choice":
         found = _CHOSEN.match(text)
         return found.group(1).upper() if found else text
@@ -189,20 +192,49 @@ _STYLED = re.compile(r"\\(?:text|mathrm|mathbf)(?:bf|rm|it)?\{([^{}]*)\}")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 
 
+def _bare(stated: str) -> str:
+    return clean(_STYLED.sub(r"\1", clean(stated)))
+
+
+def _number(text: str) -> tuple[str, str, str] | None:
+    """The number of a bare statement (5, -1.5e3, 5/2 of 2 1/2), and what stands before and after it."""
+    said = _numeric(text)
+    if found := re.search(r"((?<!\d)-|)\$?(\d[\d,]{0,99})\s+(\d{1,99})/(\d{1,99})", said):  # 2 1/2
+        whole, part, of = (int(number.replace(",", "")) for number in found.groups()[1:])
+        number = f"{found[1]}{whole * of + part}/{of}"
+    elif found := re.search(rf"{_NUMBER}(?:/\d+)?(?!\d*:\d)", said):
+        number = found.group().translate(_DROP)
+    else:
+        return None
+    return number, said[: found.start()], said[found.end() :]
+
+
 def _numeric(text: str) -> str:
     """What a statement says as a number, in digits, -, / and what stands around them.
 
     Of "x = 5" it is what stands last, of "72 = 6 · 12", "72 (n = 3)" and "72, since x = 6" what stands first.
     """
-    said = re.sub("[−–](?=\\s*[$\\d.])", "-", text)
+    said = _scaled(re.sub("[−–](?=\\s*[$\\d.])", "-", text))
     said = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/"), said)
     said = re.sub(r"\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))", r" \1\3/\2\4", said)
     said = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", said)
     said = re.sub(r"(?<![\d.,])(\d{1,3}(?:[\u00a0\u2009\u202f ]\d{3})+)(?![\d.,]*\d)", _joined, said)
-    said = re.sub(r"(?<![\d.])(\d{1,6})\s*\^\s*\{?(\d{1,2})\}?", lambda x: str(int(x[1]) ** int(x[2])), said)
+    said = re.sub(r"(?<![\d.])(\d{1,6})\s*\^\s*\{?(\d{1,2})\}?(?!\d)", lambda x: str(int(x[1]) ** int(x[2])), said)
     first = re.match(rf"\s*{_VALUE}(?=\s*(?:$|=|\(|,?\s*(?:since|because|as|where|when)\b))", said)
     said = first.group() if first else said.rpartition("=")[2]
     return re.sub(r"^\s*-\s+", "-", re.sub(r"\{,\}|\\[,!$%]", "", said))
+
+
+_TIMES_TEN = re.compile(
+    r"(?<![\w/.,])(\d[\d,]*(?:\.\d+)?|\.\d+)\s*(?:[×·x*]|\\times|\\cdot)\s*10"
+    r"(?:\s*\^\s*\{?([-+]?\d{1,3})\}?|([⁺⁻]?[⁰¹²³⁴-⁹]{1,3}))(?![\d.]*\d)"
+)
+LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+
+
+def _scaled(text: str) -> str:
+    """5 × 10^3 → 5e3"""
+    return _TIMES_TEN.sub(lambda found: f"{found[1]}e{(found[2] or found[3]).translate(LOWERED)}", text)
 
 
 def _joined(digits: re.Match[str]) -> str:
@@ -211,15 +243,24 @@ def _joined(digits: re.Match[str]) -> str:
 
 
 def is_answer(text: str, kind: str) -> bool:
-    """Whether a gold answer is of its kind: holds a number that is no ratio or time, a letter, yes or no."""
-    said = canonical(text, kind)
+    """Whether a gold answer is of its kind: holds a number and no second one, a letter, yes or no."""
     if kind == "number":
-        return _value(said) is not None and not re.search(r"\d\s*:\s*\d", text)  # of 3:2 a part would be read
+        number = _number(_bare(text))
+        if number is None or _value(number[0]) is None or re.search(r"\d\s*:\s*\d", text):  # a ratio or a time
+            return False
+        before, after = number[1], number[2].partition(" (")[0]
+        return not _MAGNITUDE.match(after) and not _SECOND.search(f"{before} {after}")
+    said = canonical(text, kind)
     if kind == "choice":
         return len(said) == 1 and said.isalpha()
     return said in ("yes", "no") if kind == "yesno" else bool(said)
 
 
+# After a number, what makes it another one; and a second number, which no exponent or index of a unit is (cm^2, CO2).
+_MAGNITUDE = re.compile(
+    r"\^(?!\s*\{?\\circ)|e[-+]?\d|[⁰¹²³⁴-⁹⁺⁻]|[\s-]*(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.I
+)
+_SECOND = re.compile(r"(?<![^\W\d]|[\d^])(?<![\^_]\{)\d")
 _DROP = str.maketrans("", "", "$,%+ ")
 _YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
@@ -233,10 +274,11 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
     """
     _check_kind(kind)
     if kind == "number":
+        text = _scaled(text.replace("−", "-"))  # not –, which may stand between two
         if not strict:
-            numbers = re.findall(_VALUE, text.replace("−", "-"))  # not –, which may stand between two
+            numbers = re.findall(_VALUE, text)
             return canonical(numbers[-1], kind) if numbers else None
-        found = _first(rf"{_MARK}\(?((?:-[ ])?{_VALUE})", text.replace("−", "-"))
+        found = _first(rf"{_MARK}\(?((?:-[ ])?{_VALUE})", text)
         return canonical(found, kind) if found else None
     if kind == "choice":
         mark = rf"{_MARK}{_NO_WORD}(?i:(?:option|choice)\s+)?\(?"

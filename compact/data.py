@@ -34,13 +34,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from compact.answers import KINDS, canonical, is_answer, nearest, same_answer, strip_closing
+from compact.answers import KINDS, LOWERED, canonical, is_answer, nearest, same_answer, strip_closing
 from compact.data_report import DataReport
 from compact.errors import UserError
 from compact.files import digest, write_atomically
 from compact.rows import (
     answer_text,
     clean_messages,
+    gold_text,
     is_long,
     prompt_problem,
     question_problem,
@@ -55,7 +56,6 @@ from compact.tokenization import tokenize_questions
 __all__ = ["DataReport", "load_questions", "prompt_of", "prompt_text", "question_text", "split", "tokenize_questions"]
 
 _EXPONENT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 
 _FORMAT = 2  # raise it when the columns or their meaning change, so that no old cache is read
 
@@ -176,8 +176,7 @@ class _Reader:
             report.refuse_question(place, *problem, rationales=len(rationales))
             return None
         prompt = next(row["prompt"] for row in rows if prompt_problem(row.get("prompt")) is None)
-        answer = next(answer for row in rows if (answer := answer_text(row.get("answer"))) is not None)
-        answer = answer.rpartition("####")[2].strip() or answer  # GSM8K's own form: a solution, then its answer
+        answer = next(answer for row in rows if (answer := gold_text(row.get("answer"))) is not None)
         self._check_agreement(members, prompt, answer, kind)
         if unseen := unseen_options(rows, prompt):
             report.because(place, "field 'options' is not read in training: write the choices into 'prompt'", unseen)
@@ -229,7 +228,7 @@ class _Reader:
                 raise UserError(
                     f"{where}: {name} with two prompts; give every question its own 'id' (or leave the ids out)"
                 )
-            given = answer_text(other.get("answer"))
+            given = gold_text(other.get("answer"))
             if given is not None and given != answer and not same_answer(answer, given, kind):
                 raise UserError(
                     f"{where}: {name} with two answers, {answer!r} and {given!r}; 'answer' is the correct one and the "
@@ -292,7 +291,7 @@ def question_text(row: dict[str, Any]) -> str:
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
     """The text of a prompt up to case, spacing and Unicode form; an exponent stays one, as 3² is not 32."""
-    return _folded(_EXPONENT.sub(lambda found: "^" + found[0].translate(_LOWERED), _joined(prompt)))
+    return _folded(_EXPONENT.sub(lambda found: "^" + found[0].translate(LOWERED), _joined(prompt)))
 
 
 def _joined(prompt: str | list[dict[str, str]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import ValuesView
 from decimal import Decimal
 from typing import Any
 
-from compact.answers import KINDS, is_answer, nearest
+from compact.answers import GOLD, KINDS, is_answer, nearest
 
 
 def row_id(row: Any) -> str | None:
@@ -42,6 +42,12 @@ def answer_text(value: Any) -> str | None:
     return (value.strip() or None) if isinstance(value, str) else None
 
 
+def gold_text(value: Any) -> str | None:
+    """A gold answer as text; in GSM8K's own form it stands after a solution: "… #### 72"."""
+    text = answer_text(value)
+    return text and (text.rpartition("####")[2].strip() or text)
+
+
 def is_long(row: Any) -> bool:
     """Whether a row is one rationale (the long form) rather than one question."""
     return isinstance(row, dict) and row.get("rationales") is None and ("completion" in row or "teacher" in row)
@@ -66,11 +72,12 @@ def question_problem(rows: list[Any], default_kind: str) -> tuple[tuple[str, str
     kind = next((row["task"] for row in rows if row.get("task") is not None), default_kind)
     if kind not in KINDS:
         return ("field 'task' is unknown:", f"{kind!r}, not one of {', '.join(KINDS)}{nearest(kind)}"), default_kind
-    answer = next((text for row in rows if (text := answer_text(row.get("answer"))) is not None), None)
+    answer = next((text for row in rows if (text := gold_text(row.get("answer"))) is not None), None)
     if answer is None:
         return ("field 'answer' is missing or empty", ""), kind
     if not is_answer(answer, kind):
-        return ("field 'answer' is not of its kind:", f"{answer!r} is no {kind} (data.answer_kind, or 'task')"), kind
+        detail = f"{answer!r} is no {kind} (data.answer_kind, or 'task'), which is {GOLD[kind]}"
+        return ("field 'answer' is not of its kind:", detail), kind
     return None, kind
 
 

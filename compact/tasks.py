@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compact.answers import KINDS, is_answer, strip_closing
+from compact.answers import GOLD, KINDS, is_answer, strip_closing
 from compact.data import prompt_of
 from compact.errors import UserError
 from compact.results import SPLITS
@@ -204,7 +204,8 @@ def _row(
         raise UserError(f"{where}: field 'task' is {kind!r}, none of {', '.join(KINDS)}")
     options = _options(record, where)
     if not (options and kind == "choice") and not is_answer(answer, kind):
-        raise UserError(f"{where}: the answer {answer!r} is none of kind {kind}; field 'task' says which kind it is")
+        known = f"none of kind {kind}, which is {GOLD[kind]}"
+        raise UserError(f"{where}: the answer {answer!r} is {known}; field 'task' says which kind it is")
     if options:
         if answer not in options and kind == "choice":
             raise UserError(f"{where}: the answer {answer!r} is none of the options {', '.join(options)}")

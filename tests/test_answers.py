@@ -61,9 +61,32 @@ def test_what_leads_to_a_closing_goes_with_it(lead):
     assert strip_closing(f"It has 5, {lead.lower()} the answer is 5.")[0] in ("It has 5", f"It has 5, {lead.lower()}")
 
 
-@pytest.mark.parametrize("ratio", ["3:2", "1:30", "10 : 7"])
-def test_a_ratio_or_time_is_no_number(ratio):
-    assert not is_answer(ratio, "number") and is_answer(ratio, "text")
+@pytest.mark.parametrize(
+    "more",
+    ["3:2", "1:30", "10 : 7", "1.5 million", "2 dozen", "3 hours 20 minutes", "between 5 and 7", "10-12", "1.234,50 €"]
+    + ["2^{100}", "10³", "1e1000", "2 1/2 × 10^3"],
+)
+def test_what_is_more_than_one_number_is_no_number(more):
+    assert not is_answer(more, "number") and is_answer(more, "text")
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        "48 eggs",
+        "$1,234.50",
+        "72 (n = 3)",
+        "48 eggs (4 dozen)",
+        "3/4",
+        "2½",
+        "5+3 = 8",
+        "12 cm^2",
+        "25 m²",
+        "90^\\circ",
+    ],
+)
+def test_one_number_with_what_belongs_to_it_is_a_number(one):
+    assert is_answer(one, "number")
 
 
 def test_last_of_several_closings_speaks():
@@ -127,6 +150,7 @@ def test_answers_are_compared_by_their_kind(a, b, kind, same):
         ("no digits", "number", None, None),
         ("The answer is 1/2.", "number", "1/2", "1/2"),
         ("The answer is 2 1/2.", "number", "5/2", "5/2"),
+        ("The answer is 5 × 10^3 m.", "number", "5e3", "5e3"),
         ("The answer is b.", "choice", "B", "B"),
         ("The answer is i.e. option (B).", "choice", None, "B"),
         ("The answer is Martin Luther King Jr. He was", "text", "Martin Luther King Jr", "Martin Luther King Jr"),
@@ -209,6 +233,10 @@ def test_unknown_kind_suggests_the_nearest():
         ("number", "–3", "3", False),
         ("number", "1e100", "1", False),
         ("number", "10^6", "1000000", True),
+        ("number", r"$5 \times 10^{3}$", "5000", True),
+        ("number", "1.5 × 10⁶ m", "1,500,000", True),
+        ("number", "2 x 10^-3", "0.002", True),
+        ("number", "3.1 × 10", "31", False),
         ("number", "1 234 567", "1234567", True),
         ("number", "1,234 1/2", "1234.5", True),
         ("choice", "C", "Option C", True),

@@ -173,6 +173,10 @@ REFUSED = [
     (question("x", answer=" "), "'answer' is missing"),
     (question("x", answer=float("nan")), "'answer' is missing"),
     (question("x", answer="C"), "'C' is no number"),
+    (
+        question("x", answer="1.5 million"),
+        "'1.5 million' is no number (data.answer_kind, or 'task'), which is one number",
+    ),
     (question("x", task="numbr"), "did you mean 'number'"),
     (question("x", rationales=[]), "'rationales' is missing"),
     (question("x", rationales=None), "'rationales' is missing"),
