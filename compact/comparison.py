@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ MEASURES: dict[str, Callable[[Row], float | None]] = {
 def comparison(folders: Sequence[str | Path]) -> str:
     """A Markdown table a task: the results of finished runs, and their differences from the first one's.
 
-    Differences are paired: the mean over the questions that both runs answered, ± one standard error.
+    Differences are paired: the mean over the questions that both runs answered, ± one standard error, with their
+    number where it is not the task's n. The same question has the same id and prompt; where none has, the same prompt.
     Log-probabilities are means per token (natural logarithm), as in a run's report. A run is named by as much of the
     end of its path as tells it from the others.
 
     Raises:
-        UserError: a folder without results after training, or no question in common.
+        UserError: a folder without results after training, or no question of any task in common.
     """
     results: dict[str, dict[str, TaskResult]] = {}
     for folder in folders:
@@ -37,6 +39,13 @@ def comparison(folders: Sequence[str | Path]) -> str:
     first = str(folders[0])
     base, _ = load_results(first, "before")
     names = _names(list(results))
+    for name, found in results.items():
+        shared = [task for task in found if task in results[first]]
+        if shared and not any(_pairs(found[task], results[first][task]) for task in shared):
+            raise UserError(
+                f"{', '.join(shared)}: {names[name]} and {names[first]} have no question in common; compare runs with "
+                "the same seed and the same data"
+            )
     blocks = [
         f"Differences are from {names[first]}, question by question; ± is one standard error. log p: nats a token."
     ]
@@ -48,9 +57,8 @@ def comparison(folders: Sequence[str | Path]) -> str:
         contenders = {"before training": base.get(task)} | {name: found.get(task) for name, found in results.items()}
         for name, result in contenders.items():
             if result is not None:
-                lines.append(
-                    f"| {names.get(name, name)} | {' | '.join(_cells(name, result, reference, name == first))} |"
-                )
+                cells = _cells(result, reference, differ=name != first)
+                lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     for name in results:
         for has, lacks in ((name, first), (first, name)):
@@ -68,25 +76,34 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _cells(name: str, result: TaskResult, reference: TaskResult, is_reference: bool) -> list[str]:
-    theirs = {question_of(row): row for row in reference.predictions}
-    if not any(question_of(row) in theirs for row in result.predictions):
-        raise UserError(
-            f"task {result.name}: {name} and the first run have no question in common; compare runs with the same "
-            "seed and the same data"
-        )
-    cells = []
+def _pairs(result: TaskResult, reference: TaskResult) -> list[tuple[Row, Row]]:
+    """What both said to the questions that they share."""
+    for key in (question_of, _prompt):
+        theirs = {key(row): row for row in reference.predictions}
+        if pairs := [(row, theirs[key(row)]) for row in result.predictions if key(row) in theirs]:
+            return pairs
+    return []
+
+
+def _prompt(row: Row) -> object:
+    """The same file has other ids in another form, or none."""
+    return json.dumps(row["prompt"]) if row.get("prompt") else question_of(row)
+
+
+def _cells(result: TaskResult, reference: TaskResult, differ: bool) -> list[str]:
+    n, pairs, cells = len(reference.predictions), _pairs(result, reference), []
     for measure in MEASURES.values():
         values = [value for row in result.predictions if (value := measure(row)) is not None]
-        pairs = [(measure(row), measure(theirs[q])) for row in result.predictions if (q := question_of(row)) in theirs]
-        differences = [a - b for a, b in pairs if a is not None and b is not None]
-        cells += [_plus_minus(values), "" if is_reference else _plus_minus(differences, sign=True)]
+        both = [(measure(ours), measure(theirs)) for ours, theirs in pairs]
+        differences = [a - b for a, b in both if a is not None and b is not None]
+        cells += [_plus_minus(values, n), _plus_minus(differences, n, sign=True) if differ else ""]
     return cells
 
 
-def _plus_minus(values: Sequence[float], sign: bool = False) -> str:
+def _plus_minus(values: Sequence[float], n: int, sign: bool = False) -> str:
     middle, error = mean(values), standard_error(values)
     if middle is None:
         return "–"
     text = f"{middle:+.3f}" if sign else f"{middle:.3f}"
-    return text if error is None else f"{text} ± {error:.3f}"
+    text += "" if error is None else f" ± {error:.3f}"
+    return text if len(values) == n else f"{text} (n = {len(values)})"

@@ -59,10 +59,31 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert "from mine/seed-0, question" in table and "\n| mine/seed-0 |" in table and "\n| theirs/seed-0 |" in table
 
 
+def test_a_difference_says_of_how_many_questions_it_is(tmp_path):
+    one, two = finished(tmp_path / "one", "1100", -2.0), finished(tmp_path / "two", "011", -2.0)
+    assert "| 66.667 ± 33.333 (n = 3) | +0.000 ± 57.735 (n = 3) |" in comparison([one, two])
+
+
+def test_a_task_without_a_common_question_has_no_difference_and_the_others_have(tmp_path):
+    runs = [finished(tmp_path / name, "10", -2.0) for name in ("one", "two")]
+    for run, asked in zip(runs, (0, 9)):
+        other, _ = load_results(finished(tmp_path / f"other-{asked}", "01", -2.0, asked=asked), "after")
+        results, _ = load_results(run, "after")
+        store_results({**results, "more": other["sums"]}, {}, run, "after")
+    sums, more = comparison(runs).split("**more**")
+    assert "| two | 50.000 ± 50.000 | +0.000 ± 0.000 |" in sums
+    assert "| two | 50.000 ± 50.000 | – |" in more
+
+
+def test_questions_whose_ids_all_differ_are_known_by_their_prompts(tmp_path):
+    one, two = finished(tmp_path / "one", "11", -2.0), finished(tmp_path / "two", "10", -2.0, offset=9)
+    assert "| two | 50.000 ± 50.000 | -50.000 ± 50.000 |" in comparison([one, two])
+
+
 def test_runs_on_other_questions_or_without_results_are_refused(tmp_path):
     one = finished(tmp_path / "one", "11", -2.0)
-    with pytest.raises(UserError, match="no question in common"):
-        comparison([one, finished(tmp_path / "two", "11", -2.0, offset=9)])
+    with pytest.raises(UserError, match="sums: two and one have no question in common"):
+        comparison([one, finished(tmp_path / "two", "11", -2.0, offset=9, asked=9)])
     with pytest.raises(UserError, match="no question in common"):  # of the same ids, as 0, 1, … often are
         comparison([one, finished(tmp_path / "four", "11", -2.0, asked=9)])
     with pytest.raises(UserError, match="three holds no results after training"):
