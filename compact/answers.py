@@ -268,9 +268,10 @@ _YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 def extract(text: str, kind: str, strict: bool) -> str | None:
     r"""The answer a generated text gives, or None.
 
-    Strict: what the first ``#### …`` or "The answer is …" states (math: also the last ``\boxed{…}``), and only if it
-    is of the kind. Flexible: that, or else what stands last in the text (the last number, letter, yes or no, formula,
-    line); for numbers the last number in any case, as lm-eval's flexible-extract does; 1/2 and 2 1/2 are one number.
+    Strict: what the first ``#### …`` or "The answer is …" states (number: or else, math: first of all, the last
+    ``\boxed{…}``), and only if it is of the kind. Flexible: that, or else what stands last in the text (the last
+    number, letter, yes or no, formula, line); for numbers the last number in any case, as lm-eval's flexible-extract
+    does; 1/2 and 2 1/2 are one number.
     """
     _check_kind(kind)
     if kind == "number":
@@ -278,8 +279,11 @@ def extract(text: str, kind: str, strict: bool) -> str | None:
         if not strict:
             numbers = re.findall(_VALUE, text)
             return canonical(numbers[-1], kind) if numbers else None
-        found = _first(rf"{_MARK}\(?((?:-[ ])?{_VALUE})", text)
-        return canonical(found, kind) if found else None
+        found = _first(rf"{_MARK}(?:\\boxed\{{|\\[(\[]|[$(*\s])*((?:-[ ])?{_VALUE})", text)
+        if found is None and (box := _box(text)):
+            found = box[2]
+        number = _number(_bare(found)) if found else None
+        return number[0] if number else None
     if kind == "choice":
         mark = rf"{_MARK}{_NO_WORD}(?i:(?:option|choice)\s+)?\(?"
         found = _first(rf"{mark}({_LETTER})\b(?!['’])", text)

@@ -83,9 +83,11 @@ def _accuracy(tasks: Mapping[str, Any]) -> list[str]:
         "± is one standard error: binomial for an accuracy, of paired answers for a change. With "
         f"n = {smallest}{' in the smallest task' if len(tasks) > 1 else ''}, an accuracy near 50% is known to "
         f"± {98 / smallest**0.5:.0f} points (95%); a change of less than two of its standard errors may be chance. "
-        "An answer is read flexibly (what it states, else the last number, letter or yes/no); *strict* counts what is "
-        "stated alone. Forgotten: right before and wrong after; gained: the other way round; p: McNemar's exact test. "
-        "*Luck alone* is how many flips fresh guesses would make (an upper bound: greedy guesses repeat).",
+        "Read is the last number of an answer; where letters or yes/no are asked for, what it states, else the last "
+        "one. What a student writes after its answer may so be taken for it, before training more often than after "
+        "(*answers that ended*); *strict* counts what is stated first alone. Forgotten: right before and wrong after; "
+        "gained: the other way round; p: McNemar's exact test. *Luck alone* is how many flips fresh guesses "
+        "would make (an upper bound: greedy guesses repeat).",
         "Log-probability a token (natural logarithm) of the gold answer after prompt and “The answer is”, and "
         "of the reference solution after the prompt; these move where accuracy is at the floor:",
         table(score_names, scores),

@@ -203,6 +203,7 @@ def test_the_markdown_says_numbers_errors_note_and_refusals(folder):
     assert f"{changes['forgotten']} / {changes['gained']}" in text
     assert "| rationales | 4,000 | 3,170 | 12 | 6 | 798 |" in text
     assert "1100 > 1024 tokens" in text
+    assert "Read is the last number of an answer" in text  # as compact.answers.extract does, whatever else is stated
 
 
 def test_every_picture_is_drawn_and_linked(folder):
