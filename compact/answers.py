@@ -72,10 +72,9 @@ _WRAPPERS = (
     ("`", "`"),
     ('"', '"'),
 )
-# What models like to say after their answer.
+# What models like to say after their answer, and the emoji after that.
 _PLEASANTRY = re.compile(
-    r"(?<=[.!?\n])\s*(?:I hope (?:it|this|that) (?:is correct|helps)|Let me know if [^.!?\n]*|Hope this helps)"
-    r"[.!]*\s*\Z",
+    r"(?<=[.!?\n])\s*(?:I hope (?:it|this|that) (?:is correct|helps)|Let me know if [^.!?\n]*|Hope this helps)\W*\Z",
     re.I,
 )
 _TAIL = 600  # characters: no closing statement is longer, and patterns need not search a whole rationale

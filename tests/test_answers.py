@@ -23,6 +23,8 @@ CLOSINGS = [
     ("Add. Hence, the correct option is (B) bank.", "Add.", "(B) bank"),
     ("Add.\nSo the answer is 72.\n#### 72", "Add.", "72"),
     ("#### 72", "", "72"),
+    ("Add. The answer is 5. I hope this helps! 😊", "Add.", "5"),
+    ("Add. The answer is 5. Let me know if you have questions ✌🏽 :)", "Add.", "5"),
 ]
 
 
