@@ -40,7 +40,7 @@ from compact.errors import UserError
 from compact.files import digest, write_atomically
 from compact.rows import (
     answer_text,
-    clean_messages,
+    clean_prompt,
     gold_text,
     is_long,
     prompt_problem,
@@ -175,7 +175,8 @@ class _Reader:
         if problem:
             report.refuse_question(place, *problem, rationales=len(rationales))
             return None
-        prompt = next(row["prompt"] for row in rows if prompt_problem(row.get("prompt")) is None)
+        given = next(row["prompt"] for row in rows if prompt_problem(row.get("prompt")) is None)
+        prompt = clean_prompt(given)
         answer = next(answer for row in rows if (answer := gold_text(row.get("answer"))) is not None)
         self._check_agreement(members, prompt, answer, kind)
         if unseen := unseen_options(rows, prompt):
@@ -187,8 +188,8 @@ class _Reader:
         report.questions["all_wrong"] += all(rationale["wrong"] for rationale in parsed)
         report.rationales["used"] += len(parsed)
         return {
-            "id": row_id(rows[0]) or f"q-{hashlib.sha1(json.dumps(prompt).encode()).hexdigest()[:16]}",
-            "prompt": prompt if isinstance(prompt, str) else json.dumps(clean_messages(prompt), ensure_ascii=False),
+            "id": row_id(rows[0]) or f"q-{hashlib.sha1(json.dumps(given).encode()).hexdigest()[:16]}",
+            "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
             "is_messages": not isinstance(prompt, str),
             "answer": answer,
             "kind": kind,
@@ -224,7 +225,7 @@ class _Reader:
                     f"{where}: two rows for one question, {name}; give every question its own 'id' and one row, "
                     "or one row a rationale, with the fields 'teacher' and 'completion'"
                 )
-            if prompt_problem(other.get("prompt")) is None and other["prompt"] != prompt:
+            if prompt_problem(other.get("prompt")) is None and clean_prompt(other["prompt"]) != prompt:
                 raise UserError(
                     f"{where}: {name} with two prompts; give every question its own 'id' (or leave the ids out)"
                 )

@@ -100,16 +100,37 @@ def prompt_problem(prompt: Any) -> tuple[str, str] | None:
         return None
     if isinstance(prompt, list) and prompt:
         for number, message in enumerate(prompt, 1):
-            for part in ("role", "content"):
-                text = message.get(part) if isinstance(message, dict) else None
-                if not isinstance(text, str) or not text.strip():
-                    return "field 'prompt' has a message without", f"'{part}' (message {number})"
+            if problem := _message_problem(message):
+                return problem[0], f"{problem[1]} (message {number})"
         if prompt[-1]["role"] == "assistant":
             return "field 'prompt' ends in a message of the assistant; the rationale is what it says next", ""
         return None
     return "field 'prompt' is missing, empty or no text", ""
 
 
-def clean_messages(prompt: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Messages without whatever else their rows hold."""
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+def _message_problem(message: Any) -> tuple[str, str] | None:
+    message = message if isinstance(message, dict) else {}
+    if {"from", "value"} <= message.keys():
+        renamed = "rename 'from' to 'role' (human to user, gpt to assistant) and 'value' to 'content'"
+        return f"field 'prompt' has messages in ShareGPT's form: {renamed}", ""
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else part
+            return "field 'prompt' has a part that is no text:", f"{kind!r}"
+    for name, text in (("role", message.get("role")), ("content", _joined(content))):
+        if not isinstance(text, str) or not text.strip():
+            return "field 'prompt' has a message without", f"'{name}'"
+    return None
+
+
+def _joined(content: Any) -> Any:
+    """A message's text; OpenAI's form has a list of parts, [{"type": "text", "text": …}, …]."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def clean_prompt(prompt: Any) -> str | list[dict[str, str]]:
+    """A prompt without problem: text, or messages without whatever else their rows hold, each one text."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message["role"], "content": _joined(message["content"])} for message in prompt]

@@ -13,7 +13,7 @@ from compact.answers import GOLD, KINDS, is_answer, strip_closing
 from compact.data import prompt_of
 from compact.errors import UserError
 from compact.results import SPLITS
-from compact.rows import answer_text, row_id
+from compact.rows import answer_text, clean_prompt, prompt_problem, row_id
 from compact.sources import JsonLines
 
 # Put after a prompt so that a model that was not trained on the task knows in what form to answer.
@@ -194,10 +194,9 @@ def _row(
 ) -> TaskRow:
     prompt = record.get("prompt") or record.get("question")
     if isinstance(prompt, list):
-        if not prompt or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt
-        ):
-            raise UserError(f"{where}: field 'prompt' is a list, but not of messages {{role, content}}, each a text")
+        if problem := prompt_problem(prompt):
+            raise UserError(f"{where}: {' '.join(problem)}; messages are {{role, content}}, each a text")
+        prompt = clean_prompt(prompt)
     elif not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: field 'prompt' (or 'question') is missing or empty")
     if kind not in KINDS:

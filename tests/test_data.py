@@ -112,6 +112,12 @@ def test_prompts_may_be_messages(load):
     assert question_text(dataset[0]) == "how many?"  # what is said to all questions makes none
 
 
+def test_a_message_may_be_of_parts_of_text(load):
+    parts = [{"type": "text", "text": "How many eggs?"}, {"type": "text", "text": "Count."}]
+    dataset, _ = load([question(prompt=[{"role": "user", "content": parts}])])
+    assert prompt_of(dataset[0]) == [{"role": "user", "content": "How many eggs?\nCount."}]
+
+
 def test_a_solution_before_the_answer_is_no_part_of_it(load):
     """GSM8K's own form."""
     dataset, _ = load([question(answer="She sells 9*2 = <<9*2=18>>18 eggs.\n#### 18")])
@@ -170,6 +176,9 @@ REFUSED = [
     (question("x", prompt=None), "'prompt' is missing"),
     (question("x", prompt=[{"role": "user"}]), "'content'"),
     (question("x", prompt=[{"role": "assistant", "content": "Hi"}]), "assistant"),
+    (question("x", prompt=[{"from": "human", "value": "Hi"}]), "rename 'from' to 'role' (human to user"),
+    (question("x", prompt=[{"role": "user", "content": [{"type": "image_url"}]}]), "'image_url' (message 1)"),
+    (question("x", prompt=[{"role": "user", "content": []}]), "without 'content' (message 1)"),
     (question("x", answer=" "), "'answer' is missing"),
     (question("x", answer=float("nan")), "'answer' is missing"),
     (question("x", answer="C"), "'C' is no number"),

@@ -113,7 +113,8 @@ def test_options_are_lines_of_the_prompt(tmp_path):
 
 def test_a_row_s_own_kind_and_messages_are_kept(tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "What is 1/2?"}]
-    path = write(tmp_path / "t.jsonl", {"prompt": messages, "answer": "1/2", "task": "math"})
+    asked = [{"role": "system", "content": [{"type": "text", "text": "s"}]}, messages[1]]
+    path = write(tmp_path / "t.jsonl", {"prompt": asked, "answer": "1/2", "task": "math"})
     task = load_task("t", path)
     assert task.kind == "math" and task.kind_source == "told"
     assert task.rows[0].prompt == [messages[0], {"role": "user", "content": f"What is 1/2?\n{INSTRUCTIONS['math']}"}]
@@ -151,7 +152,7 @@ def test_held_out_questions_are_asked_as_in_training(tmp_path):
         ([GSM8K, {"question": "q?"}], {}, "t.jsonl:2: field 'answer'"),
         ([GSM8K, {"question": "q?", "answer": float("nan")}], {}, "t.jsonl:2: field 'answer' is nan"),
         ([{"answer": "1"}], {}, "t.jsonl:1: field 'prompt'"),
-        ([{"prompt": ["hello"], "answer": "1"}], {}, "not of messages"),
+        ([{"prompt": ["hello"], "answer": "1"}], {}, "messages are {role, content}"),
         ([GSM8K, GSM8K], {}, "t.jsonl:2: id 'g1' is also on line 1"),
         ([CSQA | {"answer": "E"}], {}, "none of the options A, B"),
         ([CSQA | {"options": "A or B"}], {}, "field 'options'"),

@@ -17,7 +17,7 @@ from compact.data import question_text
 from compact.errors import UserError
 from compact.files import fingerprint, save_model, write_atomically
 from compact.options import plain, refuse
-from compact.rows import prompt_problem
+from compact.rows import clean_prompt, prompt_problem
 from compact.skills.files import write_skills
 from compact.sources import JsonLines
 from compact.student import load_student, unwrap
@@ -175,8 +175,9 @@ def _questions(rows: Iterable[dict[str, Any]]) -> int:
 
 
 def _text(row: dict[str, Any]) -> str:
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-    return question_text({"prompt": prompt, "is_messages": not isinstance(row["prompt"], str)})
+    prompt = clean_prompt(row["prompt"])
+    is_messages = not isinstance(prompt, str)
+    return question_text({"prompt": json.dumps(prompt) if is_messages else prompt, "is_messages": is_messages})
 
 
 def plain_student(recipe: Recipe, study: Path, digests: dict[Path, str]) -> str:
