@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import compact
 from compact.analyze import main, read_run, summarize, write_report
 from compact.metrics import read_metrics
-from compact.pictures import influence, style
+from compact.pictures import influence, short_names, statistics, style, weights
 from compact.pictures.question import consensus_graph, graph_of, terms, trajectory
 from compact.report import markdown
 from compact.results import TaskResult, store_results, versions
@@ -213,6 +213,42 @@ def test_every_picture_is_drawn_and_linked(folder):
         picture = (folder / "pictures" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     assert not list(folder.rglob("*.part"))
+
+
+HUB = ["deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "Qwen/Qwen2.5-Math-72B-Instruct", "Qwen/Qwen2.5-Math-7B-Instruct"]
+
+
+def test_names_in_pictures_are_short_and_all_different():
+    short = list(short_names(HUB).values())
+    assert short == ["DeepSeek-R1…l-Llama-70B", "Qwen2.5-Mat…2B-Instruct", "Qwen2.5-Mat…7B-Instruct"]
+    assert list(short_names(["a/one", "b/one"]).values()) == ["a/one", "b/one"]
+    alike = short_names([f"{'long' * 9}-{i}-{'name' * 9}" for i in range(24)])
+    assert len(set(alike.values())) == 24 and max(map(len, alike.values())) <= 20 and short_names([]) == {}
+
+
+@pytest.mark.parametrize("teachers", [HUB, [f"teacher-{i}" for i in range(24)], [f"{HUB[0]}-v{i}" for i in range(24)]])
+def test_names_that_are_long_or_many_have_room(teachers):
+    entry = {"alpha": 1 / len(teachers), **_metrics(), "count": 1}
+    rows = [{"step": step, "teachers": dict.fromkeys(teachers, entry)} for step in range(1, 9)]
+    told = {"alpha": 0.1, "consensus": 0.9, "wrong": True}
+    trace = {
+        "rationales": [{"teacher": name, **told} for name in teachers],
+        "affinity": np.full([len(teachers)] * 2, 0.1),
+    }
+    with style():
+        figures = [weights(rows, dict.fromkeys(teachers, 0.1)), statistics(rows, teachers)]
+        figures.append(consensus_graph({"before": trace, "after": trace}, teachers))
+    for figure in figures:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "axes sizes collapsed to zero"
+            figure.draw_without_rendering()
+        boxes = [legend.get_window_extent() for legend in figure.legends]
+        boxes += [text.get_window_extent() for ax in figure.axes for text in ax.texts if text.get_text()]
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+        assert all(ax.bbox.width > 0.2 * figure.bbox.width for ax in figure.axes)
+    named = [t.get_window_extent() for ax in figure.axes for t in ax.texts if "α" in t.get_text()]
+    assert not any(one.overlaps(other) for i, one in enumerate(named) for other in named[:i])
 
 
 def test_an_empty_run_is_reported_as_not_measured(tmp_path):

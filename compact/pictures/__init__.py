@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from compact.metrics import EQUAL
 from compact.results import SPLITS
 
+End = tuple[float, str, str]  # of a line: its last value, its name, its colour
 WIDTH = 9.0  # inches; at 160 dots an inch a README shows it at about half size
 PALETTE = ("#2F6DB5", "#E1812C", "#2E9C74", "#C44536", "#7D5BA6", "#20A4B8", "#B3568B", "#8A7A3B")
 INK, GREY, FAINT, AMBER = "#22272E", "#8B949E", "#E4E7EB", "#F5D48A"
@@ -55,6 +56,42 @@ def style() -> AbstractContextManager[None]:
 def colours(teachers: Sequence[str]) -> dict[str, str]:
     """A colour for each teacher, the same in every picture of a run."""
     return {teacher: PALETTE[i % len(PALETTE)] for i, teacher in enumerate(teachers)}
+
+
+def looks(teachers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each teacher's line is drawn: where the colours come again, in other dashes."""
+    return {
+        teacher: {"color": colour, "linestyle": _again(i, ("-", "--", ":", "-."))}
+        for i, (teacher, colour) in enumerate(colours(teachers).items())
+    }
+
+
+def marker(index: int) -> str:
+    """A teacher's dots: where the colours come again, of another shape."""
+    return _again(index, "o^sD")
+
+
+def _again(index: int, forms: Sequence[str]) -> str:
+    return forms[index // len(PALETTE) % len(forms)]
+
+
+def short_names(teachers: Sequence[str], longest: int = 20) -> dict[str, str]:
+    """A name for each teacher that has room in a picture: without "org/", "…" for the middle of long ones.
+
+    No two are the same: a little longer, or else numbered in the teachers' order, where they would be.
+    """
+    names = {teacher: teacher.rpartition("/")[2] or teacher for teacher in teachers}
+    if len(set(names.values())) < len(names):
+        names = {teacher: teacher for teacher in teachers}
+    for room in range(longest, longest + 6):
+        short = {teacher: _shortened(name, room) for teacher, name in names.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {teacher: f"{i}: {_shortened(name, longest - 4)}" for i, (teacher, name) in enumerate(names.items(), 1)}
+
+
+def _shortened(name: str, room: int) -> str:
+    return name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) - (room - 1) // 2 :]}"
 
 
 def figure(width: float, height: float) -> Figure:
@@ -137,19 +174,20 @@ def weights(rows: Sequence[Mapping[str, Any]], alpha_mean: Mapping[str, float | 
     Args:
         alpha_mean: teacher → mean α over the last quarter, which stands at the line's end.
     """
-    fig = figure(WIDTH, 3.6)
+    fig = figure(WIDTH, 3.6 + legend_height(alpha_mean))
     ax = fig.subplots()
     steps = np.array([row["step"] for row in rows])
-    ends = []
-    for teacher, colour in colours(list(alpha_mean)).items():
+    ends, names = [], short_names(list(alpha_mean))
+    for teacher, look in looks(list(alpha_mean)).items():
         values = series(rows, teacher, "alpha")
         if np.isnan(values).all():
             continue
         middle, spread = smooth(values)
-        ax.fill_between(steps, middle - spread, middle + spread, color=colour, alpha=0.13, linewidth=0)
-        ax.plot(steps, middle, color=colour)
         mean = alpha_mean[teacher]
-        ends.append((middle[~np.isnan(middle)][-1], f"{teacher}  {'' if mean is None else f'{mean:.2f}'}", colour))
+        text = f"{names[teacher]}  {'' if mean is None else f'{mean:.2f}'}"
+        ax.fill_between(steps, middle - spread, middle + spread, color=look["color"], alpha=0.13, linewidth=0)
+        ax.plot(steps, middle, **look, label=plain(text))
+        ends.append((middle[~np.isnan(middle)][-1], text, look["color"]))
     known = {round(float(value), 3) for name in alpha_mean for value in series(rows, name, EQUAL) if value == value}
     if ends and len(known) < 2:  # the same for all teachers in all questions
         equal = known.pop() if known else 1 / len(ends)
@@ -162,7 +200,7 @@ def weights(rows: Sequence[Mapping[str, Any]], alpha_mean: Mapping[str, float | 
             "last quarter", (quarter, 1), (4, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
             fontsize=8, color=GREY,
         )  # fmt: skip
-    ax.set(title="Weight α of each teacher (at the right: mean of the last quarter)", xlabel="optimizer step")
+    ax.set(title="Weight α of each teacher (with its name: mean of the last quarter)", xlabel="optimizer step")
     ax.set_ylim(bottom=0)
     show_span(ax, steps)
     label_ends(fig, {ax: ends})
@@ -188,7 +226,7 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Figure:
     """What α is made from: each teacher's raw metrics over the steps, and the entropy of α."""
-    fig = figure(WIDTH, 5.2)
+    fig = figure(WIDTH, 5.2 + legend_height(teachers))
     axes = fig.subplots(2, 2, sharex=True).flatten()
     steps = np.array([row["step"] for row in rows])
     panels = {
@@ -196,19 +234,18 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
         "consensus": "Consensus S_cons",
         "difficulty": "Difficulty S_PPL (nats a token)",
     }
-    names = {}
+    ends: dict[Axes, list[End]] = {ax: [] for ax in axes[:3]}
+    names = short_names(teachers)
     for ax, (key, title) in zip(axes, panels.items()):
-        ends = []
-        for teacher, colour in colours(teachers).items():
+        for teacher, look in looks(teachers).items():
             values = series(rows, teacher, key)
             if np.isnan(values).all():
                 continue
             middle, _ = smooth(values)
-            ax.plot(steps, middle, color=colour, linewidth=1.6)
-            ends.append((middle[~np.isnan(middle)][-1], teacher, colour))
+            ax.plot(steps, middle, **look, linewidth=1.6, label=plain(names[teacher]))
+            ends[ax].append((middle[~np.isnan(middle)][-1], names[teacher], look["color"]))
         ax.set_title(title)
         show_span(ax, steps)
-        names[ax] = ends
     entropy = np.array([row.get("alpha_entropy", math.nan) for row in rows], dtype=float)
     axes[3].plot(steps, entropy, color=INK, alpha=0.2, linewidth=0.9)
     axes[3].plot(steps, smooth(entropy)[0], color=INK)
@@ -219,7 +256,7 @@ def statistics(rows: Sequence[Mapping[str, Any]], teachers: Sequence[str]) -> Fi
     axes[3].set(title="Entropy of α (nats)", ylim=(0, most * 1.2 or 1))
     for ax in axes[2:]:
         ax.set_xlabel("optimizer step")
-    label_ends(fig, names, fontsize=8)
+    label_ends(fig, ends, fontsize=8)
     return fig
 
 
@@ -285,8 +322,21 @@ def show_span(ax: Axes, steps: np.ndarray) -> None:
     ax.margins(x=0)
 
 
-def label_ends(fig: Figure, names: Mapping[Axes, Sequence[tuple[float, str, str]]], fontsize: float = 9.5) -> None:
-    """Names (value, text, colour) at the right ends of lines, pushed apart where they would overlap."""
+def legend_height(teachers: Collection[str], always: bool = False) -> float:
+    """Inches for a legend below the picture, which too many teachers to name beside their lines have."""
+    return 0.2 * -(-len(teachers) // 3) if always or len(teachers) > len(PALETTE) else 0.0
+
+
+def legend_below(fig: Figure, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    fig.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8.5, **options)
+
+
+def label_ends(fig: Figure, names: Mapping[Axes, Sequence[End]], fontsize: float = 9.5) -> None:
+    """Names at the right ends of lines, pushed apart where they would overlap; in a legend where they are many."""
+    handles, labels = max((ax.get_legend_handles_labels() for ax in names), key=lambda told: len(told[1]))
+    if len(labels) > len(PALETTE):
+        legend_below(fig, handles, labels)
+        names = {ax: [end for end in ends if plain(end[1]) not in labels] for ax, ends in names.items()}
     fig.draw_without_rendering()  # settles the limits
     for ax, ends in names.items():
         low, high = ax.get_ylim()
@@ -297,7 +347,7 @@ def label_ends(fig: Figure, names: Mapping[Axes, Sequence[tuple[float, str, str]
             for i in range(len(places) - 1):
                 if (overlap := gap - (places[i + 1] - places[i])) > 0:
                     places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
-        lift = max(0.0, low - places[0]) if places else 0.0
+        lift = max(0.0, low - places[0]) or min(0.0, high - places[-1]) if places else 0.0
         for place, (_, text, colour) in zip(places, ordered):
             ax.annotate(
                 plain(text), (1, place + lift), (6, 0), xycoords=("axes fraction", "data"), color=colour,

@@ -9,7 +9,19 @@ import networkx as nx
 import numpy as np
 from matplotlib.figure import Figure
 
-from compact.pictures import AMBER, GREY, INK, WIDTH, colours, figure, plain
+from compact.pictures import (
+    AMBER,
+    GREY,
+    INK,
+    PALETTE,
+    WIDTH,
+    colours,
+    figure,
+    legend_below,
+    legend_height,
+    plain,
+    short_names,
+)
 
 
 def trajectory(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[str], epsilon: float = 0.1) -> Figure:
@@ -25,7 +37,7 @@ def trajectory(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[str],
     before, after = traces.get("before"), traces.get("after")
     shown = after or before
     assert shown is not None
-    palette = colours(teachers)
+    palette, names = colours(teachers), short_names([r["teacher"] for r in shown["rationales"]])
     rationales = shown["rationales"]
     short = max(len(rationale["tokens"]) for rationale in rationales) <= 48
     fig = figure(WIDTH, 0.5 + (2.15 if short else 1.75) * len(rationales))
@@ -47,14 +59,16 @@ def trajectory(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[str],
         peaks = np.flatnonzero((gain > 0) & (gain >= threshold))
         ax.plot(steps[peaks], evidence[peaks], "^", color=colour, markersize=6.5, markeredgecolor="white")
         wrong = ", wrong answer" if rationale["wrong"] else ""
-        label = f"{rationale['teacher']}{wrong}   S_MI {rationale['adaptability']:.2f}   α {rationale['alpha']:.2f}"
+        label = (
+            f"{names[rationale['teacher']]}{wrong}   S_MI {rationale['adaptability']:.2f}   α {rationale['alpha']:.2f}"
+        )
         ax.set_title(plain(label), color=colour, fontsize=10, pad=5)
         room = (high - low) or 1.0
         ax.set(ylim=(low - 0.06 * room, high + (0.08 if short else 0.22) * room), xlim=(-0.5, len(evidence) - 0.5))
         ax.grid(axis="x", visible=False)
         if short:
-            names = ["⟨prompt⟩", *map(plain, rationale["tokens"][1:])]
-            ax.set_xticks(steps, names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
+            tokens = ["⟨prompt⟩", *map(plain, rationale["tokens"][1:])]
+            ax.set_xticks(steps, tokens, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
             ax.tick_params(axis="x", pad=2)
         else:
             for t in peaks[np.argsort(gain[peaks])[-3:]]:
@@ -67,11 +81,11 @@ def trajectory(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[str],
     fig.supylabel("I_t: mean log-probability of the gold answer's tokens", fontsize=10)
     lines = [axes[0].plot([], [], color=INK)[0], axes[0].plot([], [], "^", color=INK)[0]]
     lines += [axes[0].fill_between([], [], color=AMBER)]
-    names = ["after training" if after else "before training", "a large term of eq. 3", "thinking token"]
+    labels = ["after training" if after else "before training", "a large term of eq. 3", "thinking token"]
     if earlier:
         lines.insert(0, axes[0].plot([], [], color=GREY)[0])
-        names.insert(0, "before training")
-    fig.legend(lines, names, loc="outside upper right", ncols=len(names), fontsize=8.5)
+        labels.insert(0, "before training")
+    fig.legend(lines, labels, loc="outside upper right", ncols=len(labels), fontsize=8.5)
     return fig
 
 
@@ -92,10 +106,17 @@ def graph_of(trace: Mapping[str, Any]) -> nx.DiGraph:
 
 
 def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[str]) -> Figure:
-    """One question's graph, a panel for each of `traces` (before, after): edge width A_ij, node area S_cons, its α."""
-    flat = max(len(trace["rationales"]) for trace in traces.values()) <= 2
-    fig = figure(WIDTH if len(traces) > 1 else 5.4, 1.8 if flat else 4.5)
-    palette = colours(teachers)
+    """One question's graph, a panel for each of `traces` (before, after): edge width A_ij, node area S_cons, its α.
+
+    Names stand beside the nodes where they have room, else numbers do, and the names in a legend.
+    """
+    shown = [r for trace in traces.values() for r in trace["rationales"]]
+    names = short_names(list(dict.fromkeys(r["teacher"] for r in shown)))
+    roomy = len(names) <= len(PALETTE) and max(map(len, names.values())) <= 12
+    flat, palette = len(names) <= 2, colours(teachers)
+    height = (1.8 if flat else 4.5) + (0 if roomy else legend_height(names, always=True))
+    fig = figure(WIDTH if len(traces) > 1 or not roomy else 5.4, height)
+    handles = {}
     for ax, (when, trace) in zip(fig.subplots(1, len(traces), squeeze=False)[0], traces.items()):
         graph = graph_of(trace)
         place = nx.circular_layout(graph)
@@ -119,13 +140,22 @@ def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[
         )  # fmt: skip
         for n, d in graph.nodes(data=True):
             x, y = place[n]
-            text = f"{d['teacher']}{chr(10) + 'wrong answer' if d['wrong'] else ''}\nα {d['alpha']:.2f}"
-            side = int(np.sign(x)) if abs(x) > 0.2 else 0  # names stand outside of the circle
-            rise = 12 * y if side else (27 if y > 0 else -27)
+            colour = palette.get(d["teacher"], INK)
+            lines = [names[d["teacher"]], *(["wrong answer"] if d["wrong"] else [])]
+            if roomy:
+                side = int(np.sign(x)) if abs(x) > 0.2 else 0  # names stand outside of the circle
+                shift = 27 * side, 12 * y if side else (27 if y > 0 else -27)
+                ha, va = ("center", "left", "right")[side], "center" if side else ("bottom" if y > 0 else "top")
+            else:
+                number = list(names).index(d["teacher"]) + 1
+                handles[f"{number}  {lines[0]}{' (wrong)' if d['wrong'] else ''}"] = ax.plot(
+                    [], [], "o", color=colour
+                )[0]
+                lines, shift, ha, va = [str(number)], (35 * x, 32 * y), "center", "center"
+            text = "\n".join([*lines, f"α {d['alpha']:.2f}"])
             ax.annotate(
-                plain(text), (x, y), (27 * side, rise), textcoords="offset points", fontsize=9, weight="bold",
-                ha=("center", "left", "right")[side], va="center" if side else ("bottom" if y > 0 else "top"),
-                color=palette.get(d["teacher"], INK),
+                plain(text), (x, y), shift, textcoords="offset points", fontsize=9 if roomy else 7.5, weight="bold",
+                ha=ha, va=va, color=colour,
             )  # fmt: skip
         if len(graph) <= 4:
             nx.draw_networkx_edge_labels(
@@ -133,6 +163,9 @@ def consensus_graph(traces: Mapping[str, Mapping[str, Any]], teachers: Sequence[
                 font_color=INK, font_family="DejaVu Sans", connectionstyle="arc3,rad=0.12", rotate=False,
                 bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip
-        ax.set(title=f"{when} training", xlim=(-1.75, 1.75), ylim=(-0.8, 0.8) if flat else (-1.6, 1.6))
+        wide, high = 1.75 if roomy else 1.5, 0.8 if flat else 1.6 if roomy else 1.45
+        ax.set(title=f"{when} training", xlim=(-wide, wide), ylim=(-high, high))
         ax.set_axis_off()
+    if handles:
+        legend_below(fig, list(handles.values()), list(map(plain, handles)), handletextpad=0.1)
     return fig

@@ -8,7 +8,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from compact.metrics import PEAK, SIGNS
-from compact.pictures import ACCENT, GREY, WIDTH, colours, figure, plain
+from compact.pictures import (
+    ACCENT,
+    GREY,
+    WIDTH,
+    colours,
+    figure,
+    legend_below,
+    legend_height,
+    marker,
+    plain,
+    short_names,
+)
 from compact.statistics import pca_shift
 
 
@@ -59,14 +70,27 @@ def evidence(arrays: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figur
 
 
 def _clouds(before: np.ndarray, after: np.ndarray, teacher: np.ndarray, teachers: Sequence[str], title: str) -> Figure:
-    fig = figure(WIDTH, 4.2)
+    fig = figure(WIDTH, 4.2 + legend_height(teachers))
     axes = fig.subplots(1, 2, sharex=True, sharey=True)
+    names = short_names(teachers)
     for ax, points, when in zip(axes, (before, after), ("before", "after")):
         for index, (name, colour) in enumerate(colours(teachers).items()):
             own = points[teacher == index]
-            ax.scatter(own[:, 0], own[:, 1], s=9, color=colour, alpha=0.7, linewidths=0, label=plain(name))
+            ax.scatter(
+                own[:, 0],
+                own[:, 1],
+                s=9,
+                color=colour,
+                marker=marker(index),
+                alpha=0.7,
+                linewidths=0,
+                label=plain(names[name]),
+            )
         ax.set_title(f"{when} training")
-    axes[0].legend(loc="best", fontsize=8, markerscale=2)
+    if legend_height(teachers):
+        legend_below(fig, *axes[0].get_legend_handles_labels(), markerscale=2)
+    else:
+        axes[0].legend(loc="best", fontsize=8, markerscale=2)
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -87,7 +111,7 @@ def _bars(
                     drawn[f"{when} training"] = bar
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.set_title(title)
-    axes[0].set_yticks(range(len(teachers)), [plain(name) for name in teachers])
+    axes[0].set_yticks(range(len(teachers)), [plain(name) for name in short_names(teachers).values()])
     axes[0].invert_yaxis()
     fig.legend(drawn.values(), drawn, loc="outside lower center", ncols=2, fontsize=8)
     return fig
