@@ -113,59 +113,66 @@ def reason_against(module: nn.Module) -> str | None:
     return None if known or _behaves(module) else f"{name} {kind}"
 
 
-@torch.enable_grad()
 def _behaves(module: nn.Module) -> bool:
-    """Whether weight and bias get the gradients that the rule makes of a layer's input and of its output's gradient.
+    """Whether a layer does what its rule takes it to, tried on a few tokens where its weight is at hand.
 
-    Tried on a few tokens, where the weight is at hand; a norm layer's on small ones too, where ε decides.
+    Not in training: there it may drop something out, or be compiled.
     """
     weight = module.weight
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta or weight.numel() == 0:
         return True
+    training, module.training = module.training, False
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            return (
+                _gives_rows(module, weight) if isinstance(module, nn.Embedding) else _gives_gradients(module, weight)
+            )
+    except Exception:  # a gate, a second input, a shape of its own
+        return False
+    finally:
+        module.training = training
+
+
+@torch.no_grad()
+def _gives_rows(module: nn.Embedding, weight: Tensor) -> bool:
+    ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
+    return _close(module.forward(ids[None])[0], weight[ids].float() * embedding_scale(module))
+
+
+@torch.enable_grad()
+def _gives_gradients(module: nn.Module, weight: Tensor) -> bool:
+    """Whether weight and bias get the gradients that the rule makes of input and output's gradient.
+
+    Norm layers' also for small inputs, where ε decides.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn(width: int) -> Tensor:
-        return torch.randn(1, 3, width, generator=generator, dtype=torch.float64, device="cpu").to(weight)
+        return torch.randn(3, width, generator=generator, dtype=torch.float64, device="cpu").to(weight)
 
-    inputs: list[Tensor]
-    if isinstance(module, nn.Embedding):
-        ids = [i for i in range(min(4, module.num_embeddings)) if i != module.padding_idx]
-        inputs = [torch.tensor([ids], device=weight.device)]
-    elif is_linear(module):
-        inputs = [drawn(widths(module)[0])]
-    else:
-        x = drawn(weight.shape[0])
-        inputs = [x, x * max(normalisation(module)[1] ** 0.5, 1e-3)]
-    own = [p for _, p in module.named_parameters(recurse=False) if p.requires_grad]
-    tolerance = 0.05 if weight.dtype.itemsize == 2 else 1e-3
-    training = module.training
+    linear = is_linear(module)
+    x = drawn(widths(module)[0] if linear else weight.shape[0])
+    inputs = [x] if linear else [x, x * max(normalisation(module)[1] ** 0.5, 1e-3)]
+    own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
     for x in inputs:
-        try:
-            module.training = False  # without dropout, and what is compiled for training is not
-            with torch.autocast(weight.device.type, enabled=False):
-                y = module.forward(x)
-                g = drawn(y.shape[-1])[:, : y.shape[1]].to(y.dtype)
-                found = torch.autograd.grad(y, own, g)
-        except Exception:  # a gate, a second input, a shape of its own
+        y = module.forward(x[None])[0]
+        g = drawn(y.shape[-1])
+        found = torch.autograd.grad(y, list(own.values()), g.to(y.dtype))
+        x, g = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (x, g))
+        if not linear:
+            of_weight = (g * normalized(x, *normalisation(module))).sum(0)
+        else:
+            of_weight = g.t() @ x if isinstance(module, nn.Linear) else x.t() @ g
+        truths = {"weight": of_weight, "bias": g.sum(0)}
+        if not all(_close(gradient, truths[name]) for name, gradient in zip(own, found)):
             return False
-        finally:
-            module.training = training
-        for parameter, gradient in zip(own, found):
-            truth = _ruled(module, x[0], g[0].to(torch.promote_types(g.dtype, torch.float32)), parameter is weight)
-            if not (gradient - truth).abs().max() <= tolerance * truth.abs().max():  # nor if it is NaN
-                return False
     return True
 
 
-def _ruled(module: nn.Module, x: Tensor, g: Tensor, weight: bool) -> Tensor:
-    """The gradient of a layer's weight, or of its bias, from input and output's gradient of (T, …)."""
-    if not weight:
-        return g.sum(0)
-    if isinstance(module, nn.Embedding):
-        return torch.zeros_like(weight_of(module), dtype=g.dtype).index_add(0, x, g * embedding_scale(module))
-    if is_linear(module):
-        return g.t() @ x.to(g.dtype) if isinstance(module, nn.Linear) else x.to(g.dtype).t() @ g
-    return (g * normalized(x, *normalisation(module))).sum(0)
+def _close(found: Tensor, truth: Tensor) -> bool:
+    """As far as the found one's dtype can tell; what is no number is not."""
+    tolerance = 0.05 if found.dtype.itemsize == 2 else 1e-3
+    return bool((found - truth).abs().max() <= tolerance * truth.abs().max())
 
 
 def expert_adapters(model: nn.Module) -> set[int]:
