@@ -106,13 +106,13 @@ def logits_kernel(
             left, rows, in_rows, pivot, special, row0, column0,
             out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
             first_column, width, inner, outer,
-            MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
+            MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_N // 2,
         )  # fmt: skip
         s2, q2, t2 = _epilogue(
             right, rows, in_rows, pivot, special, row0, column0 + BLOCK_N // 2,
             out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
             first_column, width, inner, outer,
-            MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_M, BLOCK_N // 2,
+            MODE, SOFTCAP, HAS_BIAS, HAS_CURVE, BLOCK_N // 2,
         )  # fmt: skip
         if MODE != GRADIENT:
             # Side by side, so that they change threads once: (s, t), (q, –) of a row.
@@ -126,8 +126,7 @@ def _epilogue(
     acc, rows, in_rows, pivot, special, row0, column0,
     out_desc, bias_ptr, column_ptr, slope_ptr, curve_ptr,
     first_column, width, inner, outer,
-    MODE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CURVE: tl.constexpr,
-    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CURVE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Stores what `MODE` asks for; returns ΣE, ΣE² and ΣE·u₂ of each row over these columns."""
     columns = column0 + tl.arange(0, COLUMNS)

@@ -47,7 +47,7 @@ class Kept:
         Raises:
             RuntimeError: it is not what the layer saw, or has been let go.
         """
-        if self.tensor is None:  # autograd has kept nothing either, or (of a bias that trains alone) does without
+        if self.tensor is None:  # autograd has kept nothing either
             raise RuntimeError(
                 "Trying to backward through the graph a second time, in which the input of a layer whose norms are "
                 "recorded has been freed: specify retain_graph=True the first time"

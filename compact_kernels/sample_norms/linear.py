@@ -56,13 +56,14 @@ class Family:
 
     def watch(self, index: int, x: Tensor, dtype: torch.dtype, node: Node, place: int) -> None:
         """Await the gradient, in `dtype`, that comes to the `place` of `node`, that of member `index`'s output."""
-        awaited = self.awaited
-        converted = x.dtype != dtype and not self.patched and all(weight for weight, _ in self.trains)
+        awaited, weights = self.awaited, [weight for weight, _ in self.trains]
+        converted = x.dtype != dtype and not self.patched and all(weights)
         converted = converted and hooks.factor_of_product(node) is not None
-        if awaited is None or not awaited.takes(index, x, converted):
+        keeps = any(weights) and not converted
+        if awaited is None or not awaited.takes(index, x, keeps):
             if awaited is not None:
                 awaited.opened = None
-            awaited = self.awaited = Awaited(self, self.slots[index], x, converted)
+            awaited = self.awaited = Awaited(self, self.slots[index], x, keeps)
         awaited.trains[index] = self.trains[index]
         node.register_prehook(partial(awaited.arrived, index, place))
         if index == len(self.widths) - 1:
@@ -81,25 +82,25 @@ class Awaited:
     An output that is not used has no gradient: what has come by the end of the pass is then all there is.
 
     Args:
-        converted: members convert the input, and autograd keeps that: the input need not be kept beside it.
+        keeps: the input. Not where members convert it, and autograd keeps that, nor for biases alone.
     """
 
-    def __init__(self, family: Family, slot: Tensor, x: Tensor, converted: bool) -> None:
+    def __init__(self, family: Family, slot: Tensor, x: Tensor, keeps: bool) -> None:
         assert family.recorder.segments is not None
         self.segments, self.probes, self.slot = family.recorder.segments, family.recorder.probes, slot
         self.opened: Tensor | None = x  # while further members may come
-        self.version = x._version  # of what members converted: autograd does not mind if it changes then
-        self.input = None if converted else hooks.Kept(x)
+        self.version = x._version  # of what is not kept: autograd does not mind if it changes then
+        self.input = hooks.Kept(x) if keeps else None
         self.factor: Tensor | None = None  # of a member's product, where there is no input
         self.trains: dict[int, tuple[bool, bool]] = {}  # by member
         self.task = -1  # the pass that the gradients are of
         self.grads: dict[int, Tensor | None] = {}
         self.given: set[int] = set()  # members whose norms have been given
 
-    def takes(self, index: int, x: Tensor, converted: bool) -> bool:
+    def takes(self, index: int, x: Tensor, keeps: bool) -> bool:
         """Whether member `index`, called on x, is one of these."""
         same = self.opened is x and index not in self.trains
-        return same and (self.input is not None or (converted and x._version == self.version))
+        return same and (self.input is not None or (not keeps and x._version == self.version))
 
     def arrived(self, index: int, place: int, grads: tuple[Tensor | None, ...]) -> None:
         task = torch._C._current_graph_task_id()
@@ -131,7 +132,6 @@ class Awaited:
         if pairs:
             x = self.factor if self.input is None else self.input.get()
             self.factor = None
-            assert x is not None
             norms = shared_norms(x, pairs, self.segments.cu, self.segments.tiles, self.probes)
             hooks.give(self.slot, norms, again=not self.given.isdisjoint(grads))
             self.given |= grads.keys()
@@ -176,25 +176,29 @@ class SharedInput(Function):
 
 
 def shared_norms(
-    x: Tensor, pairs: list[tuple[Tensor, tuple[bool, bool]]], cu: Tensor, tiles: Tensor, probes: int
+    x: Tensor | None, pairs: list[tuple[Tensor, tuple[bool, bool]]], cu: Tensor, tiles: Tensor, probes: int
 ) -> Tensor:
-    """Norms of layers with the input x, by their outputs' gradients and whether weight and bias train."""
+    """Norms of layers with the input x, by their outputs' gradients and whether weight and bias train.
+
+    Of biases alone x is not looked at.
+    """
     both: list[Tensor] = []
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for gradient, (weight, bias) in pairs:
         kind = both if weight and bias else weights if weight else biases
         kind.append(flat(gradient))
+    if not both and not weights:
+        return estimate(None, [], biases, cu, probes) if probes else ops.gram_norms(None, biases, 0, cu, tiles)
+    assert x is not None
     if probes:
         return estimate(flat(x), both + weights, both + biases, cu, probes)
-    if not both and not weights:
-        return ops.gram_norms(None, biases, 0, cu, tiles)
     first = (both + weights)[0]
     norms = ops.gram_norms(flat(x).to(first.dtype), both + weights, len(both), cu, tiles)
     return norms + ops.gram_norms(None, biases, 0, cu, tiles) if biases else norms
 
 
-def estimate(x: Tensor, weights: list[Tensor], biases: list[Tensor], cu: Tensor, probes: int) -> Tensor:
+def estimate(x: Tensor | None, weights: list[Tensor], biases: list[Tensor], cu: Tensor, probes: int) -> Tensor:
     """Hutchinson's estimate of Σ ‖GᵀX‖² + ‖Gᵀ1‖², and the variance of that estimate: (2, S).
 
     E‖Xᵀ(Gz)‖² = ‖GᵀX‖² for z of independent signs; one vector z over the outputs of all `weights`, whose products are
@@ -209,7 +213,7 @@ def estimate(x: Tensor, weights: list[Tensor], biases: list[Tensor], cu: Tensor,
         signs = torch.randint(0, 2, (gradient.shape[1], probes), device=like.device).to(like.dtype) * 2 - 1
         part = gradient @ signs  # (T, probes)
         projected = part if projected is None else projected + part
-    if projected is not None:
+    if x is not None and projected is not None:
         samples = ops.column_norms(x.to(like.dtype), projected, cu).to(dtype)
         total = total + torch.stack([samples.mean(1), samples.var(1) / probes])
     for gradient in biases:
