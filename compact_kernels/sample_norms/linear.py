@@ -56,10 +56,10 @@ class Family:
 
     def watch(self, index: int, x: Tensor, dtype: torch.dtype, node: Node, place: int) -> None:
         """Await the gradient, in `dtype`, that comes to the `place` of `node`, that of member `index`'s output."""
-        awaited, weights = self.awaited, [weight for weight, _ in self.trains]
-        converted = x.dtype != dtype and not self.patched and all(weights)
+        awaited = self.awaited
+        converted = x.dtype != dtype and not self.patched and all(weight for weight, _ in self.trains)
         converted = converted and hooks.factor_of_product(node) is not None
-        keeps = any(weights) and not converted
+        keeps = self.trains[index][0] and not converted
         if awaited is None or not awaited.takes(index, x, keeps):
             if awaited is not None:
                 awaited.opened = None
