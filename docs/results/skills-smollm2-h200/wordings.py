@@ -1,7 +1,9 @@
-"""python wordings.py STUDY METHOD METHOD …: of `skills_wordings`, over all four students of each seed.
+"""python wordings.py STUDY METHOD METHOD … [-SETTING …]: of `skills_wordings`, over all four students of each seed.
 
-Accuracy, and differences from the first method, in points. `wordings` has its interval for other seeds and other
-wordings (32: four of each of eight skills), all else for other seeds and other questions.
+Accuracy, and differences from the first method, in points. The mean of `wordings` is over 32 of them, four of each of
+eight skills, with an interval for other seeds and other wordings: the wider of two, of which one takes each wording
+for itself and the other the eight that one student was asked together. All else is the mean over questions, for other
+seeds and other questions. -wording_3 leaves a setting's cells out.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import numpy as np
 
 from compact.statistics import Estimate, crossed
 
-study, methods = Path(sys.argv[1]), sys.argv[2:]
-settings = sorted(path.name for path in (study / "cells").iterdir())
+study, methods = Path(sys.argv[1]), [word for word in sys.argv[2:] if not word.startswith("-")]
+settings = sorted(path.name for path in (study / "cells").iterdir() if f"-{path.name}" not in sys.argv)
 Table = dict[tuple[str, ...], float]  # of one seed: a column's share of right answers, in %
 
 
@@ -43,29 +45,33 @@ def answers(method: str, seed: str, task: str) -> Table:
     return {column: 100 * float(np.mean(right)) for column, right in found.items()}
 
 
-def table(method: str, task: str) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """Its columns, and seeds × columns."""
+def table(method: str, task: str) -> np.ndarray:
+    """Seeds × columns."""
     seeds = sorted(path.parent.name for path in (study / "cells" / settings[0] / method).glob("seed-*/cell.json"))
     found = [answers(method, seed, task) for seed in seeds]
-    columns = sorted(found[0])
-    return columns, np.array([[values[column] for column in columns] for values in found])
+    return np.array([[values[column] for column in sorted(found[0])] for values in found])
 
 
-def said(estimate: Estimate) -> str:
-    low, high = estimate.interval() or (float("nan"), float("nan"))
-    return f"{estimate.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def width(estimate: Estimate) -> float:
+    low, high = estimate.interval() or (0.0, 0.0)
+    return high - low
+
+
+def said(values: np.ndarray, task: str) -> str:
+    """The mean of a difference with its interval, and for wordings how many are above and below 0."""
+    estimates, counts = [crossed(values)], ""
+    if task == "wordings":  # the columns of a setting are neighbours
+        estimates.append(crossed(values.reshape(len(values), len(settings), -1).mean(2)))
+        signs = np.sign(values.mean(0).round(9))
+        counts = f", above it in {(signs > 0).sum()} and below it in {(signs < 0).sum()} of {len(signs)}"
+    low, high = max(estimates, key=width).interval() or (float("nan"), float("nan"))
+    return f"{estimates[0].mean:+.1f} [{low:+.1f}, {high:+.1f}]{counts}"
 
 
 first = methods[0]
 for method in methods:
     print(method)
     for task in ("held_out", "wordings", "tasks", "both ood"):
-        columns, values = table(method, task)
+        values = table(method, task)
         line = f"  {task:9} {crossed(values).mean:5.1f} ± {crossed(values).se:.1f}"
-        if method != first:
-            less = values - table(first, task)[1]
-            line += f", less {first} {said(crossed(less))}"
-            if task == "wordings":
-                above, below = (less.mean(0) > 0).sum(), (less.mean(0) < 0).sum()
-                line += f", above it in {above} and below it in {below} of {len(columns)}"
-        print(line)
+        print(line if method == first else f"{line}, less {first} {said(values - table(first, task), task)}")
