@@ -66,9 +66,9 @@ def looks(teachers: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def marker(index: int) -> str:
-    """A teacher's dots: where the colours come again, of another shape."""
-    return _again(index, "o^sD")
+def dots(ax: Axes, x: np.ndarray, y: np.ndarray, index: int, colour: str, label: str | None = None) -> None:
+    """The dots of a teacher, the `index`-th: where the colours come again, of another shape."""
+    ax.scatter(x, y, s=9, color=colour, marker=_again(index, "o^sD"), alpha=0.7, linewidths=0, label=label)
 
 
 def _again(index: int, forms: Sequence[str]) -> str:

@@ -13,12 +13,12 @@ from compact.pictures import (
     WIDTH,
     End,
     colours,
+    dots,
     figure,
     label_ends,
     legend_below,
     legend_height,
     looks,
-    marker,
     plain,
     series,
     short_names,
@@ -63,17 +63,8 @@ def norms(arrays: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figure:
     rest = [residual(ranks(values), fixed) / len(n) for values in (loss, n)]
     for index, (name, colour) in enumerate(colours(teachers).items()):
         own = arrays["teacher_after"] == index
-        left.scatter(
-            length[own],
-            n[own],
-            s=9,
-            color=colour,
-            marker=marker(index),
-            alpha=0.7,
-            linewidths=0,
-            label=plain(names[name]),
-        )
-        right.scatter(rest[0][own], rest[1][own], s=9, color=colour, marker=marker(index), alpha=0.7, linewidths=0)
+        dots(left, length[own], n[own], index, colour, plain(names[name]))
+        dots(right, rest[0][own], rest[1][own], index, colour)
     left.set(title="Norm n against length", xlabel="scored tokens", ylabel="n (log)", yscale="log")
     right.set(
         title="Without length: n against loss", xlabel="rank of the loss, left over", ylabel="rank of n, left over"

@@ -13,10 +13,10 @@ from compact.pictures import (
     GREY,
     WIDTH,
     colours,
+    dots,
     figure,
     legend_below,
     legend_height,
-    marker,
     plain,
     short_names,
 )
@@ -76,16 +76,7 @@ def _clouds(before: np.ndarray, after: np.ndarray, teacher: np.ndarray, teachers
     for ax, points, when in zip(axes, (before, after), ("before", "after")):
         for index, (name, colour) in enumerate(colours(teachers).items()):
             own = points[teacher == index]
-            ax.scatter(
-                own[:, 0],
-                own[:, 1],
-                s=9,
-                color=colour,
-                marker=marker(index),
-                alpha=0.7,
-                linewidths=0,
-                label=plain(names[name]),
-            )
+            dots(ax, own[:, 0], own[:, 1], index, colour, plain(names[name]))
         ax.set_title(f"{when} training")
     if legend_height(teachers):
         legend_below(fig, *axes[0].get_legend_handles_labels(), markerscale=2)
