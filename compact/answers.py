@@ -248,7 +248,8 @@ def is_answer(text: str, kind: str) -> bool:
         if number is None or _value(number[0]) is None or re.search(r"\d\s*:\s*\d", text):  # a ratio or a time
             return False
         before, after = number[1], number[2].partition(" (")[0]
-        return not _MAGNITUDE.match(after) and not _SECOND.search(f"{before} {after}")
+        rooted = re.search(r"(?:√|sqrt\W*)\Z", before)
+        return not rooted and not _MAGNITUDE.match(after) and not _SECOND.search(f"{before} {after}")
     said = canonical(text, kind)
     if kind == "choice":
         return len(said) == 1 and said.isalpha()
@@ -257,7 +258,9 @@ def is_answer(text: str, kind: str) -> bool:
 
 # After a number, what makes it another one; and a second number, which no exponent or index of a unit is (cm^2, CO2).
 _MAGNITUDE = re.compile(
-    r"\^(?!\s*\{?\\circ)|e[-+]?\d|[⁰¹²³⁴-⁹⁺⁻]|[\s-]*(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.I
+    r"\^(?!\s*\{?\\circ)|e[-+]?\d|[⁰¹²³⁴-⁹⁺⁻!_]|x[\da-f]|k\b|\s*(?:pi\b|π|squared|cubed)"
+    r"|[\s-]*(?:hundred|thousand|million|billion|trillion|dozen|tenth|hundredth|thousandth)s?\b",
+    re.I,
 )
 _SECOND = re.compile(r"(?<![^\W\d]|[\d^])(?<![\^_]\{)\d")
 _DROP = str.maketrans("", "", "$,%+ ")

@@ -142,8 +142,8 @@ class WholeCheckpoints(Trainer):
             )
         if seal.get("strategy_source", self._source) != self._source:
             raise UserError(
-                f"{folder} is of a run whose strategy has changed since: bring back the file that it is in, or choose "
-                "another folder"
+                f"{folder} is of a run whose strategy has changed since: bring back the file that it is in, remove "
+                f"{folder.parent.parent} to begin again, or choose another folder"
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

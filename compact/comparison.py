@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,16 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
 def _pairs(result: TaskResult, reference: TaskResult) -> list[tuple[Row, Row]]:
     """What both said to the questions that they share."""
     for key in (question_of, _prompt):
-        theirs = {key(row): row for row in reference.predictions}
-        if pairs := [(row, theirs[key(row)]) for row in result.predictions if key(row) in theirs]:
+        ours, theirs = (_once(one.predictions, key) for one in (result, reference))
+        if pairs := [(row, theirs[name]) for name, row in ours.items() if name in theirs]:
             return pairs
     return []
+
+
+def _once(rows: Sequence[Row], key: Callable[[Row], object]) -> dict[object, Row]:
+    """Rows by a name that no two of them have."""
+    names = Counter(map(key, rows))
+    return {name: row for row in rows if names[name := key(row)] == 1}
 
 
 def _prompt(row: Row) -> object:

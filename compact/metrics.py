@@ -127,7 +127,7 @@ class MetricsTable:
         Raises:
             UserError: the loss or the gradient of a step was not finite; says which, and on what questions.
         """
-        said = dict(said or {})
+        said = {name: _number(name, value) for name, value in (said or {}).items()}
         if not self._pending:
             return said
         pending, self._pending = self._pending, []
@@ -162,10 +162,10 @@ class MetricsTable:
                     f"Training stopped; checkpoints, if any, are from before that step. Way out: {way_out}."
                 )
             rows.append(row)
-        if finite := {name: float(value) for name, value in said.items() if math.isfinite(value)}:
+        if finite := {name: value for name, value in said.items() if math.isfinite(value)}:
             rows[-1]["strategy"] = finite
         self._append(rows)
-        return self._averages(rows) | said
+        return said | self._averages(rows)
 
     def _row(self, host: dict[str, Any], values: list[float], replicas: int, peak: int) -> dict[str, Any]:
         scalar = dict(zip(_SCALARS, values))
@@ -252,6 +252,13 @@ def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: a damaged line; bring the file back, or remove that line") from None
     return [row for row in rows if until is None or row["step"] <= until]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"the strategy's logs() say {name} = {value!r}; each is one number") from None
 
 
 def _resident_bytes() -> int:

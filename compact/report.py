@@ -151,7 +151,7 @@ def _teachers(content: Mapping[str, Any]) -> list[str]:
             " Weights come from z-scores within a question, so they tell the order of the teachers and not how far "
             "apart they are: the spread (standard deviation, raw) tells that."
         )
-    said = [f"{name} {value:.3g}".replace("-", "−") for name, value in content["strategy_logs"].items()]
+    said = [f"{name} {f'{value:.3g}'.replace('-', '−')}" for name, value in content["strategy_logs"].items()]
     effective = [number(content["effective_teachers"][when], 2) for when in ("first_tenth", "last_tenth")]
     return [
         table(["teacher", "α", *apart, *(columns[name] for name in next(iter(content["teachers"].values())))], rows),

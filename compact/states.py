@@ -34,6 +34,7 @@ from compact.statistics import auc, chance_of_cka, linear_cka, mean, pca_shift
 from compact.strategies.baselines import Uniform
 from compact.strategies.compact import Compact
 from compact.student import prepare
+from compact.training_data import check_inputs
 from compact_kernels.rule import question_zscore
 
 QUESTIONS = 64
@@ -71,7 +72,11 @@ def run_items(recipe: Recipe, tokenizer: Any, run: Path, count: int) -> tuple[li
     """The first questions of a run with several rationales, in tokens, and the teachers' names in the run's order.
 
     Held-out ones, if any of those has several rationales of teachers that the run knows.
+
+    Raises:
+        UserError: none of them has several, or the run's files have changed since.
     """
+    check_inputs(run, recipe)
     teachers = json.loads((run / "data_report.json").read_text())["teachers"]
 
     def known(row: dict[str, Any]) -> list[dict[str, Any]]:

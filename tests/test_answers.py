@@ -66,7 +66,7 @@ def test_what_leads_to_a_closing_goes_with_it(lead):
 @pytest.mark.parametrize(
     "more",
     ["3:2", "1:30", "10 : 7", "1.5 million", "2 dozen", "3 hours 20 minutes", "between 5 and 7", "10-12", "1.234,50 €"]
-    + ["2^{100}", "10³", "1e1000", "2 1/2 × 10^3"],
+    + ["2^{100}", "10³", "1e1000", "2 1/2 × 10^3", "1_000", "5k", "√5", "sqrt(2)", "2pi", "0x1F", "5 squared"],
 )
 def test_what_is_more_than_one_number_is_no_number(more):
     assert not is_answer(more, "number") and is_answer(more, "text")

@@ -88,3 +88,14 @@ def test_runs_on_other_questions_or_without_results_are_refused(tmp_path):
         comparison([one, finished(tmp_path / "four", "11", -2.0, asked=9)])
     with pytest.raises(UserError, match="three holds no results after training"):
         comparison([one, tmp_path / "three"])
+
+
+def test_a_prompt_that_stands_twice_pairs_nothing_where_ids_differ(tmp_path):
+    one = finished(tmp_path / "one", "110", -2.0)
+    results, _ = load_results(one, "after")
+    rows = [dict(row) for row in results["sums"].predictions]
+    rows[1]["prompt"] = rows[0]["prompt"]
+    for name, order in (("two", rows), ("three", rows[::-1])):
+        named = [{**row, "id": f"{name}-{i}"} for i, row in enumerate(order)]
+        store_results({"sums": TaskResult("sums", "id", "number", named)}, {}, tmp_path / name, "after")
+    assert " | +0.000 (n = 1) | " in comparison([tmp_path / "two", tmp_path / "three"])

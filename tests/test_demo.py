@@ -57,7 +57,7 @@ def test_slips_follow_the_declared_error_model():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    flags = ["--demo.questions", "24", "--demo.pretraining_steps", "3", "--evaluation.limit", "8"]
+    flags = ["--demo.questions", "24", "--demo.pretraining_steps", "10", "--evaluation.limit", "8"]
     flags += ["--evaluation.max_new_tokens", "8", "--demo.arms", "[uniform, misleading]", "--training.max_steps", "3"]
     recipe = load_recipe(["--run", str(folder), *flags])
     return folder, recipe, run_arms(recipe, run)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from compact.errors import UserError
 from compact.metrics import read_metrics
 from compact.strategies import Strategy, own_source
+from compact.strategies.baselines import Uniform
 from compact.trainer import CompactTrainer
 from tests.processes import two_ranks
 from tests.toy import toy_tokenizer
@@ -186,6 +187,16 @@ def test_a_learned_strategy_of_one_s_own_trains_beside_the_student_and_resumes(t
     assert resumed.strategy.seen == straight.strategy.seen == 6
     assert torch.equal(resumed.strategy.score, straight.strategy.score)
     assert largest_difference(parameters(straight), parameters(resumed)) == 0
+
+
+class _Talks(Uniform):
+    def logs(self):
+        return {"phase": "warm"}
+
+
+def test_what_a_strategy_says_of_itself_is_numbers(tmp_path):
+    with pytest.raises(UserError, match=r"logs\(\) say phase = 'warm'; each is one number"):
+        toy_trainer(tmp_path, method={"strategy": f"{__name__}:_Talks"}).train()
 
 
 def test_steps_by_another_source_of_a_strategy_of_one_s_own_do_not_follow(tmp_path, monkeypatch):

@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from compact.errors import UserError
-from compact.options import plain
+from compact.options import Given, plain
 from compact.run_folder import locked
 from compact.study.data import check_folds
-from compact.study.grid import grid_help, load_grid
+from compact.study.grid import Cell, grid_help, load_grid
 from compact.study.runner import run_cells
 from compact.study.summary import write_summary
-from compact.yamlfile import write_file
+from compact.yamlfile import read_file, write_file
 
 
 def _minutes(text: str) -> float:
@@ -29,6 +30,26 @@ def _minutes(text: str) -> float:
         if (minutes := float(text)) >= 0:
             return minutes
     raise argparse.ArgumentTypeError(f"{text} is no number of minutes, 0 or more")
+
+
+def _check_same(study: Path, tree: Given, cells: Sequence[Cell]) -> None:
+    """
+    Raises:
+        UserError: the folder holds another study, which this one would write its grid and its table over.
+    """
+    done = {path.parent.relative_to(study / "cells").as_posix() for path in study.glob("cells/**/cell.json")}
+    if not done or done & {cell.name for cell in cells}:  # what both have is compared cell by cell
+        return
+    known, given = plain(read_file(study / "grid.yaml")), plain(tree)
+    for key in ("recipe", "set", "settings"):
+        ours, theirs = given.get(key) or {}, known.get(key) or {}
+        if key == "settings":  # one may have more of them
+            ours, theirs = ({name: some[name] for name in ours.keys() & theirs.keys()} for some in (ours, theirs))
+        if ours != theirs:
+            raise UserError(
+                f"{study} holds another study, of {len(done)} finished cells: its {key} is {theirs!r}, this one's "
+                f"{ours!r}. Choose another folder with --study"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, signal.default_int_handler)
         with locked(study, "study", "--study") as lock:
+            if there:
+                _check_same(study, tree, cells)
             keep = partial(write_file, plain(tree), study / "grid.yaml")
             if not there:  # it is a study from now on, should it be stopped while its data are made
                 keep()

@@ -151,8 +151,12 @@ def _folded(source: Path, folds: int) -> list[tuple[int, dict[str, Any]]]:
     read = JsonLines(source)
     rows = list(read.rows())
     for index, row in enumerate(rows):
-        if not isinstance(row, dict) or prompt_problem(row.get("prompt")) or not row.keys() & RATIONALES:
-            raise UserError(f"folds: {read.place(index)} must be one question, with its prompt and its rationales")
+        problem = prompt_problem(row.get("prompt")) if isinstance(row, dict) else None
+        if not isinstance(row, dict) or problem or not row.keys() & RATIONALES:
+            why = f": {' '.join(problem)}" if problem else ""
+            raise UserError(
+                f"folds: {read.place(index)} must be one question, with its prompt and its rationales{why}"
+            )
     texts = sorted({_text(row) for row in rows})
     if len(texts) < folds:
         raise UserError(f"folds: {folds} of them need as many questions, and {source} has {len(texts)}")

@@ -146,7 +146,7 @@ def _choose(tree: Given, own: Mapping[str, Given], key: str) -> None:
     for name in names:
         if key == "settings" and name not in there:
             near = options.nearest(name, there)
-            refuse(given, key, f"{name!r} is no setting of the grid ({', '.join(there)}){near}")
+            refuse(given, key, f"{name!r} is no setting of the grid ({', '.join(there) or 'it has none'}){near}")
     named = _named(key, given).value
     tree.value[key] = Given({name: there.get(name, nothing) for name, nothing in named.items()}, given.place)
 

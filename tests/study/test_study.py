@@ -101,6 +101,9 @@ def test_finished_cells_that_a_grid_means_otherwise_are_refused_at_once_and_stay
     assert "2 of the study's finished cells are not what the grid says now" in said
     assert "learning_rate" in said and "another folder with --study" in said
     assert len(kept) > 20 and kept == {file: file.stat().st_mtime_ns for file in done}
+    assert study(path, "--seeds", "[7]", "--set.training.learning_rate", "0.5", "--minutes", "0") == 2
+    assert f"{folder} holds another study, of 2 finished cells: its set is" in capsys.readouterr().err
+    assert kept == {file: file.stat().st_mtime_ns for file in done}
     failure = folder / "cells" / "few" / "uniform" / "seed-0" / "failed.txt"
     failure.write_text("of an older version, which put it here then")
     grid, cells, _ = load_grid([str(path)])
