@@ -37,7 +37,7 @@ def _check_same(study: Path, tree: Given, cells: Sequence[Cell]) -> None:
     Raises:
         UserError: the folder holds another study, which this one would write its grid and its table over.
     """
-    done = {path.parent.relative_to(study / "cells").as_posix() for path in study.glob("cells/**/cell.json")}
+    done = {path.parent.relative_to(study / "cells").as_posix() for path in study.glob("cells/*/*/*/cell.json")}
     if not done or done & {cell.name for cell in cells}:  # what both have is compared cell by cell
         return
     known, given = plain(read_file(study / "grid.yaml")), plain(tree)

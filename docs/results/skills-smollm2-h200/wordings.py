@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def answers(method: str, seed: str, task: str) -> Table:
     return {column: 100 * float(np.mean(right)) for column, right in found.items()}
 
 
+@cache
 def table(method: str, task: str) -> np.ndarray:
     """Seeds × columns."""
     seeds = sorted(path.parent.name for path in (study / "cells" / settings[0] / method).glob("seed-*/cell.json"))
