@@ -42,7 +42,7 @@ from compact.student import check_float32_head, compute_dtype, load_student, mer
 from compact.trace import trace_question
 from compact.trainer import CompactTrainer, check_length
 from compact.training_arguments import training_arguments
-from compact.training_data import check_inputs, check_source, example_question, training_data
+from compact.training_data import check_inputs, example_question, training_data
 
 logger = logging.getLogger("compact")
 
@@ -86,7 +86,6 @@ def run(recipe: Recipe, *, only_before: bool = False) -> dict[str, Any]:
                 if not stored:
                     held.enter_context(locked(folder))
                 check_inputs(folder, recipe)
-                check_source(folder, recipe)
         return _run(recipe, arguments, folder, only_before)
 
 

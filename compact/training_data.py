@@ -19,7 +19,7 @@ from compact.errors import UserError
 from compact.evaluate import recipe_tasks
 from compact.files import file_digest, fingerprint, write_atomically
 from compact.results import finished
-from compact.strategies import build_strategy, own_source
+from compact.strategies import build_strategy
 from compact.tokenization import prompt_ids, suffix_ids
 
 
@@ -118,21 +118,13 @@ def input_digest(key: str, path: Path) -> str:
 
 def check_inputs(folder: Path, recipe: Recipe) -> None:
     """As :func:`check_unchanged`, of the files that a recipe reads."""
-    digests: dict[str, Any] = {key: input_digest(key, path) for key, path in input_files(recipe).items()}
-    check_unchanged(folder, **digests)
+    check_unchanged(folder, **{key: input_digest(key, path) for key, path in input_files(recipe).items()})
 
 
-def check_source(folder: Path, recipe: Recipe) -> None:
-    """As :func:`check_unchanged`, of the file that a finished run's own strategy is in; before, it may be mended."""
-    if (source := own_source(recipe.strategy)) is not None:
-        check_unchanged(folder, finished(folder), **{f"the file of {recipe.strategy}": source})
-
-
-def check_unchanged(folder: Path, compared: bool = True, **facts: Any) -> None:
+def check_unchanged(folder: Path, **facts: Any) -> None:
     """What the run is made of is what it began with: RUN/cache/questions.json holds that.
 
     Args:
-        compared: else it is what the run is made of from now on.
         facts: plain values by what they tell of; what is not known of an older run is taken as it is now.
 
     Raises:
@@ -142,7 +134,7 @@ def check_unchanged(folder: Path, compared: bool = True, **facts: Any) -> None:
     known = json.loads(stored.read_text()) if stored.exists() else {}
     if isinstance(known, list):  # of an older version
         known = {"questions": known}
-    if compared and (changed := [name for name, value in facts.items() if known.get(name, value) != value]):
+    if changed := [name for name, value in facts.items() if known.get(name, value) != value]:
         raise UserError(
             f"{' and '.join(changed)} changed since the run in {folder} began, and the run is of what was there then: "
             "bring that back, or choose another folder with --run"

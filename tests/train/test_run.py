@@ -19,7 +19,6 @@ from compact.metrics import read_metrics
 from compact.options import plain
 from compact.run_folder import finished_recipe
 from compact.states import read_states
-from compact.strategies import own_source
 from compact.train import main
 from tests.processes import ROOT
 from tests.test_embed import save_encoder
@@ -286,21 +285,6 @@ def test_a_run_is_not_that_of_other_questions_finished_or_not(toy, tmp_path, cap
     assert "data.train changed since the run" in capsys.readouterr().err
     file.unlink()
     assert main(words) == 0 and "holds this very run, finished" in capsys.readouterr().out
-
-
-def test_a_finished_run_is_that_of_its_own_strategy_s_file(toy, tmp_path, capsys, monkeypatch):
-    source = tmp_path / "mended_later.py"
-    source.write_text("from compact.strategies.baselines import Uniform\n\n\nclass Mine(Uniform):\n    pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    words = flags(toy, tmp_path / "run", strategy="mended_later:Mine", divergence__weight=0)
-    with monkeypatch.context() as patch:
-        patch.setattr("compact.train.training_data", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(words) == 130
-    for code in (0, 2):  # before it is finished it may be mended
-        source.write_text(source.read_text() + "    more = True\n")
-        own_source.cache_clear()  # another process
-        assert main(words) == code
-    assert "the file of mended_later:Mine changed since the run" in capsys.readouterr().err
 
 
 def test_the_embedded_example_is_found_where_its_run_was_moved(tmp_path, monkeypatch):
